@@ -1,0 +1,157 @@
+// What the worker needs of a device: one arena, streams, events, copies, operations, record and
+// replay. The worker is written once against this class; CpuDevice and CudaDevice implement it.
+//
+// Model. A device owns one arena of a fixed size, carved at start; nothing is allocated afterwards.
+// Work is enqueued on streams: operations of one stream run in order, streams run side by side, and
+// only events order them. Enqueuing is asynchronous and does not allocate. All pointers handed to an
+// operation must lie in the arena, or, where a copy or CopyKvRows names host memory, in a range
+// registered with RegisterHost(): this is checked at launch, INTERNAL names operation and pointer.
+//
+// Threads. A stream is fed by one thread at a time. Different streams may be fed by different
+// threads. Everything else may be called from any thread.
+//
+// Failure. An operation that fails (a deadline in AwaitPartials, a lost device) sets the status word
+// that it was given or the device's sticky status(); later work still drains, so that a stream never
+// hangs.
+#ifndef HEADROOM_COMMON_DEVICE_DEVICE_H_
+#define HEADROOM_COMMON_DEVICE_DEVICE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "kernels/attention.h"
+#include "kernels/copy_kv_rows.h"
+#include "kernels/embed.h"
+#include "kernels/gemm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
+#include "kernels/swiglu.h"
+
+namespace headroom {
+
+// Names a stream or an event of one device; cheap to copy, valid as long as the device.
+struct StreamId {
+  int32_t index = -1;
+};
+struct EventId {
+  int32_t index = -1;
+};
+struct RecordingId {
+  int32_t index = -1;
+};
+
+// What an operation moved and how long it took, added where it runs. Host memory, owned by the
+// caller, alive until the operation has run.
+struct OpAccount {
+  std::atomic<int64_t> bytes{0};
+  std::atomic<int64_t> busy_ns{0};
+};
+
+// Rows of a rectangle: `height` rows of `width_bytes`. A plain copy has height 1.
+struct CopyArgs {
+  void* dst = nullptr;
+  int64_t dst_pitch_bytes = 0;
+  const void* src = nullptr;
+  int64_t src_pitch_bytes = 0;
+  int64_t width_bytes = 0;
+  int64_t height = 1;
+};
+
+// Waits until the doorbell of the mailbox reaches `expected` (acquire, system scope). On expiry of
+// the deadline, or if *status is already non-zero, returns at once with *status = non-zero.
+struct AwaitArgs {
+  const std::atomic<uint64_t>* doorbell = nullptr;  // registered host memory
+  uint64_t expected = 0;
+  int64_t deadline_us = 0;  // from when the operation starts to wait
+  std::atomic<uint32_t>* status = nullptr;  // registered host memory
+};
+
+// Bytes of the arena by what they are used for, shown in status and --explain.
+struct ArenaUse {
+  int64_t capacity_bytes = 0;
+  int64_t used_bytes = 0;
+  int64_t high_water_bytes = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual absl::string_view name() const = 0;  // "cpu", or the card's name
+
+  // ---- Arena. Start-up only.
+  // A zeroed range, aligned to 256 bytes, alive as long as the device. RESOURCE_EXHAUSTED names
+  // `what`, the bytes asked for and the bytes left.
+  virtual absl::StatusOr<uint8_t*> Allocate(int64_t bytes, absl::string_view what) = 0;
+  virtual ArenaUse arena_use() const = 0;
+
+  // ---- Host memory that operations may name: mapped segments, staging buffers.
+  // A range may be registered once; unregister only when no operation uses it.
+  virtual absl::Status RegisterHost(void* data, int64_t bytes) = 0;
+  virtual absl::Status UnregisterHost(void* data) = 0;
+
+  // ---- Weights. Synchronous, start-up only.
+  // Writes rows [row_begin, row_begin + rows) of a row-major bfloat16 [n, k] matrix (plain host
+  // memory) into `packed` in the form that this device's Gemm and Embed read.
+  virtual int64_t PackedBytes(int64_t n, int64_t k) const = 0;
+  virtual absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin,
+                                      int64_t rows, int64_t n, int64_t k, uint8_t* packed) = 0;
+  // Copies plain host memory into the arena, now.
+  virtual absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) = 0;
+
+  // ---- Streams and events. Made at start.
+  virtual absl::StatusOr<StreamId> CreateStream(absl::string_view name) = 0;
+  virtual absl::StatusOr<EventId> CreateEvent() = 0;
+  // The event fires when everything enqueued on `stream` so far has run. Recording again moves it.
+  virtual absl::Status Record(StreamId stream, EventId event) = 0;
+  // Later work of `stream` runs after the latest Record() of `event` before this call. An event that
+  // was never recorded does not block.
+  virtual absl::Status Wait(StreamId stream, EventId event) = 0;
+  // Blocks the calling host thread until the event's latest record has fired. DEADLINE_EXCEEDED.
+  virtual absl::Status Synchronize(EventId event, absl::Duration timeout) = 0;
+  // Whether the event's latest record has fired.
+  virtual bool Done(EventId event) = 0;
+
+  // ---- Copies: at least one side in the arena, the other too or registered host memory.
+  virtual absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account = nullptr) = 0;
+
+  // ---- The mailbox.
+  virtual absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args,
+                                     OpAccount* account = nullptr) = 0;
+
+  // ---- Operations; kernels/*.h say what each computes. `account`, if given, receives the time and,
+  // for Attend and CopyKvRows, the bytes of keys and values that were read.
+  virtual absl::Status Embed(StreamId stream, const kernels::EmbedArgs& args) = 0;
+  virtual absl::Status RmsNorm(StreamId stream, const kernels::RmsNormArgs& args) = 0;
+  virtual absl::Status Gemm(StreamId stream, const kernels::GemmArgs& args) = 0;
+  virtual absl::Status SwiGlu(StreamId stream, const kernels::SwiGluArgs& args) = 0;
+  virtual absl::Status RopeTable(StreamId stream, const kernels::RopeTableArgs& args) = 0;
+  virtual absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) = 0;
+  virtual absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,
+                              OpAccount* account = nullptr) = 0;
+  virtual absl::Status CopyKvRows(StreamId stream, const kernels::CopyKvRowsArgs& args,
+                                  OpAccount* account = nullptr) = 0;
+  virtual absl::Status Sample(StreamId stream, const kernels::SampleArgs& args) = 0;
+
+  // ---- Record and replay (on CUDA a graph). Between BeginRecording and EndRecording operations of
+  // `stream` are recorded and not run. Refused with FAILED_PRECONDITION, as CUDA's capture would:
+  // recording twice, Synchronize() of anything, waits for events recorded outside the recording,
+  // copies from host memory that is not registered.
+  virtual absl::Status BeginRecording(StreamId stream) = 0;
+  virtual absl::StatusOr<RecordingId> EndRecording(StreamId stream) = 0;
+  virtual absl::Status Replay(StreamId stream, RecordingId recording) = 0;
+
+  // OK while the device works; the first failure of any operation otherwise.
+  virtual absl::Status status() const = 0;
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_COMMON_DEVICE_DEVICE_H_

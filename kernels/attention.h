@@ -1,0 +1,95 @@
+// Exact attention over keys that arrive in pieces.
+//
+// For every (row, q_head) a state is carried in float32 across launches:
+//   R: the fold of all finished units, U: the open unit; each {m, l, o[head_dim]} with
+//   m = max of the scaled scores (natural units), l = sum of exp(score - m), o = sum of
+//   exp(score - m) * v, not divided by l.
+// Keys are taken in ascending position. Inside a unit of kUnitTokens absolute positions blocks of
+// kBlockTokens keys are folded by online softmax (Milakov and Gimelshein, arXiv 1805.02867) from an
+// empty U; at the unit's border U is folded into R (Rabe and Staats, arXiv 2112.05682). So the bits
+// depend on the row's own keys only: not on which lane or launch brought them, on chunk borders, on
+// other rows or on the number of threads. Folding with an empty state (m = -inf, l = 0) is the
+// identity.
+//
+// Masking is causal by absolute position: a row at position p sees keys <= p.
+#ifndef HEADROOM_KERNELS_ATTENTION_H_
+#define HEADROOM_KERNELS_ATTENTION_H_
+
+#include "kernels/types.h"
+
+namespace headroom::kernels {
+
+class CpuTeam;
+
+// Floats of the state of one (row, q_head): R and U, each [o: head_dim][m][l].
+inline constexpr int64_t AttentionStateFloats(int32_t head_dim) { return 2 * (head_dim + 2); }
+
+// Rows of one sequence against consecutive spans of keys, for some KV heads. Spans are
+// spans[span_begin, span_begin + span_count), ascending in position, each a run of whole blocks
+// except that the last may end inside one; each covers the heads [kv_head_begin, kv_head_end).
+struct AttendItem {
+  int32_t row_begin = 0;  // rows [row_begin, row_begin + row_count) of the batch
+  int32_t row_count = 0;
+  int64_t first_pos = 0;  // position of row_begin; the others follow
+  int32_t kv_head_begin = 0;
+  int32_t kv_head_end = 0;
+  int32_t span_begin = 0;
+  int32_t span_count = 0;
+  int32_t reset = 0;   // 1: begin from the empty state (the old contents are not read)
+  int32_t finish = 0;  // 1: after the last span write o / l of fold(R, U) to `out`
+};
+
+struct AttendArgs {
+  const float* q = nullptr;  // row r, head h at q + r * q_stride + h * head_dim
+  int64_t q_stride = 0;
+  float* state = nullptr;  // [rows, num_q_heads, AttentionStateFloats(head_dim)]
+  float* out = nullptr;    // [rows, num_q_heads * head_dim]
+  int64_t rows = 0;        // of the whole batch: the size of q, state and out
+  Table<AttendItem> items;
+  Table<KvSpan> spans;
+  float* scratch = nullptr;  // [scratch_floats]: unit partials of rows split over threads
+  int64_t scratch_floats = 0;
+  float scale = 0;  // usually 1 / sqrt(head_dim)
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+};
+
+// The least scratch that an AttendArgs may come with.
+inline constexpr int64_t kMinAttendScratchFloats = int64_t{1} << 18;
+
+template <typename F>
+void ForEachRange(const AttendArgs& a, F&& f) {
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t q_width = int64_t{a.num_q_heads} * a.head_dim;
+  if (a.rows == 0) return;
+  f(a.q, ((a.rows - 1) * a.q_stride + q_width) * kFloat, Access::kRead);
+  f(a.state, a.rows * a.num_q_heads * AttentionStateFloats(a.head_dim) * kFloat,
+    Access::kReadWrite);
+  f(a.out, a.rows * q_width * kFloat, Access::kWrite);
+  f(a.scratch, a.scratch_floats * kFloat, Access::kWrite);
+  f(a.items.device, a.items.count * static_cast<int64_t>(sizeof(AttendItem)), Access::kRead);
+  f(a.spans.device, a.spans.count * static_cast<int64_t>(sizeof(KvSpan)), Access::kRead);
+  for (int32_t i = 0; i < a.items.count; ++i) {
+    const AttendItem& item = a.items.host[i];
+    for (int32_t s = 0; s < item.span_count; ++s) {
+      KvSpan span = a.spans.host[item.span_begin + s];
+      span.base += (item.kv_head_begin - span.kv_head_begin) * SpanHeadBytes(span, a.head_dim);
+      span.kv_head_begin = item.kv_head_begin;
+      span.kv_head_end = item.kv_head_end;
+      ForEachSpanRun(span, a.head_dim,
+                     [&](const void* p, int64_t bytes) { f(p, bytes, Access::kRead); });
+    }
+  }
+}
+
+namespace cpu {
+void Attend(const AttendArgs& args, CpuTeam& team);
+}
+namespace reference {
+void Attend(const AttendArgs& args);
+}
+
+}  // namespace headroom::kernels
+
+#endif  // HEADROOM_KERNELS_ATTENTION_H_
