@@ -91,10 +91,14 @@ Json Tokenizer(int64_t vocab_size) {
                            {"add_prefix_space", false},
                            {"trim_offsets", true},
                            {"use_regex", true}};
-  return {{"version", "1.0"},          {"truncation", nullptr},
-          {"padding", nullptr},        {"added_tokens", std::move(added)},
-          {"normalizer", nullptr},     {"pre_tokenizer", byte_level},
-          {"post_processor", nullptr}, {"decoder", byte_level},
+  return {{"version", "1.0"},
+          {"truncation", nullptr},
+          {"padding", nullptr},
+          {"added_tokens", std::move(added)},
+          {"normalizer", nullptr},
+          {"pre_tokenizer", byte_level},
+          {"post_processor", nullptr},
+          {"decoder", byte_level},
           {"model", BpeModel(vocab_size)}};
 }
 
@@ -110,23 +114,21 @@ absl::Status WriteFile(const std::string& path, const Json& json) {
 
 absl::Status WriteByteTokenizer(int64_t vocab_size, int64_t max_tokens, const std::string& dir) {
   if (vocab_size < kByteTokenizerMinVocab) {
-    return absl::InvalidArgumentError(absl::StrCat("vocab_size ", vocab_size,
-                                                   ": a byte tokenizer needs ",
-                                                   kByteTokenizerMinVocab));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "vocab_size ", vocab_size, ": a byte tokenizer needs ", kByteTokenizerMinVocab));
   }
   if (absl::Status status = WriteFile(dir + "/tokenizer.json", Tokenizer(vocab_size));
       !status.ok()) {
     return status;
   }
-  return WriteFile(dir + "/tokenizer_config.json",
-                   {{"tokenizer_class", "PreTrainedTokenizerFast"},
-                    {"bos_token", kSpecials[kByteTokenizerBos]},
-                    {"eos_token", kSpecials[kByteTokenizerEos]},
-                    {"pad_token", kSpecials[kByteTokenizerPad]},
-                    {"model_max_length", max_tokens},
-                    {"add_prefix_space", false},
-                    {"clean_up_tokenization_spaces", false},
-                    {"chat_template", kChatTemplate}});
+  return WriteFile(dir + "/tokenizer_config.json", {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                                                    {"bos_token", kSpecials[kByteTokenizerBos]},
+                                                    {"eos_token", kSpecials[kByteTokenizerEos]},
+                                                    {"pad_token", kSpecials[kByteTokenizerPad]},
+                                                    {"model_max_length", max_tokens},
+                                                    {"add_prefix_space", false},
+                                                    {"clean_up_tokenization_spaces", false},
+                                                    {"chat_template", kChatTemplate}});
 }
 
 }  // namespace headroom

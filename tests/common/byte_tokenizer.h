@@ -10,9 +10,9 @@
 
 namespace headroom {
 
-// The ids, laid out as SmolLM2's: three specials, then one id per byte value, then merges of lower case
-// letters ("aa", "ab", ..., "zz", "aaa", ...) up to the vocabulary's end, so that every id decodes and
-// encoding has merges to do.
+// The ids, laid out as SmolLM2's: three specials, then one id per byte value, then merges of lower
+// case letters ("aa", "ab", ..., "zz", "aaa", ...) up to the vocabulary's end, so that every id
+// decodes and encoding has merges to do.
 inline constexpr int64_t kByteTokenizerPad = 0;  // <|endoftext|>
 inline constexpr int64_t kByteTokenizerBos = 1;  // <|im_start|>
 inline constexpr int64_t kByteTokenizerEos = 2;  // <|im_end|>

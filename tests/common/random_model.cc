@@ -50,7 +50,7 @@ uint16_t ToBfloat16(double value) {
 
 struct Tensor {
   std::string name;
-  int64_t rows;     // 0: a norm's vector
+  int64_t rows;  // 0: a norm's vector
   int64_t columns;
   double gain;
   int64_t zero_rows = 0;
@@ -122,14 +122,10 @@ absl::Status Invalid(const std::string& field, const std::string& why) {
 
 absl::Status CheckSpec(const RandomModelSpec& spec) {
   const std::initializer_list<std::pair<const char*, int64_t>> sizes = {
-      {"num_layers", spec.num_layers},
-      {"hidden_size", spec.hidden_size},
-      {"num_q_heads", spec.num_q_heads},
-      {"num_kv_heads", spec.num_kv_heads},
-      {"head_dim", spec.head_dim},
-      {"intermediate_size", spec.intermediate_size},
-      {"vocab_size", spec.vocab_size},
-      {"max_position_embeddings", spec.max_position_embeddings},
+      {"num_layers", spec.num_layers},   {"hidden_size", spec.hidden_size},
+      {"num_q_heads", spec.num_q_heads}, {"num_kv_heads", spec.num_kv_heads},
+      {"head_dim", spec.head_dim},       {"intermediate_size", spec.intermediate_size},
+      {"vocab_size", spec.vocab_size},   {"max_position_embeddings", spec.max_position_embeddings},
       {"num_shards", spec.num_shards}};
   for (const auto& [name, size] : sizes) {
     if (size < 1 || size > kMaxDimension) return Invalid(name, absl::StrCat(size, " out of range"));
@@ -147,8 +143,7 @@ absl::Status CheckSpec(const RandomModelSpec& spec) {
   if (spec.with_tokenizer && spec.vocab_size < kByteTokenizerMinVocab) {
     return Invalid("vocab_size", absl::StrCat("below ", kByteTokenizerMinVocab, ", tokenizer"));
   }
-  if (spec.never_ends &&
-      (spec.tie_word_embeddings || spec.vocab_size < kByteTokenizerFirstByte)) {
+  if (spec.never_ends && (spec.tie_word_embeddings || spec.vocab_size < kByteTokenizerFirstByte)) {
     return Invalid("never_ends", "needs an LM head of its own that has the special ids");
   }
   return absl::OkStatus();
@@ -194,7 +189,8 @@ absl::Status WriteSafetensors(uint64_t seed, const std::vector<Tensor>& tensors,
   return file ? absl::OkStatus() : absl::InternalError(absl::StrCat("cannot write ", path));
 }
 
-// A tensor goes to the shard in whose share of the bytes it begins; shards that get none are skipped.
+// A tensor goes to the shard in whose share of the bytes it begins; shards that get none are
+// skipped.
 std::vector<std::vector<Tensor>> CutIntoShards(std::vector<Tensor> tensors, int64_t num_shards,
                                                int64_t total_bytes) {
   std::map<int64_t, std::vector<Tensor>> by_share;
@@ -236,12 +232,11 @@ Json Config(const RandomModelSpec& spec) {
   Json rope_scaling = nullptr;
   if (spec.rope_scaling.has_value()) {
     const RandomRopeScaling& scaling = *spec.rope_scaling;
-    rope_scaling = {
-        {"rope_type", "llama3"},
-        {"factor", scaling.factor},
-        {"low_freq_factor", scaling.low_freq_factor},
-        {"high_freq_factor", scaling.high_freq_factor},
-        {"original_max_position_embeddings", scaling.original_max_position_embeddings}};
+    rope_scaling = {{"rope_type", "llama3"},
+                    {"factor", scaling.factor},
+                    {"low_freq_factor", scaling.low_freq_factor},
+                    {"high_freq_factor", scaling.high_freq_factor},
+                    {"original_max_position_embeddings", scaling.original_max_position_embeddings}};
   }
   return {{"architectures", {"LlamaForCausalLM"}},
           {"attention_bias", false},
@@ -325,16 +320,16 @@ absl::StatusOr<RandomModelSpec> ParseRandomModelSpec(std::string_view text) {
     Take(json, "never_ends", spec.never_ends);
     Json gains = Json::object(), scaling = nullptr;
     Take(json, "gains", gains);
-    for (auto [name, gain] : std::initializer_list<std::pair<const char*, double*>>{
-             {"embed", &spec.gains.embed},
-             {"q", &spec.gains.q},
-             {"k", &spec.gains.k},
-             {"v", &spec.gains.v},
-             {"o", &spec.gains.o},
-             {"gate", &spec.gains.gate},
-             {"up", &spec.gains.up},
-             {"down", &spec.gains.down},
-             {"lm_head", &spec.gains.lm_head}}) {
+    for (auto [name, gain] :
+         std::initializer_list<std::pair<const char*, double*>>{{"embed", &spec.gains.embed},
+                                                                {"q", &spec.gains.q},
+                                                                {"k", &spec.gains.k},
+                                                                {"v", &spec.gains.v},
+                                                                {"o", &spec.gains.o},
+                                                                {"gate", &spec.gains.gate},
+                                                                {"up", &spec.gains.up},
+                                                                {"down", &spec.gains.down},
+                                                                {"lm_head", &spec.gains.lm_head}}) {
       Take(gains, name, *gain);
     }
     Take(json, "rope_scaling", scaling);

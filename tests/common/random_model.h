@@ -1,13 +1,15 @@
-// Llama models with random weights, written as Hugging Face folders: the goldens are computed on such
-// a folder in Python (tests/golden/make_goldens.py), which draws the same bytes, so no weight is ever
-// committed; system tests serve them where no real model is needed.
+// Llama models with random weights, written as Hugging Face folders: the goldens are computed on
+// such a folder in Python (tests/golden/make_goldens.py), which draws the same bytes, so no weight
+// is ever committed; system tests serve them where no real model is needed.
 //
-// Every weight is a function of (seed, tensor name, index in the tensor) alone, made of 64-bit integer
-// operations, one double multiplication and two roundings to nearest even (float32, bfloat16): the
-// same bits on every machine, compiler and language.
-//   key     = Mix(Mix(seed + G) ^ Fnv1a64(name)),  G = 0x9E3779B97F4A7C15, Mix = splitmix64's finaliser
+// Every weight is a function of (seed, tensor name, index in the tensor) alone, made of 64-bit
+// integer operations, one double multiplication and two roundings to nearest even (float32,
+// bfloat16): the same bits on every machine, compiler and language.
+//   G = 0x9E3779B97F4A7C15, Mix = splitmix64's finaliser
+//   key     = Mix(Mix(seed + G) ^ Fnv1a64(name))
 //   bits(i) = Mix(key + (i + 1) * G)
-//   matrix: (2 * (sum of the four 16-bit fields of bits) - 262140) * (gain / sqrt(columns) / 75674.5),
+//   matrix: (2 * (sum of the four 16-bit fields of bits) - 262140) * scale,
+//           scale = gain / sqrt(columns) / 75674.5:
 //           close to a normal of standard deviation gain / sqrt(columns), cut at 3.46 of them
 //   norm:   0.5 + (bits >> 56) / 256
 #ifndef HEADROOM_TESTS_COMMON_RANDOM_MODEL_H_
@@ -47,7 +49,8 @@ struct RandomModelGains {
   double lm_head = 2.5;  // the standard deviation of the logits (embed's where embeddings are tied)
 };
 
-// The default is a model for system tests: 4 layers, 12 query heads on 4 KV heads (group 3), 4.8 MiB of weights.
+// The default is a model for system tests: 4 layers, 12 query heads on 4 KV heads (group 3),
+// 4.8 MiB of weights.
 struct RandomModelSpec {
   uint64_t seed = 1;  // below 2^53 if it is to survive JSON
   int64_t num_layers = 4;
@@ -75,10 +78,10 @@ struct RandomModelSpec {
   bool never_ends = false;
 };
 
-// Writes config.json, generation_config.json, the weights and, if asked for, the tokenizer into `dir`,
-// which is made where absent; files of those names are replaced. Needs memory for one buffer of
-// 128 KiB only, whatever the model's size.
-// Errors: INVALID_ARGUMENT (the spec's field named), INTERNAL (a file cannot be written).
+// Writes config.json, generation_config.json, the weights and, if asked for, the tokenizer into
+// `dir`, which is made where absent; files of those names are replaced. Needs memory for one buffer
+// of 128 KiB only, whatever the model's size. Errors: INVALID_ARGUMENT (the spec's field named),
+// INTERNAL (a file cannot be written).
 absl::Status WriteRandomModel(const RandomModelSpec& spec, const std::string& dir);
 
 // The `spec` object of a golden's sidecar: keys are the members' names above, all optional.

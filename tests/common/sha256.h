@@ -1,5 +1,5 @@
-// SHA-256 (FIPS 180-4) of a file, so that golden tests can prove that they run on the very weights that
-// the goldens were computed on, without a dependency.
+// SHA-256 (FIPS 180-4) of a file, so that golden tests can prove that they run on the very weights
+// that the goldens were computed on, without a dependency.
 #ifndef HEADROOM_TESTS_COMMON_SHA256_H_
 #define HEADROOM_TESTS_COMMON_SHA256_H_
 
