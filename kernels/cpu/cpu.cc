@@ -1,0 +1,48 @@
+// The public CPU kernels: the best instruction set of this processor, chosen once.
+#include <algorithm>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace headroom::kernels::cpu {
+namespace {
+
+const KernelTable& Best() {
+  static const KernelTable& best = HasAvx512() ? kAvx512Kernels : kAvx2Kernels;
+  return best;
+}
+
+}  // namespace
+
+bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+void Attend(const AttendArgs& args, CpuTeam& team) { Best().attend(args, team); }
+void CopyKvRows(const CopyKvRowsArgs& args, CpuTeam& team) { Best().copy_kv_rows(args, team); }
+void Embed(const EmbedArgs& args, CpuTeam& team) { Best().embed(args, team); }
+void Gemm(const GemmArgs& args, CpuTeam& team) { Best().gemm(args, team); }
+void RmsNorm(const RmsNormArgs& args, CpuTeam& team) { Best().rms_norm(args, team); }
+void RopeTable(const RopeTableArgs& args, CpuTeam& team) { Best().rope_table(args, team); }
+void RopeAppend(const RopeAppendArgs& args, CpuTeam& team) { Best().rope_append(args, team); }
+void Sample(const SampleArgs& args, CpuTeam& team) { Best().sample(args, team); }
+void SwiGlu(const SwiGluArgs& args, CpuTeam& team) { Best().swiglu(args, team); }
+
+void PackWeightRows(const BFloat16* rows_data, int64_t row_begin, int64_t rows, int64_t n,
+                    int64_t k, BFloat16* packed) {
+  for (int64_t row = row_begin; row < row_begin + rows; ++row) {
+    const BFloat16* from = rows_data + (row - row_begin) * k;
+    BFloat16* to = packed + PackedWeightIndex(k, row, 0);
+    for (int64_t column = 0; column < k; ++column) to[column * kPanelOutputs] = from[column];
+    // The row that opens the last panel also clears the outputs past n.
+    if (row % kPanelOutputs != 0 || row + kPanelOutputs <= n) continue;
+    const int64_t padding = row + kPanelOutputs - n;
+    for (int64_t column = 0; column < k; ++column) {
+      BFloat16* const end = to + (column + 1) * kPanelOutputs;
+      std::fill(end - padding, end, BFloat16());
+    }
+  }
+}
+
+}  // namespace headroom::kernels::cpu

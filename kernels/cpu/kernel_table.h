@@ -1,0 +1,40 @@
+// The CPU kernels of one instruction set. kernels/cpu/*_kernel.cc are compiled once per set; cpu.cc
+// picks the best that this processor has.
+#ifndef HEADROOM_KERNELS_CPU_KERNEL_TABLE_H_
+#define HEADROOM_KERNELS_CPU_KERNEL_TABLE_H_
+
+#include "kernels/attention.h"
+#include "kernels/copy_kv_rows.h"
+#include "kernels/cpu/team.h"
+#include "kernels/embed.h"
+#include "kernels/gemm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
+#include "kernels/swiglu.h"
+
+namespace headroom::kernels::cpu {
+
+struct KernelTable {
+  const char* name;
+  void (*attend)(const AttendArgs&, CpuTeam&);
+  void (*copy_kv_rows)(const CopyKvRowsArgs&, CpuTeam&);
+  void (*embed)(const EmbedArgs&, CpuTeam&);
+  void (*gemm)(const GemmArgs&, CpuTeam&);
+  void (*rms_norm)(const RmsNormArgs&, CpuTeam&);
+  void (*rope_table)(const RopeTableArgs&, CpuTeam&);
+  void (*rope_append)(const RopeAppendArgs&, CpuTeam&);
+  void (*sample)(const SampleArgs&, CpuTeam&);
+  void (*swiglu)(const SwiGluArgs&, CpuTeam&);
+};
+
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+
+// Whether this processor runs the table's kernels.
+bool HasAvx2();
+bool HasAvx512();
+
+}  // namespace headroom::kernels::cpu
+
+#endif  // HEADROOM_KERNELS_CPU_KERNEL_TABLE_H_

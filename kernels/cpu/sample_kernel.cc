@@ -1,0 +1,159 @@
+// Log-probabilities and the draw of a token; sample.h states the distribution.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cpu/kernels.h"
+
+namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
+namespace {
+
+struct Candidate {
+  float logit;
+  int32_t id;
+};
+static_assert(sizeof(Candidate) == 2 * sizeof(float));
+
+bool Likelier(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+// Philox-4x32-10 at counter {counter, 0}, key seed: one uniform number in [0, 1) of 24 bits.
+float Uniform(uint64_t seed, uint64_t counter) {
+  uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
+  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53u} * c[0];
+    const uint64_t b = uint64_t{0xCD9E8D57u} * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ key[0],
+                              static_cast<uint32_t>(b),
+                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ key[1],
+                              static_cast<uint32_t>(a)};
+    std::copy(next, next + 4, c);
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
+  }
+  return static_cast<float>(c[0] >> 8) * 0x1p-24f;
+}
+
+// Maximum (lowest id on ties) of the row; false if a logit is not finite.
+bool Maximum(const float* logits, int64_t vocab, float& maximum, int32_t& id) {
+  maximum = logits[0];
+  id = 0;
+  // A sum of x * 0 is NaN exactly if some x is NaN or infinite.
+  F32x16 zeros = Zero();
+  F32x16 top = Broadcast(-std::numeric_limits<float>::infinity());
+  const int64_t whole = vocab / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const F32x16 x = Load(logits + i);
+    zeros = Fma(x, Zero(), zeros);
+    top = Max(top, x);
+  }
+  float check = ReduceAdd(zeros);
+  maximum = ReduceMax(top);
+  for (int64_t i = whole; i < vocab; ++i) {
+    check += logits[i] * 0.0f;
+    maximum = std::max(maximum, logits[i]);
+  }
+  if (check != 0.0f) return false;
+  id = static_cast<int32_t>(std::find(logits, logits + vocab, maximum) - logits);
+  return true;
+}
+
+float LogSumExp(const float* logits, int64_t vocab, float maximum) {
+  F32x16 sum = Zero();
+  const int64_t whole = vocab / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    sum = Add(sum, Exp(Sub(Load(logits + i), Broadcast(maximum))));
+  }
+  float total = ReduceAdd(sum);
+  for (int64_t i = whole; i < vocab; ++i) total += Exp(logits[i] - maximum);
+  return std::log(total);
+}
+
+// The likeliest `count` tokens, kept sorted by insertion.
+void TopTokens(const float* logits, int64_t vocab, int32_t count, float maximum, float lse,
+               SampleResult& result) {
+  Candidate top[kMaxTopLogprobs];
+  int32_t have = 0;
+  for (int64_t id = 0; id < vocab; ++id) {
+    const Candidate candidate{logits[id], static_cast<int32_t>(id)};
+    if (have == count && !Likelier(candidate, top[have - 1])) continue;
+    int32_t at = have < count ? have++ : have - 1;
+    for (; at > 0 && Likelier(candidate, top[at - 1]); --at) top[at] = top[at - 1];
+    top[at] = candidate;
+  }
+  result.num_top = have;
+  for (int32_t i = 0; i < have; ++i) {
+    result.top_ids[i] = top[i].id;
+    result.top_logprobs[i] = top[i].logit - maximum - lse;
+  }
+}
+
+int32_t Draw(const float* logits, int64_t vocab, const SampleRow& row, float maximum,
+             float* scratch) {
+  // Only the likeliest `kept` tokens stay in the running; sorting is needed only to know them.
+  auto* candidates = reinterpret_cast<Candidate*>(scratch);
+  for (int64_t id = 0; id < vocab; ++id) {
+    candidates[id] = {(logits[id] - maximum) / row.temperature, static_cast<int32_t>(id)};
+  }
+  int64_t kept = row.top_k > 0 ? std::min<int64_t>(row.top_k, vocab) : vocab;
+  if (row.top_p < 1 || row.min_p > 0 || kept < vocab) {
+    std::partial_sort(candidates, candidates + kept, candidates + vocab, Likelier);
+  }
+  double total = 0;
+  for (int64_t i = 0; i < kept; ++i) total += std::exp(static_cast<double>(candidates[i].logit));
+  if (row.top_p < 1) {
+    double reached = 0;
+    int64_t i = 0;
+    while (i < kept && reached < row.top_p * total) {
+      reached += std::exp(static_cast<double>(candidates[i++].logit));
+    }
+    kept = std::max<int64_t>(i, 1);
+  }
+  if (row.min_p > 0) {
+    const double least = row.min_p * std::exp(static_cast<double>(candidates[0].logit));
+    while (kept > 1 && std::exp(static_cast<double>(candidates[kept - 1].logit)) < least) --kept;
+  }
+  total = 0;
+  for (int64_t i = 0; i < kept; ++i) total += std::exp(static_cast<double>(candidates[i].logit));
+  const double target = static_cast<double>(Uniform(row.seed, row.counter)) * total;
+  double reached = 0;
+  for (int64_t i = 0; i < kept; ++i) {
+    reached += std::exp(static_cast<double>(candidates[i].logit));
+    if (reached > target) return candidates[i].id;
+  }
+  return candidates[kept - 1].id;
+}
+
+}  // namespace
+
+void Sample(const SampleArgs& args, CpuTeam& team) {
+  team.ForEach(args.rows.count, [&](int64_t i) {
+    const SampleRow& row = args.rows.device[i];
+    const float* logits = args.logits + i * args.vocab;
+    SampleResult& result = args.results[row.result_index];
+    result.non_finite = result.num_top = 0;
+    float maximum;
+    if (!Maximum(logits, args.vocab, maximum, result.token_id)) {
+      result.non_finite = 1;
+      result.token_id = 0;
+      result.logprob = 0;
+    } else {
+      if (row.forced_token >= 0) {
+        result.token_id = row.forced_token;
+      } else if (row.temperature > 0) {
+        result.token_id = Draw(logits, args.vocab, row, maximum,
+                               args.scratch + i * SampleScratchFloats(args.vocab));
+      }
+      const float lse = LogSumExp(logits, args.vocab, maximum);
+      result.logprob = logits[result.token_id] - maximum - lse;
+      if (row.num_top_logprobs > 0) {
+        TopTokens(logits, args.vocab, std::min(row.num_top_logprobs, kMaxTopLogprobs), maximum,
+                  lse, result);
+      }
+    }
+    if (row.slot >= 0) args.last_tokens[row.slot] = result.token_id;
+  });
+}
+
+}  // namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE

@@ -1,0 +1,212 @@
+// Plain versions of every operation: obviously right, in float64 where sums are formed. The oracle
+// of the tests; never on a serving path.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/copy_kv_rows.h"
+#include "kernels/embed.h"
+#include "kernels/gemm.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
+#include "kernels/swiglu.h"
+
+namespace headroom::kernels::reference {
+namespace {
+
+const BFloat16* Key(const KvSpan& span, int32_t head, int64_t pos, int32_t d) {
+  return reinterpret_cast<const BFloat16*>(
+      span.base + KvLayout{span.capacity, d}.KeyOffset(head - span.kv_head_begin,
+                                                       (pos - span.origin_pos) % span.capacity));
+}
+const BFloat16* Value(const KvSpan& span, int32_t head, int64_t pos, int32_t d) {
+  return reinterpret_cast<const BFloat16*>(
+      span.base + KvLayout{span.capacity, d}.ValueOffset(head - span.kv_head_begin,
+                                                         (pos - span.origin_pos) % span.capacity));
+}
+
+}  // namespace
+
+void Gemm(const GemmArgs& g) {
+  for (int64_t m = 0; m < g.m; ++m) {
+    for (int64_t n = 0; n < g.w.n; ++n) {
+      float sum = 0;
+      for (int64_t k = 0; k < g.w.k; ++k) {
+        sum = std::fma(g.a[m * g.a_stride + k], ToFloat(g.w.data[PackedWeightIndex(g.w.k, n, k)]),
+                       sum);
+      }
+      float& c = g.c[m * g.c_stride + n];
+      c = g.accumulate ? c + sum : sum;
+    }
+  }
+}
+
+void RmsNorm(const RmsNormArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t from = args.row_index.device != nullptr ? args.row_index.device[row] : row;
+    const float* x = args.x + from * args.hidden;
+    double sum = 0;
+    for (int64_t i = 0; i < args.hidden; ++i) sum += static_cast<double>(x[i]) * x[i];
+    const double scale = 1 / std::sqrt(sum / static_cast<double>(args.hidden) + args.epsilon);
+    for (int64_t i = 0; i < args.hidden; ++i) {
+      args.out[row * args.hidden + i] = static_cast<float>(x[i] * scale * ToFloat(args.weight[i]));
+    }
+  }
+}
+
+void SwiGlu(const SwiGluArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t i = 0; i < args.width; ++i) {
+      const double gate = args.gate_up[row * 2 * args.width + i];
+      const double up = args.gate_up[row * 2 * args.width + args.width + i];
+      args.out[row * args.width + i] = static_cast<float>(gate / (1 + std::exp(-gate)) * up);
+    }
+  }
+}
+
+void Embed(const EmbedArgs& args) {
+  for (int64_t row = 0; row < args.rows.count; ++row) {
+    const EmbedRow& what = args.rows.device[row];
+    const int64_t id = what.token_id >= 0 ? what.token_id : args.last_tokens[what.slot];
+    for (int64_t i = 0; i < args.table.k; ++i) {
+      args.out[row * args.table.k + i] =
+          ToFloat(args.table.data[PackedWeightIndex(args.table.k, id, i)]);
+    }
+  }
+}
+
+void RopeTable(const RopeTableArgs& args) {
+  const int32_t half = args.head_dim / 2;
+  for (int64_t row = 0; row < args.positions.count; ++row) {
+    for (int32_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(static_cast<float>(args.positions.device[row]) *
+                                               args.inverse_frequency[i]);
+      args.cos_sin[row * args.head_dim + i] = static_cast<float>(std::cos(angle));
+      args.cos_sin[row * args.head_dim + half + i] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+void RopeAppend(const RopeAppendArgs& args) {
+  const int32_t d = args.head_dim;
+  const int32_t half = d / 2;
+  const int64_t width = int64_t{args.num_q_heads + 2 * args.num_kv_heads} * d;
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const AppendItem& item = args.items.device[i];
+    for (int64_t at = 0; at < item.target.count; ++at) {
+      const int64_t row = item.row_begin + at;
+      float* const base = args.qkv + row * width;
+      const float* cos_sin = args.cos_sin + row * d;
+      const auto rotated = [&](const float* x, int32_t j) {
+        const int32_t pair = j % half;
+        return j < half ? x[pair] * cos_sin[pair] - x[pair + half] * cos_sin[half + pair]
+                        : x[pair + half] * cos_sin[pair] + x[pair] * cos_sin[half + pair];
+      };
+      for (int32_t head = 0; head < args.num_q_heads; ++head) {
+        std::vector<float> turned(d);
+        for (int32_t j = 0; j < d; ++j) turned[j] = rotated(base + head * d, j);
+        std::copy(turned.begin(), turned.end(), base + head * d);
+      }
+      const float* k = base + int64_t{args.num_q_heads} * d;
+      const float* v = k + int64_t{args.num_kv_heads} * d;
+      for (int32_t head = 0; head < args.num_kv_heads; ++head) {
+        const int64_t pos = item.target.first_pos + at;
+        auto* key = const_cast<BFloat16*>(Key(item.target, head, pos, d));
+        auto* value = const_cast<BFloat16*>(Value(item.target, head, pos, d));
+        for (int32_t j = 0; j < d; ++j) {
+          key[j] = ToBFloat16(rotated(k + head * d, j));
+          value[j] = ToBFloat16(v[head * d + j]);
+        }
+      }
+    }
+  }
+}
+
+void CopyKvRows(const CopyKvRowsArgs& args) {
+  const KvLayout row{1, args.head_dim};
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const CopyKvItem& item = args.items.device[i];
+    for (int32_t head = item.to.kv_head_begin; head < item.to.kv_head_end; ++head) {
+      for (int64_t pos = item.to.first_pos; pos < item.to.first_pos + item.to.count; ++pos) {
+        std::memcpy(const_cast<BFloat16*>(Key(item.to, head, pos, args.head_dim)),
+                    Key(item.from, head, pos, args.head_dim), row.RowBytes());
+        std::memcpy(const_cast<BFloat16*>(Value(item.to, head, pos, args.head_dim)),
+                    Value(item.from, head, pos, args.head_dim), row.RowBytes());
+      }
+    }
+  }
+}
+
+// Whole softmax over all keys of one launch; REQUIRES: every item resets and finishes.
+void Attend(const AttendArgs& args) {
+  const int32_t d = args.head_dim;
+  const int32_t group = args.num_q_heads / args.num_kv_heads;
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const AttendItem& item = args.items.device[i];
+    for (int32_t q_head = item.kv_head_begin * group; q_head < item.kv_head_end * group; ++q_head) {
+      for (int64_t row = 0; row < item.row_count; ++row) {
+        const float* q = args.q + (item.row_begin + row) * args.q_stride + int64_t{q_head} * d;
+        std::vector<double> scores;
+        std::vector<const BFloat16*> values;
+        for (int32_t s = 0; s < item.span_count; ++s) {
+          const KvSpan& span = args.spans.device[item.span_begin + s];
+          for (int64_t pos = span.first_pos; pos < span.first_pos + span.count; ++pos) {
+            if (pos > item.first_pos + row) continue;
+            const BFloat16* key = Key(span, q_head / group, pos, d);
+            double score = 0;
+            for (int32_t j = 0; j < d; ++j) score += static_cast<double>(q[j]) * ToFloat(key[j]);
+            scores.push_back(score * args.scale);
+            values.push_back(Value(span, q_head / group, pos, d));
+          }
+        }
+        const double top = *std::max_element(scores.begin(), scores.end());
+        double total = 0;
+        std::vector<double> out(d, 0);
+        for (size_t k = 0; k < scores.size(); ++k) {
+          const double weight = std::exp(scores[k] - top);
+          total += weight;
+          for (int32_t j = 0; j < d; ++j) out[j] += weight * ToFloat(values[k][j]);
+        }
+        float* const to =
+            args.out + ((item.row_begin + row) * args.num_q_heads + q_head) * int64_t{d};
+        for (int32_t j = 0; j < d; ++j) to[j] = static_cast<float>(out[j] / total);
+      }
+    }
+  }
+}
+
+// Log-probabilities, greedy and forced rows; a tempered draw has no second source of randomness to
+// be compared with, and is tested by its distribution.
+void Sample(const SampleArgs& args) {
+  for (int32_t i = 0; i < args.rows.count; ++i) {
+    const SampleRow& row = args.rows.device[i];
+    const float* logits = args.logits + i * args.vocab;
+    SampleResult& result = args.results[row.result_index];
+    result = SampleResult();
+    std::vector<int32_t> order(args.vocab);
+    for (int32_t id = 0; id < args.vocab; ++id) order[id] = id;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    double total = 0;
+    for (int64_t id = 0; id < args.vocab; ++id) {
+      if (!std::isfinite(logits[id])) result.non_finite = 1;
+      total += std::exp(static_cast<double>(logits[id]) - logits[order[0]]);
+    }
+    if (result.non_finite == 0) {
+      const double lse = logits[order[0]] + std::log(total);
+      result.token_id = row.forced_token >= 0 ? row.forced_token : order[0];
+      result.logprob = static_cast<float>(logits[result.token_id] - lse);
+      result.num_top = static_cast<int32_t>(std::min<int64_t>(row.num_top_logprobs, args.vocab));
+      for (int32_t t = 0; t < result.num_top; ++t) {
+        result.top_ids[t] = order[t];
+        result.top_logprobs[t] = static_cast<float>(logits[order[t]] - lse);
+      }
+    }
+    if (row.slot >= 0) args.last_tokens[row.slot] = result.token_id;
+  }
+}
+
+}  // namespace headroom::kernels::reference
