@@ -21,12 +21,18 @@ namespace headroom::kernels {
 
 class CpuTeam;
 
+// The most query heads that may share a KV head.
+inline constexpr int32_t kMaxGqaGroup = 64;
+
 // Floats of the state of one (row, q_head): R and U, each [o: head_dim][m][l].
 inline constexpr int64_t AttentionStateFloats(int32_t head_dim) { return 2 * (head_dim + 2); }
 
 // Rows of one sequence against consecutive spans of keys, for some KV heads. Spans are
 // spans[span_begin, span_begin + span_count), ascending in position, each a run of whole blocks
-// except that the last may end inside one; each covers the heads [kv_head_begin, kv_head_end).
+// except that the last may end inside one; each covers the heads [kv_head_begin, kv_head_end). The
+// keys of a launch go on where those of the rows' launch before ended, unless it resets. Without spans
+// an item only resets or finishes its rows.
+// REQUIRES: items of one launch do not meet in a (row, kv_head).
 struct AttendItem {
   int32_t row_begin = 0;  // rows [row_begin, row_begin + row_count) of the batch
   int32_t row_count = 0;
@@ -50,9 +56,9 @@ struct AttendArgs {
   float* scratch = nullptr;  // [scratch_floats]: unit partials of rows split over threads
   int64_t scratch_floats = 0;
   float scale = 0;  // usually 1 / sqrt(head_dim)
-  int32_t num_q_heads = 0;
+  int32_t num_q_heads = 0;  // num_kv_heads x at most kMaxGqaGroup
   int32_t num_kv_heads = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;  // 64, 128 or 256
 };
 
 // The least scratch that an AttendArgs may come with.

@@ -1,246 +1,28 @@
-// Attention over spans of keys; attention.h states the fold, to the bit.
+// How attention's work is divided; attention_block.h has the arithmetic, attention.h the fold.
 //
-// One routine does the arithmetic: a group of queries against one block of 64 keys, with K transposed
-// to [head_dim][64] and V widened to [64][head_dim] once per block and head. Scores are then chains
-// of fused multiply-adds over head_dim, vectorised over keys; P V are chains over keys, vectorised over
-// head_dim. Only how work is divided differs: many rows are split by rows, few rows by units, whose
-// partials are folded in order afterwards.
+// Many rows are split by rows: a task is some rows of one KV head and walks all keys in order. Few
+// rows are split by units of keys: a task computes one unit of one KV head for all rows into scratch,
+// and the units are folded in order afterwards. Both leave the same states: a unit is folded into R
+// by the launch whose keys reach its border.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 
+#include "kernels/cpu/attention_block.h"
 #include "kernels/cpu/kernels.h"
 
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
 
-constexpr int kBlock = static_cast<int>(kBlockTokens);
-constexpr int kBlockVectors = kBlock / kLanes;
-constexpr int kMaxHeadDim = 256;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// Queries that share a pass over a block: 6 x 4 accumulators fill 24 of AVX-512's 32 registers.
-#if defined(__AVX512F__)
-constexpr int kGroup = 6;
-#else
-constexpr int kGroup = 2;
-#endif
-
-// Queries (rows x group) of one KV head from which work is divided by rows and not by units.
-constexpr int64_t kManyQueries = 96;
-// Rows of a task when it is.
-constexpr int64_t kRowsATask = 32;
-
-// R or U: {o[d], m, l}.
-struct Partial {
-  float* o;
-  int32_t d;
-  float& m() const { return o[d]; }
-  float& l() const { return o[d + 1]; }
-  void Reset() const {
-    std::memset(o, 0, d * sizeof(float));
-    m() = kMinusInfinity;
-    l() = 0;
-  }
-};
-
-// a = fold(a, b), b the later keys. Empty is the identity on both sides, exactly.
-void Fold(const Partial& a, const Partial& b) {
-  if (b.l() == 0) return;
-  if (a.l() == 0) {
-    std::memcpy(a.o, b.o, (a.d + 2) * sizeof(float));
-    return;
-  }
-  const float m = std::max(a.m(), b.m());
-  const float wa = Exp(a.m() - m);
-  const float wb = Exp(b.m() - m);
-  for (int i = 0; i < a.d; i += kLanes) {
-    Store(a.o + i, Fma(Load(b.o + i), Broadcast(wb), Mul(Load(a.o + i), Broadcast(wa))));
-  }
-  a.l() = std::fma(b.l(), wb, a.l() * wa);
-  a.m() = m;
-}
-
-// One block of keys, ready for use.
-struct Block {
-  int64_t first_pos = 0;
-  int count = 0;                                          // keys that exist
-  alignas(64) float k_transposed[kMaxHeadDim * kBlock];   // [d][64]
-  alignas(64) float v[kBlock * kMaxHeadDim];              // [64][d]
-};
-
-#if defined(__AVX512F__)
-// in[r]: 16 32-bit words of row r; out: word w of all 16 rows.
-void Transpose(const __m512i* in, __m512i* out) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i p = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-    const __m512i q = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i r = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    const __m512i s = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    out[j] = _mm512_shuffle_i32x4(p, r, 0x88);
-    out[8 + j] = _mm512_shuffle_i32x4(p, r, 0xdd);
-    out[4 + j] = _mm512_shuffle_i32x4(q, s, 0x88);
-    out[12 + j] = _mm512_shuffle_i32x4(q, s, 0xdd);
-  }
-}
-
-// 16 rows x 32 columns of bfloat16 to [32][kBlock] float32.
-void TransposeTile(const BFloat16* const* rows, int column, float* out) {
-  __m512i in[16], words[16];
-  for (int r = 0; r < 16; ++r) in[r] = _mm512_loadu_si512(rows[r] + column);
-  Transpose(in, words);
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int w = 0; w < 16; ++w) {
-    _mm512_storeu_si512(out + (2 * w) * kBlock, _mm512_slli_epi32(words[w], 16));
-    _mm512_storeu_si512(out + (2 * w + 1) * kBlock, _mm512_and_si512(words[w], high));
-  }
-}
-#else
-void TransposeTile(const BFloat16* const* rows, int column, float* out) {
-  for (int r = 0; r < 16; ++r) {
-    for (int c = 0; c < 32; ++c) out[c * kBlock + r] = ToFloat(rows[r][column + c]);
-  }
-}
-#endif
-
-// Rows past `count` are taken as zero and never read.
-void LoadBlock(const KvSpan& span, int32_t head, int64_t first_pos, int count, int32_t d,
-               Block& block) {
-  alignas(64) static constexpr BFloat16 kZeroRow[kMaxHeadDim] = {};
-  const KvLayout layout{span.capacity, d};
-  const int64_t row = (first_pos - span.origin_pos) % span.capacity;
-  const auto* keys = reinterpret_cast<const BFloat16*>(
-      span.base + layout.KeyOffset(head - span.kv_head_begin, row));
-  const auto* values = reinterpret_cast<const BFloat16*>(
-      span.base + layout.ValueOffset(head - span.kv_head_begin, row));
-  block.first_pos = first_pos;
-  block.count = count;
-  for (int begin = 0; begin < kBlock; begin += 16) {
-    const BFloat16* rows[16];
-    for (int r = 0; r < 16; ++r) rows[r] = begin + r < count ? keys + (begin + r) * d : kZeroRow;
-    for (int column = 0; column < d; column += 32) {
-      TransposeTile(rows, column, block.k_transposed + column * kBlock + begin);
-    }
-  }
-  const int64_t present = int64_t{count} * d;
-  for (int64_t i = 0; i < present; i += kLanes) Store(block.v + i, LoadBf16(values + i));
-  std::memset(block.v + present, 0, (int64_t{kBlock} * d - present) * sizeof(float));
-}
-
-// One query: where it reads, where its open unit is, what it sees.
-struct Query {
-  const float* q;
-  Partial unit;
-  int64_t pos;
-};
-
-// kN queries against one block.
-template <int kN>
-void AttendBlock(const Query* queries, const Block& block, int32_t d, float scale) {
-  alignas(64) float p[kN][kBlock];
-  float rescale[kN];
-  {
-    F32x16 scores[kN][kBlockVectors];
-#pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) scores[n][v] = Zero();
-    }
-    for (int32_t i = 0; i < d; ++i) {
-      F32x16 k[kBlockVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) k[v] = Load(block.k_transposed + i * kBlock + v * kLanes);
-#pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) {
-        const F32x16 q = Broadcast(queries[n].q[i]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kBlockVectors; ++v) scores[n][v] = Fma(q, k[v], scores[n][v]);
-      }
-    }
-    for (int n = 0; n < kN; ++n) {
-      const int64_t seen = std::min<int64_t>(block.count, queries[n].pos - block.first_pos + 1);
-      const Partial& unit = queries[n].unit;
-      if (seen <= 0) {
-        rescale[n] = 1;
-        std::memset(p[n], 0, sizeof(p[n]));
-        continue;
-      }
-      F32x16 top = Broadcast(kMinusInfinity);
-      for (int v = 0; v < kBlockVectors; ++v) {
-        scores[n][v] = FirstLanes(Mul(scores[n][v], Broadcast(scale)),
-                                  static_cast<int>(seen) - v * kLanes, kMinusInfinity);
-        top = Max(top, scores[n][v]);
-      }
-      const float m = std::max(unit.m(), ReduceMax(top));
-      F32x16 e[kBlockVectors];
-      for (int v = 0; v < kBlockVectors; ++v) {
-        e[v] = Exp(Sub(scores[n][v], Broadcast(m)));
-        Store(p[n] + v * kLanes, e[v]);
-      }
-      rescale[n] = Exp(unit.m() - m);
-      unit.l() = std::fma(unit.l(), rescale[n],
-                          ReduceAdd(Add(Add(e[0], e[1]), Add(e[2], e[3]))));
-      unit.m() = m;
-    }
-  }
-  for (int32_t column = 0; column < d; column += kBlock) {
-    F32x16 o[kN][kBlockVectors];
-#pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) {
-        o[n][v] = Mul(Load(queries[n].unit.o + column + v * kLanes), Broadcast(rescale[n]));
-      }
-    }
-    for (int j = 0; j < kBlock; ++j) {
-      F32x16 value[kBlockVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) value[v] = Load(block.v + j * d + column + v * kLanes);
-#pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) {
-        const F32x16 weight = Broadcast(p[n][j]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kBlockVectors; ++v) o[n][v] = Fma(weight, value[v], o[n][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) {
-        Store(queries[n].unit.o + column + v * kLanes, o[n][v]);
-      }
-    }
-  }
-}
-
-void AttendGroup(const Query* queries, int count, const Block& block, int32_t d, float scale) {
-  switch (count) {
-    case 1: return AttendBlock<1>(queries, block, d, scale);
-    case 2: return AttendBlock<2>(queries, block, d, scale);
-#if defined(__AVX512F__)
-    case 3: return AttendBlock<3>(queries, block, d, scale);
-    case 4: return AttendBlock<4>(queries, block, d, scale);
-    case 5: return AttendBlock<5>(queries, block, d, scale);
-    case 6: return AttendBlock<6>(queries, block, d, scale);
-#endif
-    default: return;
-  }
-}
+// Queries (rows x group) of one KV head: up to kFewQueries work is split by units, from kManyQueries
+// on by rows, where that gives every member several tasks.
+constexpr int64_t kFewQueries = 96;
+constexpr int64_t kManyQueries = 256;
+// Queries of a task that is split by rows: the block, widened once, serves all of them. With its
+// states (96 x 264 B) and the block (32 KiB at head_dim 64) it stays in L2.
+constexpr int64_t kQueriesATask = 96;
+// Up to this many queries share a pass over K and V as they lie.
+constexpr int64_t kNarrowQueries = 2 * kGroup;
+// Works of one pass over the scratch.
+constexpr int kMaxWorks = 256;
 
 // A launch's arguments with the addresses that follow from them.
 struct Launch {
@@ -248,10 +30,19 @@ struct Launch {
   int32_t group;  // query heads of a KV head
 
   const KvSpan* spans(const AttendItem& item) const { return a.spans.device + item.span_begin; }
+  // The item's keys are the positions [begin_pos, end_pos). REQUIRES: span_count > 0.
   int64_t begin_pos(const AttendItem& item) const { return spans(item)[0].first_pos; }
   int64_t end_pos(const AttendItem& item) const {
     const KvSpan& last = spans(item)[item.span_count - 1];
     return last.first_pos + last.count;
+  }
+  bool has_keys(const AttendItem& item) const {
+    return item.span_count > 0 && end_pos(item) > begin_pos(item);
+  }
+  int64_t queries(const AttendItem& item) const { return int64_t{item.row_count} * group; }
+  int64_t rows_a_task() const { return std::max<int64_t>(1, kQueriesATask / group); }
+  int64_t row_tasks(const AttendItem& item) const {
+    return (item.row_count + rows_a_task() - 1) / rows_a_task();
   }
   float* state(int64_t row, int64_t q_head) const {
     return a.state + (row * a.num_q_heads + q_head) * AttentionStateFloats(a.head_dim);
@@ -268,20 +59,25 @@ struct Launch {
   }
 };
 
-// Calls fn(block) for every block of the item's keys within [begin, end).
-template <typename Fn>
+// Calls fn(block) for every block of the item's keys that begins within [begin, end).
+template <typename Block, typename Fn>
 void ForEachBlock(const Launch& launch, const AttendItem& item, int32_t head, int64_t begin,
-                  int64_t end, Fn&& fn) {
-  thread_local Block block;
-  const KvSpan* spans = launch.spans(item);
+                  int64_t end, Block& block, Fn&& fn) {
+  const int32_t d = launch.a.head_dim;
   for (int32_t s = 0; s < item.span_count; ++s) {
-    const int64_t span_end = spans[s].first_pos + spans[s].count;
-    if (span_end <= begin || spans[s].first_pos >= end) continue;
-    for (int64_t pos = std::max(begin, spans[s].first_pos); pos < std::min(end, span_end);
-         pos += kBlockTokens) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlockTokens, span_end - pos));
-      LoadBlock(spans[s], head, pos, count, launch.a.head_dim, block);
+    const KvSpan& span = launch.spans(item)[s];
+    const KvLayout layout{span.capacity, d};
+    const int64_t span_end = span.first_pos + span.count;
+    for (int64_t pos = std::max(begin, span.first_pos); pos < std::min(end, span_end);) {
+      const int64_t block_end = std::min(FloorToBlock(pos) + kBlockTokens, span_end);
+      const int64_t row = (pos - span.origin_pos) % span.capacity;
+      const uint8_t* keys = span.base + layout.KeyOffset(head - span.kv_head_begin, row);
+      const uint8_t* values = span.base + layout.ValueOffset(head - span.kv_head_begin, row);
+      block.Set({reinterpret_cast<const BFloat16*>(keys), reinterpret_cast<const BFloat16*>(values),
+                 pos, static_cast<int>(block_end - pos)},
+                d);
       fn(block);
+      pos = block_end;
     }
   }
 }
@@ -289,18 +85,49 @@ void ForEachBlock(const Launch& launch, const AttendItem& item, int32_t head, in
 void Finish(const Launch& launch, int64_t row, int64_t q_head) {
   const Partial result = launch.finished(row, q_head);
   Fold(result, launch.open(row, q_head));
-  const float inverse = 1.0f / result.l();
+  const F32x16 inverse = Broadcast(1.0f / result.l());
   float* out = launch.out(row, q_head);
   for (int32_t i = 0; i < launch.a.head_dim; i += kLanes) {
-    Store(out + i, Mul(Load(result.o + i), Broadcast(inverse)));
+    Store(out + i, Mul(Load(result.o + i), inverse));
   }
 }
 
-// ---- Many rows: a task is some rows of one KV head; it walks all keys in order.
-void AttendRows(const Launch& launch, const AttendItem& item, int32_t head, int64_t row_begin,
-                int64_t row_end) {
-  thread_local Query queries[kRowsATask * 64];
+// ---- Many rows -----------------------------------------------------------------------------------
+
+// The keys [begin, end) of one launch for the queries of a task, states brought forward.
+void WalkKeys(const Launch& launch, const AttendItem& item, int32_t head, const Query* queries,
+              int count) {
   const int32_t d = launch.a.head_dim;
+  const int64_t end = launch.end_pos(item);
+  const int64_t seen_end = std::min(end, queries[count - 1].pos + 1);
+  int64_t done = launch.begin_pos(item);
+  const auto fold = [&] {
+    for (int n = 0; n < count; ++n) {
+      const Partial unit = queries[n].unit;
+      Fold({unit.o - (d + 2), d}, unit);
+      unit.Reset();
+    }
+  };
+  WideBlock block;
+  ForEachBlock(launch, item, head, done, seen_end, block, [&](const WideBlock& loaded) {
+    // Queries are in order of position: the first that sees the block.
+    int first = 0;
+    while (first < count && queries[first].pos < loaded.rows().first_pos) ++first;
+    AttendBlock(queries + first, count - first, loaded, d, launch.a.scale);
+    done = loaded.rows().first_pos + loaded.rows().count;
+    if (done % kUnitTokens == 0) fold();
+  });
+  // The launch goes on past a unit's border with keys that no row here sees.
+  if (done % kUnitTokens != 0 && end / kUnitTokens > done / kUnitTokens) fold();
+}
+
+// Task `task` of an item: the last rows see the most keys and go first, so that members end together.
+void AttendRows(const Launch& launch, const AttendItem& item, int64_t task) {
+  const int64_t heads = item.kv_head_end - item.kv_head_begin;
+  const auto head = static_cast<int32_t>(item.kv_head_begin + task % heads);
+  const int64_t row_begin = (launch.row_tasks(item) - 1 - task / heads) * launch.rows_a_task();
+  const int64_t row_end = std::min<int64_t>(row_begin + launch.rows_a_task(), item.row_count);
+  Query queries[std::max<int64_t>(kQueriesATask, kMaxGqaGroup)];
   int count = 0;
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int32_t g = 0; g < launch.group; ++g) {
@@ -313,25 +140,7 @@ void AttendRows(const Launch& launch, const AttendItem& item, int32_t head, int6
       queries[count++] = {launch.q(at, q_head), launch.open(at, q_head), item.first_pos + row};
     }
   }
-  const int64_t last_pos = item.first_pos + row_end - 1;
-  const int64_t end = launch.end_pos(item);
-  // Keys past the last row are seen by none; their units' folds would be the identity.
-  ForEachBlock(launch, item, head, launch.begin_pos(item), std::min(end, last_pos + 1),
-               [&](const Block& block) {
-                 // Queries are in order of position: the first that sees the block.
-                 int first = 0;
-                 while (first < count && queries[first].pos < block.first_pos) ++first;
-                 for (int n = first; n < count; n += kGroup) {
-                   AttendGroup(queries + n, std::min(kGroup, count - n), block, d, launch.a.scale);
-                 }
-                 const int64_t block_end = block.first_pos + block.count;
-                 if (block_end % kUnitTokens != 0) return;
-                 for (int n = 0; n < count; ++n) {
-                   const Partial unit = queries[n].unit;
-                   Fold({unit.o - (d + 2), d}, unit);
-                   unit.Reset();
-                 }
-               });
+  if (launch.has_keys(item)) WalkKeys(launch, item, head, queries, count);
   if (!item.finish) return;
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int32_t g = 0; g < launch.group; ++g) {
@@ -340,140 +149,171 @@ void AttendRows(const Launch& launch, const AttendItem& item, int32_t head, int6
   }
 }
 
-// ---- Few rows: a task is some units of one KV head; partials go to scratch, [unit][query].
+// Runs the items [begin, end), all split by rows.
+void AttendManyRows(const Launch& launch, int32_t begin, int32_t end, CpuTeam& team) {
+  const auto tasks = [&](int32_t i) {
+    const AttendItem& item = launch.a.items.device[i];
+    return launch.row_tasks(item) * (item.kv_head_end - item.kv_head_begin);
+  };
+  int64_t total = 0;
+  for (int32_t i = begin; i < end; ++i) total += tasks(i);
+  team.ForEach(total, [&](int64_t task) {
+    int32_t i = begin;
+    for (; task >= tasks(i); ++i) task -= tasks(i);
+    AttendRows(launch, launch.a.items.device[i], task);
+  });
+}
+
+// ---- Few rows ------------------------------------------------------------------------------------
+
+// Some units of one KV head of an item; partials [unit][query].
 struct UnitWork {
   const AttendItem* item;
   int32_t head;
-  int64_t first_unit;  // of this pass
+  int64_t first_unit;
   int64_t num_units;
   float* partials;
 };
 
-int64_t NumQueries(const Launch& launch, const AttendItem& item) {
-  return int64_t{item.row_count} * launch.group;
+template <typename Block>
+void AttendUnitBlocks(const Launch& launch, const UnitWork& work, int64_t unit,
+                      const Query* queries, int count) {
+  const AttendItem& item = *work.item;
+  Block block;
+  ForEachBlock(launch, item, work.head, unit * kUnitTokens, (unit + 1) * kUnitTokens, block,
+               [&](const Block& loaded) {
+                 int first = 0;
+                 while (first < count && queries[first].pos < loaded.rows().first_pos) ++first;
+                 AttendBlock(queries + first, count - first, loaded, launch.a.head_dim,
+                             launch.a.scale);
+               });
 }
 
 void AttendUnit(const Launch& launch, const UnitWork& work, int64_t unit) {
   const AttendItem& item = *work.item;
   const int32_t d = launch.a.head_dim;
-  const int64_t num_queries = NumQueries(launch, item);
-  const int64_t begin = std::max(unit * kUnitTokens, launch.begin_pos(item));
-  const int64_t end = std::min((unit + 1) * kUnitTokens, launch.end_pos(item));
+  const auto count = static_cast<int>(launch.queries(item));
+  // A unit that an earlier launch opened goes on from there.
+  const bool opened = !item.reset && launch.begin_pos(item) > unit * kUnitTokens;
   Query queries[kManyQueries];
-  float* partials = work.partials + (unit - work.first_unit) * num_queries * (d + 2);
-  for (int64_t n = 0; n < num_queries; ++n) {
+  float* partials = work.partials + (unit - work.first_unit) * count * (d + 2);
+  for (int n = 0; n < count; ++n) {
     const int64_t row = item.row_begin + n / launch.group;
     const int64_t q_head = int64_t{work.head} * launch.group + n % launch.group;
-    const Partial partial{partials + n * (d + 2), d};
-    // A unit that an earlier launch opened goes on from there.
-    if (begin > unit * kUnitTokens && !item.reset) {
-      std::memcpy(partial.o, launch.open(row, q_head).o, (d + 2) * sizeof(float));
+    const Partial partial{partials + int64_t{n} * (d + 2), d};
+    if (opened) {
+      partial.CopyFrom(launch.open(row, q_head));
     } else {
       partial.Reset();
     }
     queries[n] = {launch.q(row, q_head), partial, item.first_pos + n / launch.group};
   }
-  ForEachBlock(launch, item, work.head, begin, end, [&](const Block& block) {
-    for (int64_t n = 0; n < num_queries; n += kGroup) {
-      AttendGroup(queries + n, static_cast<int>(std::min<int64_t>(kGroup, num_queries - n)), block,
-                  d, launch.a.scale);
-    }
-  });
+  if (count <= kNarrowQueries) {
+    AttendUnitBlocks<NarrowBlock>(launch, work, unit, queries, count);
+  } else {
+    AttendUnitBlocks<WideBlock>(launch, work, unit, queries, count);
+  }
 }
 
 // Folds the pass's units of one KV head into the states, in order.
 void FoldUnits(const Launch& launch, const UnitWork& work) {
   const AttendItem& item = *work.item;
   const int32_t d = launch.a.head_dim;
-  const int64_t num_queries = NumQueries(launch, item);
+  const int64_t count = launch.queries(item);
   const int64_t end = launch.end_pos(item);
   const bool first_pass = work.first_unit == launch.begin_pos(item) / kUnitTokens;
   const bool last_pass = (work.first_unit + work.num_units) * kUnitTokens >= end;
-  for (int64_t n = 0; n < num_queries; ++n) {
+  for (int64_t n = 0; n < count; ++n) {
     const int64_t row = item.row_begin + n / launch.group;
     const int64_t q_head = int64_t{work.head} * launch.group + n % launch.group;
     const Partial finished = launch.finished(row, q_head);
     const Partial open = launch.open(row, q_head);
     if (first_pass && item.reset) finished.Reset();
-    if (first_pass) open.Reset();
+    if (first_pass) open.Reset();  // its contents went into the first unit's partial
     for (int64_t i = 0; i < work.num_units; ++i) {
-      const Partial unit{work.partials + (i * num_queries + n) * (d + 2), d};
+      const Partial unit{work.partials + (i * count + n) * (d + 2), d};
       if ((work.first_unit + i + 1) * kUnitTokens <= end) {
         Fold(finished, unit);
       } else {
-        std::memcpy(open.o, unit.o, (d + 2) * sizeof(float));
+        open.CopyFrom(unit);
       }
     }
     if (last_pass && item.finish) Finish(launch, row, q_head);
   }
 }
 
-// Runs the passes of all few-row items from `item_index` on; stops before the next many-row item.
-void AttendFewRows(const Launch& launch, int32_t begin, int32_t end, CpuTeam& team) {
-  constexpr int kMaxWorks = 256;
-  UnitWork works[kMaxWorks];
-  int64_t units_before[kMaxWorks + 1];
-  const int32_t d = launch.a.head_dim;
-  int num_works = 0;
-  int64_t used = 0;
-  units_before[0] = 0;
-  const auto flush = [&] {
-    if (num_works == 0) return;
-    team.ForEach(units_before[num_works], [&](int64_t i) {
-      const int64_t w =
-          std::upper_bound(units_before, units_before + num_works + 1, i) - units_before - 1;
-      AttendUnit(launch, works[w], works[w].first_unit + i - units_before[w]);
-    });
-    team.ForEach(num_works, [&](int64_t w) { FoldUnits(launch, works[w]); });
-    num_works = 0;
-    used = 0;
-  };
-  for (int32_t i = begin; i < end; ++i) {
-    const AttendItem& item = launch.a.items.device[i];
-    const int64_t unit_floats = NumQueries(launch, item) * (d + 2);
-    const int64_t last_unit = (launch.end_pos(item) - 1) / kUnitTokens;
-    for (int32_t head = item.kv_head_begin; head < item.kv_head_end; ++head) {
-      for (int64_t unit = launch.begin_pos(item) / kUnitTokens; unit <= last_unit;) {
-        // Passes of one head follow each other: a head goes into one flush only once.
-        const bool more = num_works > 0 && works[num_works - 1].item == &item &&
-                          works[num_works - 1].head == head;
-        if (more || num_works == kMaxWorks || used + unit_floats > launch.a.scratch_floats) flush();
-        const int64_t fit = (launch.a.scratch_floats - used) / unit_floats;
-        const int64_t count = std::min(last_unit - unit + 1, fit);
-        works[num_works] = {&item, head, unit, count, launch.a.scratch + used};
-        units_before[num_works + 1] = units_before[num_works] + count;
-        ++num_works;
-        used += count * unit_floats;
-        unit += count;
-      }
+// Collects works until the scratch is full, then runs them: units in any order, folds after them.
+class UnitPass {
+ public:
+  UnitPass(const Launch& launch, CpuTeam& team) : launch_(launch), team_(team) {}
+
+  // Adds all units of one KV head of an item, in as many passes as it takes.
+  void Add(const AttendItem& item, int32_t head) {
+    const int64_t unit_floats = launch_.queries(item) * (launch_.a.head_dim + 2);
+    const int64_t last_unit = (launch_.end_pos(item) - 1) / kUnitTokens;
+    for (int64_t unit = launch_.begin_pos(item) / kUnitTokens; unit <= last_unit;) {
+      // Passes of one head follow each other: it goes into one run only once.
+      const bool more = num_works_ > 0 && works_[num_works_ - 1].item == &item &&
+                        works_[num_works_ - 1].head == head;
+      if (more || num_works_ == kMaxWorks || used_ + unit_floats > launch_.a.scratch_floats) Run();
+      const int64_t fit = (launch_.a.scratch_floats - used_) / unit_floats;
+      const int64_t count = std::min(last_unit - unit + 1, fit);
+      works_[num_works_] = {&item, head, unit, count, launch_.a.scratch + used_};
+      units_before_[num_works_ + 1] = units_before_[num_works_] + count;
+      ++num_works_;
+      used_ += count * unit_floats;
+      unit += count;
     }
   }
-  flush();
-}
+
+  void Run() {
+    team_.ForEach(units_before_[num_works_], [&](int64_t i) {
+      int w = 0;
+      while (units_before_[w + 1] <= i) ++w;
+      AttendUnit(launch_, works_[w], works_[w].first_unit + i - units_before_[w]);
+    });
+    team_.ForEach(num_works_, [&](int64_t w) { FoldUnits(launch_, works_[w]); });
+    num_works_ = 0;
+    used_ = 0;
+  }
+
+ private:
+  const Launch& launch_;
+  CpuTeam& team_;
+  int num_works_ = 0;
+  int64_t used_ = 0;  // floats of the scratch
+  UnitWork works_[kMaxWorks];
+  int64_t units_before_[kMaxWorks + 1] = {};
+};
 
 }  // namespace
 
 void Attend(const AttendArgs& args, CpuTeam& team) {
   const Launch launch{args, args.num_q_heads / args.num_kv_heads};
-  const auto many = [&](int32_t i) {
-    return NumQueries(launch, args.items.device[i]) >= kManyQueries;
+  UnitPass pass(launch, team);
+  // The choice does not show in the bits. An item without keys is a reset or a finish of its rows.
+  const auto by_rows = [&](const AttendItem& item) {
+    const int64_t heads = item.kv_head_end - item.kv_head_begin;
+    return !launch.has_keys(item) || launch.queries(item) > kManyQueries ||
+           (launch.queries(item) > kFewQueries &&
+            launch.row_tasks(item) * heads >= 4 * team.size());
   };
   for (int32_t begin = 0, end; begin < args.items.count; begin = end) {
-    end = begin + 1;
-    if (!many(begin)) {
-      while (end < args.items.count && !many(end)) ++end;
-      AttendFewRows(launch, begin, end, team);
+    const bool rows = by_rows(args.items.device[begin]);
+    for (end = begin + 1; end < args.items.count; ++end) {
+      if (by_rows(args.items.device[end]) != rows) break;
+    }
+    if (rows) {
+      AttendManyRows(launch, begin, end, team);
       continue;
     }
-    const AttendItem& item = args.items.device[begin];
-    // Late rows see the most keys: they go first, so that members end together.
-    const int64_t blocks = (item.row_count + kRowsATask - 1) / kRowsATask;
-    const int64_t heads = item.kv_head_end - item.kv_head_begin;
-    team.ForEach(blocks * heads, [&](int64_t task) {
-      const int64_t block = blocks - 1 - task / heads;
-      AttendRows(launch, item, item.kv_head_begin + static_cast<int32_t>(task % heads),
-                 block * kRowsATask, std::min<int64_t>((block + 1) * kRowsATask, item.row_count));
-    });
+    for (int32_t i = begin; i < end; ++i) {
+      const AttendItem& item = args.items.device[i];
+      for (int32_t head = item.kv_head_begin; head < item.kv_head_end; ++head) {
+        pass.Add(item, head);
+      }
+    }
+    pass.Run();
   }
 }
 

@@ -7,7 +7,9 @@ namespace headroom::kernels::cpu {
 namespace {
 
 const KernelTable& Best() {
-  static const KernelTable& best = HasAvx512() ? kAvx512Kernels : kAvx2Kernels;
+  static const KernelTable& best = HasAvx512() ? kAvx512Kernels
+                                   : HasAvx2() ? kAvx2Kernels
+                                               : kPortableKernels;
   return best;
 }
 

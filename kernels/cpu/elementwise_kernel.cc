@@ -33,10 +33,11 @@ void RmsNorm(const RmsNormArgs& args, CpuTeam& team) {
 }
 
 void SwiGlu(const SwiGluArgs& args, CpuTeam& team) {
-  // silu(g) * u = g * u / (1 + exp(-g)); exp's argument is capped where it would overflow.
+  // silu(g) * u = g / (1 + exp(-g)) * u. Gates below -88, where exp(88) ends, are taken as -88: a
+  // result of -5e-37. A NaN stays one.
   const auto vector = [](F32x16 gate, F32x16 up) {
-    const F32x16 negated = Sub(Zero(), Max(gate, Broadcast(-88.0f)));
-    return Mul(Div(gate, Add(Broadcast(1.0f), Exp(negated))), up);
+    const F32x16 g = Max(Broadcast(-88.0f), gate);
+    return Mul(Div(g, Add(Broadcast(1.0f), Exp(Sub(Zero(), g)))), up);
   };
   team.ForEach(args.rows, [&](int64_t row) {
     const float* gate = args.gate_up + row * 2 * args.width;

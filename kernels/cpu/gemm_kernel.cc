@@ -58,7 +58,7 @@ void MicroKernel(const float* a, int64_t a_stride, const W* w, int64_t depth, fl
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (std::is_same_v<W, BFloat16>) _mm_prefetch(w + 16 * kPanelOutputs, _MM_HINT_T0);
+    if constexpr (std::is_same_v<W, BFloat16>) __builtin_prefetch(w + 16 * kPanelOutputs);
     F32x16 b[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) b[v] = LoadWeight(w + v * kLanes);
@@ -110,7 +110,7 @@ void RowTimesPanels(const float* a, const PackedWeight& w, int64_t panel, float*
 #pragma GCC unroll 4
     for (int p = 0; p < kWide; ++p) {
       const BFloat16* at = from[p] + k * kPanelOutputs;
-      _mm_prefetch(at + 24 * kPanelOutputs, _MM_HINT_T0);
+      __builtin_prefetch(at + 24 * kPanelOutputs);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) acc[p][v] = Fma(x, LoadBf16(at + v * kLanes), acc[p][v]);
     }

@@ -28,10 +28,11 @@ struct KernelTable {
   void (*swiglu)(const SwiGluArgs&, CpuTeam&);
 };
 
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Kernels;   // HasAvx512()
+extern const KernelTable kAvx2Kernels;     // HasAvx2()
+extern const KernelTable kPortableKernels;  // any processor; exact, and slow by a factor of 50
 
-// Whether this processor runs the table's kernels.
+// What this processor has: AVX2 with FMA; AVX-512 F, BW, VL and DQ.
 bool HasAvx2();
 bool HasAvx512();
 

@@ -8,13 +8,13 @@ namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
 
 struct Candidate {
-  float logit;
+  float weight;  // or logit: anything that grows with the likelihood
   int32_t id;
 };
 static_assert(sizeof(Candidate) == 2 * sizeof(float));
 
 bool Likelier(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  return a.weight != b.weight ? a.weight > b.weight : a.id < b.id;
 }
 
 // Philox-4x32-10 at counter {counter, 0}, key seed: one uniform number in [0, 1) of 24 bits.
@@ -85,44 +85,80 @@ void TopTokens(const float* logits, int64_t vocab, int32_t count, float maximum,
   result.num_top = have;
   for (int32_t i = 0; i < have; ++i) {
     result.top_ids[i] = top[i].id;
-    result.top_logprobs[i] = top[i].logit - maximum - lse;
+    result.top_logprobs[i] = top[i].weight - maximum - lse;
   }
+}
+
+// weights[id] = exp((logit - maximum) / temperature), at most 1; returns their sum.
+double Weigh(const float* logits, int64_t vocab, float maximum, float temperature,
+             float* weights) {
+  int64_t id = 0;
+  for (; id + kLanes <= vocab; id += kLanes) {
+    const F32x16 below = Sub(Load(logits + id), Broadcast(maximum));
+    Store(weights + id, Exp(Div(below, Broadcast(temperature))));
+  }
+  for (; id < vocab; ++id) weights[id] = Exp((logits[id] - maximum) / temperature);
+  double total = 0;
+  for (id = 0; id < vocab; ++id) total += static_cast<double>(weights[id]);
+  return total;
+}
+
+// The first index at which the sum of weight(0), weight(1), ... exceeds `target`, at most count - 1.
+template <typename Weight>
+int64_t Select(int64_t count, double target, Weight&& weight) {
+  double reached = 0;
+  for (int64_t i = 0; i < count - 1; ++i) {
+    reached += static_cast<double>(weight(i));
+    if (reached > target) return i;
+  }
+  return count - 1;
 }
 
 int32_t Draw(const float* logits, int64_t vocab, const SampleRow& row, float maximum,
              float* scratch) {
-  // Only the likeliest `kept` tokens stay in the running; sorting is needed only to know them.
+  const float* weights = scratch + vocab;
+  double total = Weigh(logits, vocab, maximum, row.temperature, scratch + vocab);
+  const double uniform = static_cast<double>(Uniform(row.seed, row.counter));
+  const bool all = row.top_k <= 0 || row.top_k >= vocab;
+  if (all && !(row.top_p < 1) && !(row.min_p > 0)) {
+    return static_cast<int32_t>(
+        Select(vocab, uniform * total, [&](int64_t i) { return weights[i]; }));
+  }
+  // Without top-k, what cannot survive is not sorted: tokens lighter than the mean of the (1 - top_p)
+  // that may be dropped are in the dropped part (half of it, to be clear of rounding). The likeliest
+  // token weighs 1 and stays.
+  const double least = row.min_p > 0 ? row.min_p : 0;
+  double floor = 0;
+  if (all) {
+    floor = row.top_p < 1 ? 0.5 * (1 - row.top_p) * total / static_cast<double>(vocab) : 0;
+    floor = std::min(1.0, std::max(floor, least));
+  }
+  // Candidate c takes the place of floats that were read: its two lie below weights[id], id >= c.
   auto* candidates = reinterpret_cast<Candidate*>(scratch);
+  int64_t kept = 0;
   for (int64_t id = 0; id < vocab; ++id) {
-    candidates[id] = {(logits[id] - maximum) / row.temperature, static_cast<int32_t>(id)};
+    if (static_cast<double>(weights[id]) >= floor) {
+      candidates[kept++] = {weights[id], static_cast<int32_t>(id)};
+    }
   }
-  int64_t kept = row.top_k > 0 ? std::min<int64_t>(row.top_k, vocab) : vocab;
-  if (row.top_p < 1 || row.min_p > 0 || kept < vocab) {
-    std::partial_sort(candidates, candidates + kept, candidates + vocab, Likelier);
+  const int64_t sorted = all ? kept : row.top_k;
+  std::partial_sort(candidates, candidates + sorted, candidates + kept, Likelier);
+  kept = sorted;
+  const auto weight = [&](int64_t i) { return candidates[i].weight; };
+  if (!all) {
+    total = 0;
+    for (int64_t i = 0; i < kept; ++i) total += static_cast<double>(weight(i));
   }
-  double total = 0;
-  for (int64_t i = 0; i < kept; ++i) total += std::exp(static_cast<double>(candidates[i].logit));
   if (row.top_p < 1) {
     double reached = 0;
     int64_t i = 0;
-    while (i < kept && reached < row.top_p * total) {
-      reached += std::exp(static_cast<double>(candidates[i++].logit));
-    }
+    while (i < kept && reached < row.top_p * total) reached += static_cast<double>(weight(i++));
     kept = std::max<int64_t>(i, 1);
   }
-  if (row.min_p > 0) {
-    const double least = row.min_p * std::exp(static_cast<double>(candidates[0].logit));
-    while (kept > 1 && std::exp(static_cast<double>(candidates[kept - 1].logit)) < least) --kept;
-  }
+  while (kept > 1 && static_cast<double>(weight(kept - 1)) < least) --kept;
   total = 0;
-  for (int64_t i = 0; i < kept; ++i) total += std::exp(static_cast<double>(candidates[i].logit));
-  const double target = static_cast<double>(Uniform(row.seed, row.counter)) * total;
-  double reached = 0;
-  for (int64_t i = 0; i < kept; ++i) {
-    reached += std::exp(static_cast<double>(candidates[i].logit));
-    if (reached > target) return candidates[i].id;
-  }
-  return candidates[kept - 1].id;
+  for (int64_t i = 0; i < kept; ++i) total += static_cast<double>(weight(i));
+  return candidates[Select(kept, uniform * total, weight)].id;
 }
 
 }  // namespace

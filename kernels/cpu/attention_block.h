@@ -1,0 +1,362 @@
+// The arithmetic of attention: some queries of one KV head against one block of 64 keys.
+//
+// Scores are chains of fused multiply-adds over head_dim, vectorised over keys (K is transposed);
+// P V are chains over keys, vectorised over head_dim. A query takes exactly the keys that it sees:
+// keys after them are masked, absent or garbage without a difference.
+//
+// K and V come in one of two forms with the same bits: widened to float32 once for many queries, or
+// (few queries) K as transposed words of two bfloat16 and V where it lies.
+#ifndef HEADROOM_KERNELS_CPU_ATTENTION_BLOCK_H_
+#define HEADROOM_KERNELS_CPU_ATTENTION_BLOCK_H_
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/simd.h"
+
+namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
+
+inline constexpr int kBlock = static_cast<int>(kBlockTokens);
+inline constexpr int kMaxHeadDim = 256;
+inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Queries that share a pass over a block, and vectors of keys or columns of a pass: 6 x 4
+// accumulators of AVX-512's 32 registers, 3 x 2 x 2 of AVX2's 16.
+#if defined(__AVX512F__)
+inline constexpr int kGroup = 6;
+inline constexpr int kPass = 4;
+#else
+inline constexpr int kGroup = 3;
+inline constexpr int kPass = 2;
+#endif
+inline constexpr int kBlockVectors = kBlock / kLanes;
+
+// R or U of attention.h: {o[d], m, l}.
+struct Partial {
+  float* o;
+  int32_t d;
+  float& m() const { return o[d]; }
+  float& l() const { return o[d + 1]; }
+  void Reset() const {
+    std::memset(o, 0, d * sizeof(float));
+    m() = kMinusInfinity;
+    l() = 0;
+  }
+  void CopyFrom(const Partial& other) const {
+    std::memcpy(o, other.o, (d + 2) * sizeof(float));
+  }
+};
+
+// a = fold(a, b), b the later keys. Empty is the identity on both sides, exactly.
+inline void Fold(const Partial& a, const Partial& b) {
+  if (b.l() == 0) return;
+  if (a.l() == 0) return a.CopyFrom(b);
+  const float m = std::max(a.m(), b.m());
+  const float wa = Exp(a.m() - m);
+  const float wb = Exp(b.m() - m);
+  for (int i = 0; i < a.d; i += kLanes) {
+    Store(a.o + i, Fma(Load(b.o + i), Broadcast(wb), Mul(Load(a.o + i), Broadcast(wa))));
+  }
+  a.l() = __builtin_fmaf(b.l(), wb, a.l() * wa);
+  a.m() = m;
+}
+
+// One query: where it reads, its open unit, its position.
+struct Query {
+  const float* q;
+  Partial unit;
+  int64_t pos;
+};
+
+// Where one block's K and V rows of a head lie.
+struct BlockRows {
+  const BFloat16* keys = nullptr;    // [count][d]
+  const BFloat16* values = nullptr;  // [count][d]
+  int64_t first_pos = 0;
+  int count = 0;  // rows that exist; others are never read
+};
+
+#if defined(__AVX512F__)
+// in[r]: 16 32-bit words of row r; out[w]: word w of all 16 rows.
+inline void Transpose(const __m512i* in, __m512i* out) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i p = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+    const __m512i q = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+    const __m512i r = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512i s = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    out[j] = _mm512_shuffle_i32x4(p, r, 0x88);
+    out[8 + j] = _mm512_shuffle_i32x4(p, r, 0xdd);
+    out[4 + j] = _mm512_shuffle_i32x4(q, s, 0x88);
+    out[12 + j] = _mm512_shuffle_i32x4(q, s, 0xdd);
+  }
+}
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+  __m512i in[16], words[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) in[r] = _mm512_loadu_si512(rows[r] + column);
+  Transpose(in, words);
+#pragma GCC unroll 16
+  for (int w = 0; w < 16; ++w) _mm512_storeu_si512(out + w * kBlock, words[w]);
+}
+#else
+// 16 rows x 32 columns to 16 words of two columns: out[w][row], rows of `out` kBlock apart.
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+  for (int r = 0; r < 16; ++r) {
+    uint32_t words[16];
+    std::memcpy(words, rows[r] + column, sizeof(words));
+    for (int w = 0; w < 16; ++w) out[w * kBlock + r] = words[w];
+  }
+}
+#endif
+
+// words[d / 2][64]: dimensions 2i (low half) and 2i + 1 of every key; rows past the count are zero.
+inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words) {
+  alignas(64) static constexpr BFloat16 kZeroRow[kMaxHeadDim] = {};
+  for (int begin = 0; begin < kBlock; begin += 16) {
+    const BFloat16* at[16];
+    for (int r = 0; r < 16; ++r) {
+      at[r] = begin + r < rows.count ? rows.keys + (begin + r) * d : kZeroRow;
+    }
+    for (int column = 0; column < d; column += 32) {
+      // The next block of the same run is wanted next.
+      for (int r = 0; r < 16; ++r) __builtin_prefetch(at[r] + column + kBlock * d);
+      TransposeTile(at, column, words + column / 2 * kBlock + begin);
+    }
+  }
+}
+
+// K and V of a block for few queries.
+class NarrowBlock {
+ public:
+  void Set(const BlockRows& rows, int32_t d) {
+    rows_ = rows;
+    d_ = d;
+    TransposeKeys(rows, d, words_);
+  }
+  const BlockRows& rows() const { return rows_; }
+
+  // Dimension i of keys [16 v, 16 v + 16).
+  F32x16 Key(int32_t i, int v) const {
+    const uint32_t* words = words_ + i / 2 * kBlock + v * kLanes;
+    return i % 2 == 0 ? LowBf16(words) : HighBf16(words);
+  }
+  // Columns [column, column + 32) of key j, in the order of ToLanes.
+  void Value(int j, int32_t column, F32x16& a, F32x16& b) const {
+    LoadBf16EvenOdd(rows_.values + int64_t{j} * d_ + column, a, b);
+  }
+  void PrefetchValue(int j, int32_t column) const {
+    __builtin_prefetch(rows_.values + int64_t{j + kBlock} * d_ + column);
+  }
+  static void ToLanes(F32x16& a, F32x16& b) { Deinterleave(a, b); }
+  static void FromLanes(F32x16& a, F32x16& b) { Interleave(a, b); }
+
+ private:
+  BlockRows rows_;
+  int32_t d_ = 0;
+  alignas(64) uint32_t words_[kMaxHeadDim / 2 * kBlock];
+};
+
+// K and V of a block for many queries: float32.
+class WideBlock {
+ public:
+  void Set(const BlockRows& rows, int32_t d) {
+    rows_ = rows;
+    d_ = d;
+    // The words lie where V will be.
+    auto* const words = reinterpret_cast<uint32_t*>(values_);
+    TransposeKeys(rows, d, words);
+    for (int32_t i = 0; i < d; i += 2) {
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const uint32_t* from = words + i / 2 * kBlock + v * kLanes;
+        Store(keys_ + i * kBlock + v * kLanes, LowBf16(from));
+        Store(keys_ + (i + 1) * kBlock + v * kLanes, HighBf16(from));
+      }
+    }
+    const int64_t present = int64_t{rows.count} * d;
+    for (int64_t i = 0; i < present; i += kLanes) Store(values_ + i, LoadBf16(rows.values + i));
+  }
+  const BlockRows& rows() const { return rows_; }
+
+  F32x16 Key(int32_t i, int v) const { return Load(keys_ + i * kBlock + v * kLanes); }
+  void Value(int j, int32_t column, F32x16& a, F32x16& b) const {
+    a = Load(values_ + j * d_ + column);
+    b = Load(values_ + j * d_ + column + kLanes);
+  }
+  void PrefetchValue(int, int32_t) const {}
+  static void ToLanes(F32x16&, F32x16&) {}
+  static void FromLanes(F32x16&, F32x16&) {}
+
+ private:
+  BlockRows rows_;
+  int32_t d_ = 0;
+  alignas(64) float keys_[kMaxHeadDim * kBlock];    // [d][64]
+  alignas(64) float values_[kMaxHeadDim * kBlock];  // [64][d]
+};
+
+// scores[n][key] = q[n] . k[key], not scaled.
+template <int kN, typename Block>
+inline void Scores(const Query* queries, const Block& block, int32_t d, float (*scores)[kBlock]) {
+  for (int first = 0; first < kBlockVectors; first += kPass) {
+    F32x16 acc[kN][kPass];
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kPass; ++v) acc[n][v] = Zero();
+    }
+    for (int32_t pair = 0; pair < d; pair += 2) {
+#pragma GCC unroll 2
+      for (int32_t i = pair; i < pair + 2; ++i) {
+        F32x16 k[kPass];
+#pragma GCC unroll 4
+        for (int v = 0; v < kPass; ++v) k[v] = block.Key(i, first + v);
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) {
+          const F32x16 q = Broadcast(queries[n].q[i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kPass; ++v) acc[n][v] = Fma(q, k[v], acc[n][v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kPass; ++v) Store(scores[n] + (first + v) * kLanes, acc[n][v]);
+    }
+  }
+}
+
+// Scores to weights exp(score * scale - m), with the unit's m and l brought forward; rescale[n] is
+// what its o must be multiplied with.
+template <int kN>
+inline void Softmax(const Query* queries, const int* seen, float scale, float (*scores)[kBlock],
+                    float* rescale) {
+  alignas(64) float difference[kLanes] = {};
+  float maximum[kN];
+  for (int n = 0; n < kN; ++n) {
+    if (seen[n] == 0) continue;
+    F32x16 top = Broadcast(kMinusInfinity);
+    for (int v = 0; v < kBlockVectors; ++v) {
+      F32x16 score = Mul(Load(scores[n] + v * kLanes), Broadcast(scale));
+      if (seen[n] < kBlock) score = FirstLanes(score, seen[n] - v * kLanes, kMinusInfinity);
+      Store(scores[n] + v * kLanes, score);
+      top = Max(top, score);
+    }
+    const float before = queries[n].unit.m();
+    maximum[n] = std::max(before, ReduceMax(top));
+    difference[n] = before - maximum[n];
+  }
+  alignas(64) float factors[kLanes];
+  Store(factors, Exp(Load(difference)));
+  for (int n = 0; n < kN; ++n) {
+    rescale[n] = factors[n];  // 1 where nothing is seen
+    if (seen[n] == 0) continue;
+    F32x16 e[kBlockVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kBlockVectors; ++v) {
+      e[v] = Exp(Sub(Load(scores[n] + v * kLanes), Broadcast(maximum[n])));
+      Store(scores[n] + v * kLanes, e[v]);
+    }
+    const Partial& unit = queries[n].unit;
+    const float sum = ReduceAdd(Add(Add(e[0], e[1]), Add(e[2], e[3])));
+    unit.l() = __builtin_fmaf(unit.l(), rescale[n], sum);
+    unit.m() = maximum[n];
+  }
+}
+
+// o = o * rescale + weights . V over the keys that each query sees.
+template <int kN, typename Block>
+inline void AddValues(const Query* queries, const int* seen, const Block& block, int32_t d,
+                      const float (*weights)[kBlock], const float* rescale) {
+  const int common = *std::min_element(seen, seen + kN);
+  const int last = *std::max_element(seen, seen + kN);
+  for (int32_t column = 0; column < d; column += kPass * kLanes) {
+    F32x16 o[kN][kPass];
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+      const float* from = queries[n].unit.o + column;
+#pragma GCC unroll 4
+      for (int v = 0; v < kPass; ++v) {
+        o[n][v] = Mul(Load(from + v * kLanes), Broadcast(rescale[n]));
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < kPass; v += 2) Block::ToLanes(o[n][v], o[n][v + 1]);
+    }
+    const auto take = [&](int j, auto&& sees) __attribute__((always_inline)) {
+      F32x16 value[kPass];
+#pragma GCC unroll 2
+      for (int v = 0; v < kPass; v += 2) {
+        block.PrefetchValue(j, column + v * kLanes);
+        block.Value(j, column + v * kLanes, value[v], value[v + 1]);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) {
+        if (!sees(n)) continue;
+        const F32x16 weight = Broadcast(weights[n][j]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kPass; ++v) o[n][v] = Fma(weight, value[v], o[n][v]);
+      }
+    };
+    for (int j = 0; j < common; ++j) take(j, [](int) { return true; });
+    for (int j = common; j < last; ++j) take(j, [&](int n) { return j < seen[n]; });
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kPass; v += 2) Block::FromLanes(o[n][v], o[n][v + 1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPass; ++v) Store(queries[n].unit.o + column + v * kLanes, o[n][v]);
+    }
+  }
+}
+
+template <int kN, typename Block>
+void AttendGroup(const Query* queries, const Block& block, int32_t d, float scale) {
+  alignas(64) float scores[kN][kBlock];
+  float rescale[kN];
+  int seen[kN];
+  for (int n = 0; n < kN; ++n) {
+    seen[n] = static_cast<int>(std::clamp<int64_t>(queries[n].pos - block.rows().first_pos + 1, 0,
+                                                   block.rows().count));
+  }
+  Scores<kN>(queries, block, d, scores);
+  Softmax<kN>(queries, seen, scale, scores, rescale);
+  AddValues<kN>(queries, seen, block, d, scores, rescale);
+}
+
+// All of `queries` against one block.
+template <typename Block>
+void AttendBlock(const Query* queries, int count, const Block& block, int32_t d, float scale) {
+  // Even groups: 8 queries as 4 + 4, not 6 + 2.
+  const int groups = (count + kGroup - 1) / kGroup;
+  for (int g = 0; g < groups; ++g) {
+    const Query* at = queries + count * g / groups;
+    switch (count * (g + 1) / groups - count * g / groups) {
+      case 1: AttendGroup<1>(at, block, d, scale); break;
+      case 2: AttendGroup<2>(at, block, d, scale); break;
+      case 3: AttendGroup<3>(at, block, d, scale); break;
+#if defined(__AVX512F__)
+      case 4: AttendGroup<4>(at, block, d, scale); break;
+      case 5: AttendGroup<5>(at, block, d, scale); break;
+      case 6: AttendGroup<6>(at, block, d, scale); break;
+#endif
+    }
+  }
+}
+
+}  // namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE
+
+#endif  // HEADROOM_KERNELS_CPU_ATTENTION_BLOCK_H_

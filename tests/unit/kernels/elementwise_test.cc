@@ -1,0 +1,300 @@
+#include <algorithm>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/copy_kv_rows.h"
+#include "kernels/embed.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/swiglu.h"
+#include "tests/unit/kernels/kernel_test_util.h"
+
+namespace headroom::kernels {
+namespace {
+
+// ---- RmsNorm -------------------------------------------------------------------------------------
+
+TEST(RmsNorm, MatchesTheReferenceWithTheSameBitsEverywhere) {
+  CpuTeam team(2);
+  for (const int64_t hidden : {1, 15, 16, 17, 576, 1001}) {
+    Random random(1);
+    const std::vector<float> x = random.Floats(9 * hidden, 3);
+    const std::vector<BFloat16> weight = random.Bf16(hidden);
+    RmsNormArgs args;
+    args.x = x.data();
+    args.x_rows = args.rows = 9;
+    args.weight = weight.data();
+    args.hidden = hidden;
+    args.epsilon = 1e-5f;
+    std::vector<float> expected(9 * hidden), best(9 * hidden);
+    args.out = expected.data();
+    reference::RmsNorm(args);
+    args.out = best.data();
+    cpu::RmsNorm(args, team);
+    EXPECT_TRUE(Near(best, expected, 1e-5f)) << hidden;
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      std::vector<float> out(9 * hidden);
+      args.out = out.data();
+      kernels->rms_norm(args, team);
+      EXPECT_TRUE(SameBits(out, best)) << kernels->name << ", " << hidden;
+    }
+  }
+}
+
+TEST(RmsNorm, TakesTheRowsThatTheIndexNames) {
+  CpuTeam team(2);
+  Random random(2);
+  const std::vector<float> x = random.Floats(5 * 20);
+  const std::vector<BFloat16> weight = random.Bf16(20);
+  RmsNormArgs args;
+  args.x = x.data();
+  args.x_rows = args.rows = 5;
+  args.weight = weight.data();
+  args.hidden = 20;
+  std::vector<float> all(100), some(60);
+  args.out = all.data();
+  cpu::RmsNorm(args, team);
+  const std::vector<int32_t> index = {4, 0, 4};
+  args.rows = 3;
+  args.row_index = DeviceTable(index);
+  args.out = some.data();
+  cpu::RmsNorm(args, team);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_TRUE(std::equal(some.begin() + i * 20, some.begin() + (i + 1) * 20,
+                           all.begin() + index[i] * 20));
+  }
+}
+
+// ---- SwiGlu --------------------------------------------------------------------------------------
+
+TEST(SwiGlu, MatchesTheReferenceWithTheSameBitsEverywhere) {
+  CpuTeam team(2);
+  for (const int64_t width : {1, 15, 16, 17, 1536}) {
+    Random random(3);
+    std::vector<float> gate_up = random.Floats(7 * 2 * width, 4);
+    std::vector<float> expected(7 * width), best(7 * width);
+    reference::SwiGlu({gate_up.data(), expected.data(), 7, width});
+    cpu::SwiGlu({gate_up.data(), best.data(), 7, width}, team);
+    EXPECT_TRUE(Near(best, expected, 5e-5f)) << width;
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      std::vector<float> out(7 * width);
+      kernels->swiglu({gate_up.data(), out.data(), 7, width}, team);
+      EXPECT_TRUE(SameBits(out, best)) << kernels->name << ", " << width;
+    }
+  }
+}
+
+TEST(SwiGlu, IsFiniteForGatesOfAnySize) {
+  CpuTeam team(1);
+  const std::vector<float> gates = {-1e30f, -200, -89, -88, -87, 0, 87, 89, 200, 1e30f};
+  for (const float gate : gates) {
+    const std::vector<float> gate_up = {gate, 1.0f};
+    float out = kNan, expected = kNan;
+    cpu::SwiGlu({gate_up.data(), &out, 1, 1}, team);
+    reference::SwiGlu({gate_up.data(), &expected, 1, 1});
+    // Below -88 the result is taken as that of -88, which is under 1e-36 in size.
+    EXPECT_NEAR(out, expected, std::max(1e-30f, 1e-6f * std::abs(expected))) << gate;
+  }
+}
+
+// ---- Embed ---------------------------------------------------------------------------------------
+
+TEST(Embed, TakesIdsFromTheRowsAndFromTheLastTokens) {
+  CpuTeam team(2);
+  const int64_t vocab = 70, hidden = 37;
+  Random random(4);
+  const std::vector<BFloat16> table = random.Bf16(vocab * hidden);
+  std::vector<BFloat16> packed(PackedWeightBytes(vocab, hidden) / 2);
+  cpu::PackWeightRows(table.data(), 0, vocab, vocab, hidden, packed.data());
+  const std::vector<EmbedRow> rows = {{5, 0}, {69, 0}, {-1, 2}, {-1, 0}};
+  const std::vector<int32_t> last = {33, 1, 64};
+  const std::vector<int64_t> ids = {5, 69, 64, 33};
+  for (const cpu::KernelTable* kernels : AllKernels()) {
+    std::vector<float> out(4 * hidden, kNan);
+    EmbedArgs args;
+    args.table = {packed.data(), vocab, hidden};
+    args.rows = DeviceTable(rows);
+    args.last_tokens = last.data();
+    args.num_slots = 3;
+    args.out = out.data();
+    kernels->embed(args, team);
+    for (int row = 0; row < 4; ++row) {
+      for (int64_t i = 0; i < hidden; ++i) {
+        ASSERT_EQ(out[row * hidden + i], ToFloat(table[ids[row] * hidden + i]));
+      }
+    }
+    std::vector<float> expected(4 * hidden);
+    args.out = expected.data();
+    reference::Embed(args);
+    EXPECT_TRUE(SameBits(out, expected));
+  }
+}
+
+// ---- Rope ----------------------------------------------------------------------------------------
+
+TEST(RopeTable, HoldsTheCosineAndSineOfTheFloat32Angle) {
+  CpuTeam team(2);
+  const std::vector<int64_t> positions = {0, 1, 63, 4095, 131071, 1048575};
+  std::vector<float> inverse_frequency(32);
+  for (int i = 0; i < 32; ++i) inverse_frequency[i] = std::pow(10000.0f, -2.0f * i / 64);
+  std::vector<float> cos_sin(positions.size() * 64, kNan);
+  const RopeTableArgs args = {DeviceTable(positions), inverse_frequency.data(), cos_sin.data(), 64};
+  cpu::RopeTable(args, team);
+  for (size_t row = 0; row < positions.size(); ++row) {
+    for (int i = 0; i < 32; ++i) {
+      const float angle = static_cast<float>(positions[row]) * inverse_frequency[i];
+      const auto expected = static_cast<double>(angle);
+      ASSERT_EQ(cos_sin[row * 64 + i], static_cast<float>(std::cos(expected)));
+      ASSERT_EQ(cos_sin[row * 64 + 32 + i], static_cast<float>(std::sin(expected)));
+    }
+  }
+  std::vector<float> expected(cos_sin.size());
+  RopeTableArgs reference_args = args;
+  reference_args.cos_sin = expected.data();
+  reference::RopeTable(reference_args);
+  EXPECT_TRUE(SameBits(cos_sin, expected));
+}
+
+constexpr uint8_t kUntouched = 0xa5;
+
+// Two sequences' new rows: one into a chunk buffer, one into a tail that wraps.
+struct Append {
+  explicit Append(int32_t the_d) : d(the_d), chunk(bytes(64), kUntouched), tail(bytes(256), kUntouched) {
+    Random random(5);
+    qkv = random.Floats(rows * width(), 2);
+    cos_sin.resize(rows * d);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int32_t i = 0; i < d / 2; ++i) {
+        const float angle = random.Normal();
+        cos_sin[row * d + i] = std::cos(angle);
+        cos_sin[row * d + d / 2 + i] = std::sin(angle);
+      }
+    }
+  }
+  int64_t bytes(int64_t capacity) const { return KvLayout{capacity, d}.BytesFor(2); }
+  int64_t width() const { return int64_t{10} * d; }
+
+  template <typename Fn>
+  void Run(Fn&& fn) {
+    std::vector<AppendItem> items(2);
+    items[0].row_begin = 0;
+    items[0].target = {chunk.data(), 128, 130, 9, 64, 0, 2};
+    items[1].row_begin = 9;
+    items[1].target = {tail.data(), 0, 510, 4, 256, 0, 2};
+    RopeAppendArgs args;
+    args.qkv = qkv.data();
+    args.cos_sin = cos_sin.data();
+    args.items = DeviceTable(items);
+    args.rows = rows;
+    args.num_q_heads = 6;
+    args.num_kv_heads = 2;
+    args.head_dim = d;
+    fn(args);
+  }
+
+  const int64_t rows = 13;
+  int32_t d;
+  std::vector<float> qkv, cos_sin;
+  std::vector<uint8_t> chunk, tail;
+};
+
+TEST(RopeAppend, RotatesAndAppendsLikeTheReference) {
+  CpuTeam team(2);
+  for (const int32_t d : {64, 128, 256}) {
+    Append expected(d);
+    expected.Run([](const RopeAppendArgs& args) { reference::RopeAppend(args); });
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      Append actual(d);
+      actual.Run([&](const RopeAppendArgs& args) { kernels->rope_append(args, team); });
+      // K and V keep what was there before: only the q heads change.
+      EXPECT_TRUE(SameBits(actual.qkv, expected.qkv)) << kernels->name;
+      EXPECT_EQ(actual.chunk, expected.chunk) << kernels->name;
+      EXPECT_EQ(actual.tail, expected.tail) << kernels->name;
+    }
+    // Position 512 of the tail is row 0; row 2 is no position's.
+    const KvLayout layout{256, d};
+    EXPECT_NE(expected.tail[layout.KeyOffset(1, 1)], kUntouched);
+    EXPECT_EQ(expected.tail[layout.KeyOffset(1, 2)], kUntouched);
+    EXPECT_EQ(expected.tail[layout.ValueOffset(0, 253)], kUntouched);
+  }
+}
+
+TEST(RopeAppend, APairKeepsItsLength) {
+  CpuTeam team(1);
+  Append append(64);
+  const std::vector<float> before = append.qkv;
+  append.Run([&](const RopeAppendArgs& args) { cpu::RopeAppend(args, team); });
+  for (int64_t row = 0; row < append.rows; ++row) {
+    for (int i = 0; i < 32; ++i) {
+      const int64_t at = row * append.width() + 3 * 64 + i;
+      EXPECT_NEAR(std::hypot(append.qkv[at], append.qkv[at + 32]),
+                  std::hypot(before[at], before[at + 32]), 1e-5);
+    }
+  }
+}
+
+// ---- CopyKvRows ----------------------------------------------------------------------------------
+
+TEST(CopyKvRows, MovesExactlyTheRowsOfTheTarget) {
+  CpuTeam team(2);
+  const int32_t d = 64;
+  Random random(6);
+  const int64_t tail_bytes = KvLayout{256, d}.BytesFor(3);
+  std::vector<uint8_t> tail(tail_bytes);
+  for (uint8_t& byte : tail) byte = static_cast<uint8_t>(random.Below(256));
+  const int64_t extent_bytes = KvLayout{128, d}.BytesFor(3);
+  const auto run = [&](auto&& fn) {
+    std::vector<uint8_t> extent(extent_bytes, kUntouched), ring(tail_bytes, kUntouched);
+    std::vector<CopyKvItem> items(2);
+    // Sealing: positions 192..255 and on, of a tail that holds 100..355, to an extent from 192 on.
+    items[0].from = {tail.data(), 0, 100, 256, 256, 0, 3};
+    items[0].to = {extent.data(), 192, 192, 100, 128, 0, 3};
+    // Some heads, from the middle of an extent-like run to a ring that wraps.
+    items[1].from = {tail.data(), 1000, 1000, 256, 256, 0, 3};
+    items[1].to = {ring.data() + KvLayout{256, d}.HeadBytes(), 0, 1010, 30, 256, 1, 2};
+    CopyKvRowsArgs args;
+    args.items = DeviceTable(items);
+    args.head_dim = d;
+    fn(args);
+    extent.insert(extent.end(), ring.begin(), ring.end());
+    return extent;
+  };
+  const std::vector<uint8_t> expected =
+      run([](const CopyKvRowsArgs& args) { reference::CopyKvRows(args); });
+  EXPECT_NE(expected, std::vector<uint8_t>(expected.size(), kUntouched));
+  for (const cpu::KernelTable* kernels : AllKernels()) {
+    EXPECT_EQ(run([&](const CopyKvRowsArgs& args) { kernels->copy_kv_rows(args, team); }), expected)
+        << kernels->name;
+  }
+}
+
+// ---- The types -----------------------------------------------------------------------------------
+
+TEST(BFloat16, RoundsToTheNearestEven) {
+  EXPECT_EQ(ToBFloat16(1.0f).bits, 0x3f80);
+  EXPECT_EQ(ToBFloat16(1.0f + 0x1p-8f).bits, 0x3f80);            // a tie, down to even
+  EXPECT_EQ(ToBFloat16(1.0f + 0x1p-7f + 0x1p-8f).bits, 0x3f82);  // a tie, up to even
+  EXPECT_EQ(ToBFloat16(1.0f + 0x1p-8f + 0x1p-20f).bits, 0x3f81);
+  EXPECT_EQ(ToBFloat16(-0.0f).bits, 0x8000);
+  EXPECT_EQ(ToBFloat16(3.4e38f).bits, 0x7f80);  // past the largest: infinity
+  EXPECT_TRUE(std::isnan(ToFloat(ToBFloat16(kNan))));
+  EXPECT_EQ(ToFloat(ToBFloat16(-kInfinity)), -kInfinity);
+}
+
+TEST(Exp, IsWithinTwoUlp) {
+  // Through attention it is tested to the bit on all instruction sets; here is its accuracy.
+  CpuTeam team(1);
+  double worst = 0;
+  for (float x = -86.0f; x < 0; x += 0.00037f) {
+    // silu(g) / g = 1 / (1 + exp(-g)): for g = x the exponential of -x.
+    const std::vector<float> gate_up = {x, 1.0f};
+    float out;
+    cpu::SwiGlu({gate_up.data(), &out, 1, 1}, team);
+    const double expected = x / (1 + std::exp(-static_cast<double>(x)));
+    worst = std::max(worst, std::abs(out - expected) / std::abs(expected));
+  }
+  EXPECT_LT(worst, 2 * 0x1p-23 + 2 * 0x1p-24);  // the exponential, then a sum and a quotient rounded
+}
+
+}  // namespace
+}  // namespace headroom::kernels
