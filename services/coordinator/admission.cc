@@ -1,0 +1,78 @@
+#include "services/coordinator/admission.h"
+
+#include "absl/strings/str_cat.h"
+#include "services/coordinator/lease.h"
+
+namespace headroom::coordinator {
+
+Verdict Admit(const Capacity& capacity, const Commitments& commitments, const Demand& demand) {
+  const KvGeometry& geometry = capacity.geometry;
+  const int64_t token_bytes = geometry.BytesPerToken();
+  Verdict verdict;
+  int64_t extra_runs = 0;
+  verdict.reserved_tokens =
+      ReservedTokens(geometry, demand.kept_tokens, demand.final_tokens, &extra_runs);
+  verdict.reserved_runs = demand.kept_runs + extra_runs;
+  // Divided rather than multiplied: a hostile max_tokens must not overflow.
+  const int64_t host_tokens = capacity.host_bytes / token_bytes;
+  const int64_t host_runs = capacity.max_extents / geometry.num_layers;
+  const auto refuse = [&](Verdict::Kind kind, std::string reason) {
+    verdict.kind = kind;
+    verdict.reason = std::move(reason);
+    return verdict;
+  };
+
+  if (verdict.reserved_tokens > host_tokens) {
+    return refuse(Verdict::kNever,
+                  absl::StrCat("the request's ", demand.final_tokens, " tokens take ",
+                               verdict.reserved_tokens, " tokens of host memory at ", token_bytes,
+                               " bytes each, the store has ", capacity.host_bytes,
+                               " bytes in all (", host_tokens, " tokens)"));
+  }
+  if (verdict.reserved_tokens > host_tokens - commitments.idle_tokens) {
+    return refuse(Verdict::kNever,
+                  absl::StrCat("the request takes ", verdict.reserved_tokens,
+                               " tokens of host memory, of ", host_tokens, " idle sessions hold ",
+                               commitments.idle_tokens, ": delete some"));
+  }
+  if (verdict.reserved_runs > host_runs - commitments.idle_runs) {
+    return refuse(Verdict::kNever,
+                  absl::StrCat("the request takes ", verdict.reserved_runs * geometry.num_layers,
+                               " extents, the store has descriptors for ", capacity.max_extents,
+                               ", idle sessions hold ",
+                               commitments.idle_runs * geometry.num_layers));
+  }
+  if (capacity.tail_bytes_per_sequence > capacity.kv_pool_bytes || capacity.max_sequences < 1) {
+    return refuse(Verdict::kNever,
+                  absl::StrCat("a sequence's tail takes ", capacity.tail_bytes_per_sequence,
+                               " bytes of device memory, the KV pool has ",
+                               capacity.kv_pool_bytes));
+  }
+
+  if (commitments.running_sequences >= capacity.max_sequences) {
+    return refuse(Verdict::kWait, absl::StrCat(commitments.running_sequences, " of ",
+                                               capacity.max_sequences, " sequences run"));
+  }
+  if ((commitments.running_sequences + 1) * capacity.tail_bytes_per_sequence >
+      capacity.kv_pool_bytes) {
+    return refuse(Verdict::kWait,
+                  absl::StrCat("the KV pool of ", capacity.kv_pool_bytes, " bytes holds ",
+                               commitments.running_sequences, " tails of ",
+                               capacity.tail_bytes_per_sequence, " bytes already"));
+  }
+  if (verdict.reserved_tokens >
+      host_tokens - commitments.idle_tokens - commitments.running_tokens) {
+    return refuse(Verdict::kWait,
+                  absl::StrCat("the request takes ", verdict.reserved_tokens,
+                               " tokens of host memory, running ones hold ",
+                               commitments.running_tokens, " of ", host_tokens));
+  }
+  if (verdict.reserved_runs > host_runs - commitments.idle_runs - commitments.running_runs) {
+    return refuse(Verdict::kWait,
+                  absl::StrCat("of the store's ", capacity.max_extents, " extents running requests ",
+                               "hold ", commitments.running_runs * geometry.num_layers));
+  }
+  return verdict;
+}
+
+}  // namespace headroom::coordinator

@@ -1,0 +1,41 @@
+// What the coordinator's two clients share: channels and deadlines.
+#ifndef HEADROOM_SERVICES_COORDINATOR_CHANNEL_CLIENT_H_
+#define HEADROOM_SERVICES_COORDINATOR_CHANNEL_CLIENT_H_
+
+#include <grpcpp/grpcpp.h>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "common/grpc_status.h"
+
+namespace headroom::coordinator {
+
+// A lost peer is noticed within some 20 s even if its host is gone, and tried again every second.
+inline std::shared_ptr<grpc::Channel> MakePeerChannel(const std::string& address) {
+  grpc::ChannelArguments args;
+  args.SetMaxReceiveMessageSize(16 << 20);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+  args.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  args.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
+  args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1'000);
+  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+}
+
+// One unary call with a deadline: `call` is (context) -> grpc::Status.
+template <typename Call>
+absl::Status CallWithDeadline(std::chrono::milliseconds deadline, Call&& call) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + deadline);
+  return FromGrpcStatus(call(&context));
+}
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_SERVICES_COORDINATOR_CHANNEL_CLIENT_H_

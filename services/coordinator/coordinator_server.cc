@@ -1,0 +1,204 @@
+#include "services/coordinator/coordinator_server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+
+#include <atomic>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/log.h"
+#include "common/mutex.h"
+#include "common/status.h"
+#include "services/coordinator/admin_service.h"
+#include "services/coordinator/inference_service.h"
+#include "services/coordinator/scheduler.h"
+#include "services/coordinator/served_model.h"
+
+namespace headroom::coordinator {
+namespace {
+
+constexpr char kServiceName[] = "headroom.v1.InferenceService";
+// Calls that have been told to end have so long to do so.
+constexpr std::chrono::seconds kShutdownGrace{5};
+
+absl::Status CheckOptions(const CoordinatorOptions& options) {
+  const auto wrong = [](absl::string_view what) { return absl::InvalidArgumentError(what); };
+  if (options.listen_address.empty()) return wrong("the listen address is empty");
+  if (options.worker_address.empty()) return wrong("the worker's address is empty");
+  if (options.store_address.empty()) return wrong("the kvstore's address is empty");
+  if (options.max_queue < 1 || options.max_queue > 1'000'000) {
+    return wrong(absl::StrCat("--max-queue ", options.max_queue, ", expected 1 to 1000000"));
+  }
+  if (options.max_sessions < 1 || options.max_sessions > 1'000'000) {
+    return wrong(absl::StrCat("--max-sessions ", options.max_sessions, ", expected 1 to 1000000"));
+  }
+  if (options.context_limit_tokens < 0) {
+    return wrong(absl::StrCat("--context-limit ", options.context_limit_tokens,
+                              ", expected 0 or more"));
+  }
+  if (options.max_message_bytes < 1024 || options.max_message_bytes > INT32_MAX) {
+    return wrong(absl::StrCat("--max-message-bytes ", options.max_message_bytes,
+                              ", expected 1024 to ", INT32_MAX));
+  }
+  return absl::OkStatus();
+}
+
+class Server : public CoordinatorServer {
+ public:
+  Server(const CoordinatorOptions& options, std::unique_ptr<ServedModel> model)
+      : options_(options), model_(std::move(model)) {}
+
+  ~Server() override { Shutdown(); }
+
+  absl::Status Start();
+  std::string listen_address() const override { return listen_address_; }
+  std::string admin_address() const override { return admin_address_; }
+  bool serving() const override { return serving_.load(); }
+  bool Drain(absl::Duration timeout) override;
+  void Shutdown() override;
+  void Wait() override { server_->Wait(); }
+
+ private:
+  absl::StatusOr<std::unique_ptr<grpc::Server>> Listen(grpc::Service* service,
+                                                       const std::string& address,
+                                                       std::string* listened);
+  void SetServing(bool serving);
+  void BeginDrain();
+
+  const CoordinatorOptions options_;
+  const std::unique_ptr<ServedModel> model_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<InferenceService> inference_;
+  std::unique_ptr<AdminService> admin_;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<grpc::Server> admin_server_;
+  std::string listen_address_;
+  std::string admin_address_;
+  std::atomic<bool> serving_{false};
+  std::atomic<bool> draining_{false};
+  Mutex mutex_;
+  bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Listen(grpc::Service* service,
+                                                             const std::string& address,
+                                                             std::string* listened) {
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(service);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
+  // A client that is gone without a word is noticed within some 20 s; its own pings are welcome, or a
+  // long prefill would end in GOAWAY.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
+  // Two servers on one port would take turns; the second is a mistake.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", address));
+  }
+  *listened = address;
+  const size_t colon = address.rfind(':');
+  if (port > 0 && address.rfind("unix:", 0) != 0 && colon != std::string::npos) {
+    *listened = absl::StrCat(address.substr(0, colon), ":", port);
+  }
+  return server;
+}
+
+absl::Status Server::Start() {
+  SchedulerOptions scheduler;
+  scheduler.max_queue = options_.max_queue;
+  scheduler.max_sessions = options_.max_sessions;
+  scheduler.allow_clean = options_.allow_clean_segment;
+  scheduler.lost_peer_timeout = options_.lost_peer_timeout;
+  scheduler_ = std::make_unique<Scheduler>(scheduler, MakeWorkerClient(options_.worker_address),
+                                           MakeStoreClient(options_.store_address),
+                                           [this](bool serving) { SetServing(serving); });
+  inference_ = std::make_unique<InferenceService>(scheduler_.get(), model_.get(),
+                                                  options_.context_limit_tokens);
+  grpc::EnableDefaultHealthCheckService(true);
+  if (options_.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  HEADROOM_ASSIGN_OR_RETURN(server_,
+                            Listen(inference_.get(), options_.listen_address, &listen_address_));
+  SetServing(false);
+  if (!options_.admin_address.empty()) {
+    admin_ = std::make_unique<AdminService>(
+        scheduler_.get(), model_.get(),
+        ProcessAddresses{listen_address_, options_.worker_address, options_.store_address},
+        [this] { BeginDrain(); });
+    HEADROOM_ASSIGN_OR_RETURN(
+        admin_server_, Listen(admin_.get(), options_.admin_address, &admin_address_));
+  }
+  scheduler_->Start();
+  LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));
+  return absl::OkStatus();
+}
+
+void Server::SetServing(bool serving) {
+  serving = serving && !draining_.load();
+  serving_.store(serving);
+  grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
+  if (health == nullptr) return;
+  health->SetServingStatus("", serving);
+  health->SetServingStatus(kServiceName, serving);
+}
+
+void Server::BeginDrain() {
+  draining_.store(true);
+  SetServing(false);
+}
+
+bool Server::Drain(absl::Duration timeout) {
+  BeginDrain();
+  struct Drained {
+    Mutex mutex;
+    CondVar condition;
+    bool done = false;
+  };
+  const auto drained = std::make_shared<Drained>();
+  scheduler_->Drain([drained] {
+    MutexLock lock(&drained->mutex);
+    drained->done = true;
+    drained->condition.SignalAll();
+  });
+  const absl::Time deadline = absl::Now() + timeout;
+  MutexLock lock(&drained->mutex);
+  while (!drained->done && absl::Now() < deadline) {
+    drained->condition.WaitFor(&drained->mutex, deadline - absl::Now());
+  }
+  return drained->done;
+}
+
+void Server::Shutdown() {
+  {
+    MutexLock lock(&mutex_);
+    if (std::exchange(shut_down_, true)) return;
+  }
+  if (server_ != nullptr) BeginDrain();
+  if (scheduler_ != nullptr) scheduler_->Stop();
+  const auto deadline = std::chrono::system_clock::now() + kShutdownGrace;
+  if (admin_server_ != nullptr) admin_server_->Shutdown(deadline);
+  if (server_ != nullptr) server_->Shutdown(deadline);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
+    const CoordinatorOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<ServedModel> model,
+                            ServedModel::Load(options.model_dir));
+  auto server = std::make_unique<Server>(options, std::move(model));
+  HEADROOM_RETURN_IF_ERROR(server->Start());
+  return server;
+}
+
+}  // namespace headroom::coordinator

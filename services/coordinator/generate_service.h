@@ -1,0 +1,97 @@
+// One Generate or GenerateOnce call: between the RPC library's reactions and the scheduler's results.
+//
+// A call keeps itself alive until the RPC library is done with it; the scheduler holds it as a sink.
+#ifndef HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
+#define HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
+
+#include <grpcpp/grpcpp.h>
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "common/mutex.h"
+#include "headroom/v1/inference.pb.h"
+#include "services/coordinator/request.h"
+#include "services/coordinator/scheduler.h"
+
+namespace headroom::coordinator {
+
+// Metadata of a call that failed: the request's id, and when to try again.
+void AddErrorMetadata(grpc::CallbackServerContext* context, const std::string& request_id,
+                      const absl::Status& status);
+
+// Deltas that the client has not taken yet are put together into one, so at most three messages wait;
+// at kMaxPendingTokens the request pauses.
+class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, public RequestSink {
+ public:
+  static constexpr int64_t kMaxPendingTokens = 256;
+
+  // Submits the request and returns the reactor of the call.
+  static GenerateStream* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                               std::unique_ptr<Request> request,
+                               std::unique_ptr<TokenDecoder> decoder);
+
+  void OnAccepted() override;
+  void OnDelta(v1::Delta delta) override;
+  void OnFinished(const absl::Status& status, v1::Finished finished) override;
+  bool CanTake() const override;
+
+ private:
+  GenerateStream(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                 const Request& request);
+
+  // Reactions.
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+
+  void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  grpc::CallbackServerContext* const context_;
+  Scheduler* const scheduler_;
+  const std::string request_id_;
+  v1::Accepted accepted_;
+  std::shared_ptr<GenerateStream> self_;
+
+  mutable Mutex mutex_;
+  std::deque<v1::GenerateResponse> queue_ ABSL_GUARDED_BY(mutex_);  // front: being written
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool broken_ ABSL_GUARDED_BY(mutex_) = false;    // the client takes nothing any more
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;     // nothing more will be queued
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // Finish() has been called
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  int64_t pending_tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+// The same, gathered into one message.
+class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
+ public:
+  static GenerateOnceCall* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                                 std::unique_ptr<Request> request,
+                                 std::unique_ptr<TokenDecoder> decoder,
+                                 v1::GenerateOnceResponse* response);
+
+  void OnAccepted() override {}
+  void OnDelta(v1::Delta delta) override;
+  void OnFinished(const absl::Status& status, v1::Finished finished) override;
+  bool CanTake() const override { return true; }
+
+ private:
+  GenerateOnceCall(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                   const Request& request, v1::GenerateOnceResponse* response);
+  void OnCancel() override { scheduler_->Cancel(request_id_); }
+  void OnDone() override { const std::shared_ptr<GenerateOnceCall> self = std::move(self_); }
+
+  grpc::CallbackServerContext* const context_;
+  Scheduler* const scheduler_;
+  const std::string request_id_;
+  v1::GenerateOnceResponse* const response_;
+  std::shared_ptr<GenerateOnceCall> self_;
+};
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_

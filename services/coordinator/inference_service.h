@@ -1,0 +1,83 @@
+// The public API: messages in, messages out. What happens in between is the scheduler's.
+#ifndef HEADROOM_SERVICES_COORDINATOR_INFERENCE_SERVICE_H_
+#define HEADROOM_SERVICES_COORDINATOR_INFERENCE_SERVICE_H_
+
+#include <grpcpp/grpcpp.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "headroom/v1/inference.grpc.pb.h"
+#include "services/coordinator/request_validation.h"
+#include "services/coordinator/scheduler.h"
+#include "services/coordinator/served_model.h"
+
+namespace headroom::coordinator {
+
+inline constexpr char kVersion[] = "0.1.0";
+inline constexpr int32_t kApiRevision = 1;
+
+// Thread-safe; handlers do not block but for tokenizing.
+class InferenceService final : public v1::InferenceService::CallbackService {
+ public:
+  // `scheduler` and `model` outlive the server. `context_limit`: most tokens of a sequence, beside the
+  // model's own limit; 0: only that.
+  InferenceService(Scheduler* scheduler, const ServedModel* model, int64_t context_limit)
+      : scheduler_(scheduler), model_(model), context_limit_(context_limit) {}
+
+  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
+      grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
+  grpc::ServerUnaryReactor* GenerateOnce(grpc::CallbackServerContext* context,
+                                         const v1::GenerateOnceRequest* request,
+                                         v1::GenerateOnceResponse* response) override;
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override;
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override;
+  grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* context,
+                                         const v1::GetModelInfoRequest* request,
+                                         v1::GetModelInfoResponse* response) override;
+  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
+                                          const v1::GetServerInfoRequest* request,
+                                          v1::GetServerInfoResponse* response) override;
+  grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context,
+                                    const v1::GetLoadRequest* request,
+                                    v1::GetLoadResponse* response) override;
+  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context,
+                                  const v1::AbortRequest* request,
+                                  v1::AbortResponse* response) override;
+  grpc::ServerUnaryReactor* GetSession(grpc::CallbackServerContext* context,
+                                       const v1::GetSessionRequest* request,
+                                       v1::GetSessionResponse* response) override;
+  grpc::ServerUnaryReactor* ListSessions(grpc::CallbackServerContext* context,
+                                         const v1::ListSessionsRequest* request,
+                                         v1::ListSessionsResponse* response) override;
+  grpc::ServerUnaryReactor* UpdateSession(grpc::CallbackServerContext* context,
+                                          const v1::UpdateSessionRequest* request,
+                                          v1::UpdateSessionResponse* response) override;
+  grpc::ServerUnaryReactor* DeleteSession(grpc::CallbackServerContext* context,
+                                          const v1::DeleteSessionRequest* request,
+                                          v1::DeleteSessionResponse* response) override;
+  grpc::ServerUnaryReactor* ForkSession(grpc::CallbackServerContext* context,
+                                        const v1::ForkSessionRequest* request,
+                                        v1::ForkSessionResponse* response) override;
+
+ private:
+  // The checked request with its id, arrival and deadline.
+  absl::StatusOr<std::unique_ptr<Request>> MakeRequest(const grpc::CallbackServerContext& context,
+                                                       const v1::GenerateRequest& proto) const;
+  // UNAVAILABLE before worker and store were found.
+  absl::StatusOr<RequestLimits> Limits() const;
+
+  Scheduler* const scheduler_;
+  const ServedModel* const model_;
+  const int64_t context_limit_;
+};
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_SERVICES_COORDINATOR_INFERENCE_SERVICE_H_

@@ -1,0 +1,206 @@
+#include "services/coordinator/peers.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/log.h"
+#include "common/status.h"
+
+namespace headroom::coordinator {
+namespace {
+
+constexpr absl::Duration kWatchInterval = absl::Seconds(1);
+constexpr absl::Duration kFirstPause = absl::Milliseconds(50);
+constexpr absl::Duration kLongestPause = absl::Seconds(1);
+constexpr int32_t kSchemaRevision = 1;
+
+bool IsUnreachable(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+}
+
+// Either side may be the older one.
+template <typename Info>
+absl::Status CheckRevision(const Info& info, absl::string_view who) {
+  if (info.minimum_peer_revision() <= kSchemaRevision) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("the ", who, " speaks with revision ", info.minimum_peer_revision(),
+                   " and later, this coordinator is of revision ", kSchemaRevision));
+}
+
+}  // namespace
+
+Peers::Peers(std::unique_ptr<WorkerClient> worker, std::unique_ptr<StoreClient> store,
+             bool allow_clean, TaskThread* scheduler_thread, Events events)
+    : worker_(std::move(worker)),
+      store_(std::move(store)),
+      allow_clean_(allow_clean),
+      scheduler_thread_(scheduler_thread),
+      events_(std::move(events)),
+      calls_(kWatchInterval, [this] { WatchStore(); }) {}
+
+Peers::~Peers() {
+  calls_.Stop();
+  stream_.reset();
+}
+
+void Peers::PostIfCurrent(uint64_t epoch, TaskThread::Task task) {
+  scheduler_thread_->Post([this, epoch, task = std::move(task)] {
+    if (epoch == epoch_) task();
+  });
+}
+
+// ---------------------------------------------------------------- connecting
+
+void Peers::Connect() {
+  const uint64_t epoch = ++epoch_;
+  calls_.Post([this, epoch, old = std::exchange(stream_, nullptr)]() mutable {
+    old.reset();
+    ConnectUntilItWorks(epoch);
+  });
+}
+
+void Peers::ConnectUntilItWorks(uint64_t epoch) {
+  for (absl::Duration pause = kFirstPause; !calls_.stopping();
+       pause = std::min(2 * pause, kLongestPause)) {
+    absl::StatusOr<Connection> made = TryConnect(epoch);
+    if (made.ok()) {
+      PostIfCurrent(epoch, [this, made = *std::move(made)]() mutable {
+        stream_ = std::move(made.stream);
+        events_.on_connected(std::move(made.found));
+      });
+      return;
+    }
+    PostIfCurrent(epoch, [this, status = made.status()] { events_.on_connect_failed(status); });
+    calls_.Pause(pause);
+  }
+}
+
+absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
+  Connection made;
+  absl::StatusOr<v1::GetWorkerInfoResponse> worker = worker_->GetInfo();
+  if (!worker.ok()) return Annotate(worker.status(), "worker");
+  HEADROOM_RETURN_IF_ERROR(CheckRevision(*worker, "worker"));
+  made.found.worker = *std::move(worker);
+  if (absl::Status status = BindStore(made.found); !status.ok()) return Annotate(status, "kvstore");
+  const v1::GetStoreInfoResponse& store = made.found.store;
+  if (absl::Status status = worker_->AttachStore(store.segment_dir(), store.generation());
+      !status.ok()) {
+    return Annotate(status, "worker");
+  }
+  HEADROOM_ASSIGN_OR_RETURN(
+      made.stream,
+      worker_->StartSteps(
+          [this, epoch](v1::StepResponse response) {
+            PostIfCurrent(epoch, [this, response = std::move(response)]() mutable {
+              events_.on_response(std::move(response));
+            });
+          },
+          [this, epoch](absl::Status status) {
+            PostIfCurrent(epoch, [this, status] { events_.on_stream_lost(status); });
+          }));
+  generation_ = store.generation();
+  store_answers_ = true;
+  restart_told_ = false;
+  return made;
+}
+
+absl::Status Peers::BindStore(PeersFound& found) {
+  HEADROOM_ASSIGN_OR_RETURN(found.store, store_->GetInfo());
+  HEADROOM_RETURN_IF_ERROR(CheckRevision(found.store, "kvstore"));
+  HEADROOM_RETURN_IF_ERROR(
+      store_->BindModel(found.worker.geometry(), found.worker.fingerprint(), allow_clean_));
+  HEADROOM_ASSIGN_OR_RETURN(found.stored, store_->ListSequences());
+  // Binding may have changed what is used.
+  HEADROOM_ASSIGN_OR_RETURN(found.store, store_->GetInfo());
+  return absl::OkStatus();
+}
+
+void Peers::Send(v1::StepRequest step) {
+  if (stream_ != nullptr) stream_->Send(std::move(step));
+}
+
+// ---------------------------------------------------------------- the store
+
+void Peers::WatchStore() {
+  if (generation_ == 0 || absl::Now() < next_watch_) return;
+  next_watch_ = absl::Now() + kWatchInterval;
+  absl::StatusOr<v1::GetStoreInfoResponse> info = store_->GetInfo();
+  if (info.ok() && info->generation() != generation_ && !restart_told_) {
+    restart_told_ = true;
+    scheduler_thread_->Post([this] { events_.on_store_restarted(); });
+  }
+  store_answers_ = info.ok();
+  scheduler_thread_->Post([this, info = std::move(info)] { events_.on_store(info); });
+}
+
+void Peers::NoteStore(const absl::Status& status) {
+  if (status.ok() || !store_answers_) return;
+  next_watch_ = absl::Now();  // look at once
+  if (!IsUnreachable(status)) return;
+  store_answers_ = false;
+  scheduler_thread_->Post([this, status] { events_.on_store(status); });
+}
+
+void Peers::AllocateRuns(uint64_t sequence_id, int64_t first_pos, std::vector<int64_t> capacities,
+                         std::function<void(absl::Status, std::vector<v1::ExtentRun>)> done) {
+  calls_.Post([this, sequence_id, first_pos, capacities = std::move(capacities),
+               done = std::move(done)]() mutable {
+    std::vector<v1::ExtentRun> runs;
+    absl::Status status;
+    for (const int64_t capacity : capacities) {
+      absl::StatusOr<v1::ExtentRun> run = store_->AllocateRun(sequence_id, first_pos, capacity);
+      status = run.status();
+      if (!status.ok()) break;
+      first_pos = run->first_pos() + run->capacity_tokens();
+      runs.push_back(*std::move(run));
+    }
+    NoteStore(status);
+    scheduler_thread_->Post([done = std::move(done), status, runs = std::move(runs)]() mutable {
+      done(status, std::move(runs));
+    });
+  });
+}
+
+void Peers::CommitSealed(std::vector<v1::SealedSequence> sequences, Done done) {
+  calls_.Post([this, sequences = std::move(sequences), done = std::move(done)] {
+    const absl::Status status = store_->CommitSealed(sequences);
+    NoteStore(status);
+    scheduler_thread_->Post([done, status] { done(status); });
+  });
+}
+
+// What a failed call leaves in the store is found when it is listed at the next connection.
+void Peers::Truncate(uint64_t sequence_id, int64_t tokens) {
+  calls_.Post([this, sequence_id, tokens] {
+    const absl::Status status = store_->TruncateSequence(sequence_id, tokens);
+    if (!status.ok()) {
+      LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.ToString()));
+    }
+    NoteStore(status);
+  });
+}
+
+void Peers::Release(std::vector<uint64_t> sequence_ids, Done done) {
+  calls_.Post([this, sequence_ids = std::move(sequence_ids), done = std::move(done)] {
+    const absl::Status status = store_->ReleaseSequences(sequence_ids);
+    NoteStore(status);
+    scheduler_thread_->Post([done, status] { done(status); });
+  });
+}
+
+void Peers::PreparePlan(v1::Plan plan, Done done) {
+  calls_.Post([this, plan = std::move(plan), done = std::move(done)] {
+    absl::Status status = worker_->PreparePlan(plan);
+    if (status.ok()) {
+      const absl::Status at_store = store_->PreparePlan(plan);
+      NoteStore(at_store);
+      // A store that is away serves nothing in place; it hears of the plan when it is back.
+      if (!at_store.ok() && !IsUnreachable(at_store)) status = at_store;
+    }
+    scheduler_thread_->Post([done, status] { done(status); });
+  });
+}
+
+}  // namespace headroom::coordinator

@@ -1,0 +1,77 @@
+#include "services/coordinator/placement/predict.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "services/coordinator/lease.h"
+
+namespace headroom::coordinator {
+
+SequenceShape ForeseenShape(const KvGeometry& geometry, int64_t prompt_tokens, int64_t tokens) {
+  SequenceShape shape;
+  shape.tokens = prompt_tokens;
+  const int64_t reserved = ReservedTokens(geometry, 0, tokens);
+  int64_t have = 0;
+  for (int64_t pos = std::min(prompt_tokens, tokens);;) {
+    const int64_t more = NextLeaseTokens(geometry, have, pos, tokens, reserved);
+    if (more > 0) {
+      shape.runs.push_back({have, more});
+      have += more;
+    } else if (pos < tokens) {
+      pos = std::min(tokens, std::max(pos, have - kLeaseAheadTokens) + 1);
+    } else {
+      return shape;
+    }
+  }
+}
+
+Prediction Predict(const PredictInput& input) {
+  const KvGeometry& geometry = input.geometry;
+  Prediction prediction;
+  const int64_t tokens = input.prompt_tokens + input.max_tokens;
+  const SequenceShape shape = ForeseenShape(geometry, input.prompt_tokens, tokens);
+  const std::vector<SequenceShape> shapes(input.num_sequences, shape);
+  prediction.pool_bytes = input.pool_bytes;
+  prediction.tail_bytes = input.num_sequences * input.tail_bytes_per_sequence;
+  const int64_t for_residents = std::max<int64_t>(0, input.pool_bytes - prediction.tail_bytes);
+  prediction.placement = input.spec.automatic
+                             ? PlaceByBudget(geometry, for_residents, shapes)
+                             : PlaceByShares(geometry, input.spec, shapes);
+  prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes);
+
+  const int64_t sealed = FloorToBlock(input.prompt_tokens);
+  for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+    for (int32_t head = 0; head < geometry.num_kv_heads; ++head) {
+      for (const RunShape& run : shape.runs) {
+        prediction.host_bytes +=
+            input.num_sequences * run.capacity_tokens * geometry.BytesPerTokenPerHead();
+        const int64_t keys =
+            std::clamp<int64_t>(sealed - run.first_pos, 0, run.capacity_tokens);
+        LanePrediction& lane = prediction.lanes[static_cast<int>(
+            prediction.placement.LaneOf(layer, head, run.first_pos))];
+        lane.bytes += input.num_sequences * keys * geometry.BytesPerTokenPerHead();
+        if (sealed > 0) {
+          lane.kv_heads += static_cast<double>(keys) / static_cast<double>(sealed) /
+                           static_cast<double>(geometry.num_layers);
+        }
+      }
+    }
+  }
+  if (prediction.tail_bytes > input.pool_bytes) {
+    prediction.does_not_fit.push_back(
+        absl::StrCat("tails of ", input.num_sequences, " sequences take ", prediction.tail_bytes,
+                     " bytes of device memory, the KV pool has ", input.pool_bytes));
+  } else if (prediction.resident_bytes > for_residents) {
+    prediction.does_not_fit.push_back(
+        absl::StrCat("resident keys take ", prediction.resident_bytes,
+                     " bytes of device memory, the KV pool has ", for_residents, " beside tails"));
+  }
+  if (prediction.host_bytes > input.host_capacity_bytes) {
+    prediction.does_not_fit.push_back(absl::StrCat("extents take ", prediction.host_bytes,
+                                                   " bytes of host memory, the store has ",
+                                                   input.host_capacity_bytes));
+  }
+  return prediction;
+}
+
+}  // namespace headroom::coordinator

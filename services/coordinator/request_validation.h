@@ -1,0 +1,55 @@
+// Checks a GenerateRequest and fills in its defaults. Every field has its range; what is wrong is
+// reported all at once, each by the field's name.
+#ifndef HEADROOM_SERVICES_COORDINATOR_REQUEST_VALIDATION_H_
+#define HEADROOM_SERVICES_COORDINATOR_REQUEST_VALIDATION_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "headroom/v1/inference.pb.h"
+#include "services/coordinator/request.h"
+#include "services/coordinator/served_model.h"
+
+namespace headroom::coordinator {
+
+inline constexpr int kMaxTopLogprobs = 20;
+inline constexpr int kMaxStopStrings = 16;
+inline constexpr size_t kMaxStopStringBytes = 256;
+inline constexpr int kMaxStopTokenIds = 64;
+inline constexpr size_t kMaxRequestIdBytes = 128;
+inline constexpr size_t kMaxCacheSaltBytes = 128;
+inline constexpr int kMaxChatMessages = 4096;
+
+// Limits that the worker and the server's flags set.
+struct RequestLimits {
+  int64_t vocab_size = 0;
+  int64_t max_context_tokens = 0;
+  int64_t max_chunk_tokens = 0;
+};
+
+// INVALID_ARGUMENT with field violations; NOT_FOUND: another model is named; FAILED_PRECONDITION: a
+// chat, and the model has no template. Leaves id, arrival and deadline to the caller. An unset seed is
+// drawn.
+absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateRequest& proto,
+                                                         const ServedModel& model,
+                                                         const RequestLimits& limits);
+
+// Also what Tokenize answers. `field` is named in errors.
+absl::StatusOr<std::vector<int32_t>> EncodeText(const ServedModel& model, absl::string_view text,
+                                                absl::string_view field);
+absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
+                                                const v1::ChatMessages& chat,
+                                                absl::string_view field);
+
+// The metadata x-request-id: 1 to 128 visible ASCII characters.
+absl::Status CheckRequestId(absl::string_view id);
+absl::Status CheckSessionId(absl::string_view id);
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_SERVICES_COORDINATOR_REQUEST_VALIDATION_H_

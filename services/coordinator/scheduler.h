@@ -1,0 +1,198 @@
+// Admits requests in the order of their arrival and keeps the step loop going.
+//
+// Threads. Everything happens on the scheduler's own thread, as tasks (what clients, worker and store
+// say) followed by one Tick(), which looks at all there is and does what can be done: end what is over,
+// admit, lease extents, prepare a plan, send steps. No task waits for anything: calls that block run
+// on the thread of Peers. Public methods are thread-safe unless they say otherwise.
+#ifndef HEADROOM_SERVICES_COORDINATOR_SCHEDULER_H_
+#define HEADROOM_SERVICES_COORDINATOR_SCHEDULER_H_
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/mutex.h"
+#include "headroom/v1/admin.pb.h"
+#include "headroom/v1/inference.pb.h"
+#include "services/coordinator/admission.h"
+#include "services/coordinator/peers.h"
+#include "services/coordinator/placement/placement.h"
+#include "services/coordinator/request.h"
+#include "services/coordinator/running_request.h"
+#include "services/coordinator/session_table.h"
+#include "services/coordinator/step_pipeline.h"
+#include "services/coordinator/task_thread.h"
+
+namespace headroom::coordinator {
+
+struct SchedulerOptions {
+  int64_t max_queue = 128;
+  int64_t max_sessions = 1024;
+  // Whether a segment that holds another model's keys may be cleaned.
+  bool allow_clean = false;
+  // Requests end with UNAVAILABLE when worker or store have been away for so long.
+  absl::Duration lost_peer_timeout = absl::Seconds(60);
+  // ... with RESOURCE_EXHAUSTED when their client has taken nothing for so long.
+  absl::Duration slow_client_timeout = absl::Seconds(60);
+};
+
+// What was found at the latest connection.
+struct PeerFacts {
+  v1::GetWorkerInfoResponse worker;
+  v1::GetStoreInfoResponse store;
+};
+
+class Scheduler {
+ public:
+  // `on_serving` is told, on the scheduler's thread, whenever requests begin or cease to be served.
+  Scheduler(const SchedulerOptions& options, std::unique_ptr<WorkerClient> worker,
+            std::unique_ptr<StoreClient> store, std::function<void(bool)> on_serving);
+  ~Scheduler();
+  void Start();
+  // Ends every request with UNAVAILABLE. No sink is called any more once it returns.
+  void Stop();
+
+  // Queues a request. ALREADY_EXISTS: its id is in use; RESOURCE_EXHAUSTED: the queue is full;
+  // UNAVAILABLE: draining, or no worker has been found yet; FAILED_PRECONDITION: its placement cannot
+  // be served. Whatever is found later goes to the sink. `decoder` may be null.
+  absl::Status Submit(std::unique_ptr<Request> request, std::shared_ptr<RequestSink> sink,
+                      std::unique_ptr<TokenDecoder> decoder);
+  // Its client has gone.
+  void Cancel(const std::string& request_id);
+  // Ends with FINISH_REASON_CANCELLED. An unknown id is one that has ended already.
+  void Abort(const std::string& request_id);
+  // A sink can take more.
+  void Wake();
+
+  // Of the latest connection; null before the first.
+  std::shared_ptr<const PeerFacts> facts() const;
+
+  // Answers come on the scheduler's thread; they must not block. False if it has stopped: no answer.
+  bool GetSession(const std::string& id, std::function<void(absl::StatusOr<v1::Session>)> answer);
+  bool ListSessions(const std::string& after, size_t most,
+                    std::function<void(std::vector<v1::Session>)> answer);
+  bool UpdateSession(const std::string& id, std::optional<int64_t> ttl_ms,
+                     std::optional<bool> pinned,
+                     std::function<void(absl::StatusOr<v1::Session>)> answer);
+  bool DeleteSession(const std::string& id, std::function<void(absl::Status)> answer);
+  // Drops every idle session; answers how many.
+  bool Flush(std::function<void(int32_t)> answer);
+  // Refuses new requests from now on; answers when none is left.
+  bool Drain(std::function<void()> answer);
+  // Everything but version, model and addresses.
+  bool GetStatus(std::function<void(v1::GetStatusResponse)> answer);
+
+ private:
+  // Tokens that a plan foresees beyond those there are.
+  static constexpr int64_t kHorizonTokens = 1024;
+  static constexpr absl::Duration kRetryInterval = absl::Seconds(1);
+
+  struct Waiting {
+    std::unique_ptr<Request> request;
+    std::shared_ptr<RequestSink> sink;
+    std::unique_ptr<TokenDecoder> decoder;
+  };
+  struct PlanInForce {
+    uint64_t version = 0;        // the latest that was made
+    uint64_t ready_version = 0;  // the latest that steps may name; 0: none
+    bool preparing = false;
+    bool wanted_anew = true;     // what it was made for has changed
+    Placement placement;         // of `version`
+  };
+
+  // ---- Peers (scheduler_peers.cc)
+  Peers::Events MakeEvents();
+  void OnConnected(PeersFound found);
+  void OnResponse(const v1::StepResponse& response);
+  void OnStore(const absl::StatusOr<v1::GetStoreInfoResponse>& info);
+  void Disconnect(const absl::Status& why);
+  void ReconcileWithStore(const std::vector<v1::StoredSequence>& stored);
+  void MaintainReattachment();
+  void MaintainLeases();
+  void OnLeased(uint64_t sequence_id, uint64_t connection, const absl::Status& status,
+                std::vector<v1::ExtentRun> runs);
+  void MaintainCommits();
+  void MaintainReleases();
+  void MaintainPlan();
+  void OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status);
+  void UpdateServing();
+
+  // ---- Requests
+  void Tick();
+  void ExpireRequests(absl::Time now);
+  void Enqueue(Waiting waiting);
+  void AdmitFromQueue(absl::Time now);
+  // Whether the head of the queue was taken out: admitted or refused.
+  bool TryAdmit(Waiting& head, absl::Time now);
+  void Begin(Waiting& waiting, const Verdict& verdict, absl::Time now);
+  Verdict Judge(const Request& request, const Session* session, bool alone) const;
+  bool PlacementFits(const Request& request) const;
+  void Refuse(Waiting& waiting, const absl::Status& status,
+              v1::FinishReason reason = v1::FINISH_REASON_UNSPECIFIED);
+  void UpdateMayRun(absl::Time now);
+  void SweepEnded();
+  // The worker has let go of the sequence: it goes back to its session, or its extents are freed.
+  void LetGo(std::unique_ptr<RunningRequest> request);
+  RunningRequest* FindRunning(uint64_t sequence_id);
+  RunningRequest* FindRunning(const std::string& request_id);
+  void ForgetId(const std::string& request_id);
+  void MaintainSessions(absl::Time now);
+  void ReleaseLater(const Sequence& sequence);
+  // Salt and wishes respected.
+  static int64_t CachedTokensFor(const Request& request, const Session& session);
+  static int64_t FirstHorizon(const Request& request);
+  std::vector<SequenceShape> RunningShapes() const;
+  v1::Session Describe(const Session& session) const;
+  v1::GetStatusResponse DescribeStatus() const;
+
+  const SchedulerOptions options_;
+  const std::function<void(bool)> on_serving_;
+
+  mutable Mutex mutex_;
+  std::set<std::string> ids_ ABSL_GUARDED_BY(mutex_);  // of requests that wait or run
+  int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  std::shared_ptr<const PeerFacts> facts_ ABSL_GUARDED_BY(mutex_);
+
+  // Scheduler's thread only.
+  std::deque<Waiting> queue_;
+  StepPipeline::Requests running_;  // in order of admission; ended ones until the worker let go
+  SessionTable sessions_;
+  StepPipeline pipeline_;
+  Capacity capacity_;
+  PlanInForce plan_;
+  uint64_t next_sequence_id_ = 1;
+  bool connected_ = false;
+  bool reattach_ = false;  // the store has been started anew: connect when nothing is in flight
+  bool store_answers_ = false;
+  bool serving_ = false;
+  uint64_t connections_ = 0;
+  std::string connect_failure_;  // the latest, until connected
+  absl::Time disconnected_since_;
+  absl::Time reattach_since_;
+  bool commit_in_flight_ = false;
+  absl::Time commit_retry_;
+  std::set<std::string> uncommitted_sessions_;
+  bool release_in_flight_ = false;
+  absl::Time release_retry_;
+  std::vector<uint64_t> to_release_;
+  absl::Time next_session_sweep_;
+  std::vector<std::function<void()>> drained_;
+  v1::GetStatusResponse totals_;  // counters since the start
+  v1::DeviceMemory device_memory_;
+
+  TaskThread thread_;
+  std::unique_ptr<Peers> peers_;
+};
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_SERVICES_COORDINATOR_SCHEDULER_H_

@@ -1,0 +1,349 @@
+// The scheduler's dealings with worker and store: what they report, and what is asked of them beside
+// the steps: leases, commits, releases, plans.
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/log.h"
+#include "services/coordinator/errors.h"
+#include "services/coordinator/lease.h"
+#include "services/coordinator/plan_proto.h"
+#include "services/coordinator/scheduler.h"
+
+namespace headroom::coordinator {
+namespace {
+
+// How long steps in flight may hold up the re-attachment of a store.
+constexpr absl::Duration kReattachPatience = absl::Seconds(30);
+// A plan is made anew this many tokens before a sequence outgrows it.
+constexpr int64_t kHorizonMargin = 256;
+
+bool MayPass(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+}
+
+}  // namespace
+
+Peers::Events Scheduler::MakeEvents() {
+  Peers::Events events;
+  events.on_connected = [this](PeersFound found) { OnConnected(std::move(found)); };
+  events.on_response = [this](v1::StepResponse response) { OnResponse(response); };
+  events.on_stream_lost = [this](absl::Status status) { Disconnect(status); };
+  events.on_store = [this](absl::StatusOr<v1::GetStoreInfoResponse> info) { OnStore(info); };
+  events.on_store_restarted = [this] {
+    LogWarning("the kvstore has been started anew: it is attached when no step is in flight");
+    reattach_ = true;
+    reattach_since_ = absl::Now();
+  };
+  events.on_connect_failed = [this](absl::Status status) {
+    if (connect_failure_ != status.message()) LogWarning(absl::StrCat("connecting: ", status.ToString()));
+    connect_failure_ = std::string(status.message());
+  };
+  return events;
+}
+
+// ---------------------------------------------------------------- connections
+
+void Scheduler::OnConnected(PeersFound found) {
+  LogInfo(absl::StrCat("connected: worker ", found.worker.device(), ", kvstore generation ",
+                       found.store.generation(), " with ", found.stored.size(), " sequences"));
+  const v1::GetWorkerInfoResponse& worker = found.worker;
+  capacity_.geometry = FromProto(worker.geometry());
+  capacity_.host_bytes = static_cast<int64_t>(found.store.capacity_bytes());
+  capacity_.max_extents = found.store.max_extents();
+  capacity_.kv_pool_bytes = worker.memory().kv_pool_bytes();
+  capacity_.tail_bytes_per_sequence = worker.memory().tail_bytes_per_sequence();
+  capacity_.max_sequences = std::min(worker.max_sequences(), worker.max_decode_rows());
+  pipeline_.set_limits({worker.max_chunk_tokens(), worker.max_decode_rows(), worker.max_results()});
+  device_memory_ = worker.memory();
+  pipeline_.Reset();
+  ReconcileWithStore(found.stored);
+  for (auto& request : running_) {
+    request->Restart();
+    request->leased = false;
+  }
+  plan_.ready_version = 0;
+  plan_.wanted_anew = true;
+  connected_ = true;
+  reattach_ = false;
+  store_answers_ = true;
+  ++connections_;
+  connect_failure_.clear();
+  auto facts = std::make_shared<PeerFacts>();
+  facts->worker = std::move(found.worker);
+  facts->store = std::move(found.store);
+  MutexLock lock(&mutex_);
+  facts_ = std::move(facts);
+}
+
+void Scheduler::ReconcileWithStore(const std::vector<v1::StoredSequence>& stored) {
+  std::map<uint64_t, const v1::StoredSequence*> by_id;
+  for (const v1::StoredSequence& sequence : stored) {
+    by_id[sequence.sequence_id()] = &sequence;
+    next_sequence_id_ = std::max(next_sequence_id_, sequence.sequence_id() + 1);
+  }
+  const auto reconcile = [&](Sequence& sequence) {
+    const auto at = by_id.find(sequence.id);
+    Reconcile(sequence, at == by_id.end() ? nullptr : at->second);
+    if (at != by_id.end()) by_id.erase(at);
+  };
+  for (auto& request : running_) reconcile(request->sequence());
+  sessions_.ForEach([&](Session& session) {
+    if (session.busy) return;
+    reconcile(session.sequence);
+    if (session.sequence.committed_tokens < session.sequence.sealed_tokens) {
+      uncommitted_sessions_.insert(session.id);
+    }
+  });
+  // What nobody here knows is what a release that failed, or an earlier coordinator, has left.
+  for (const auto& [id, sequence] : by_id) to_release_.push_back(id);
+}
+
+void Scheduler::Disconnect(const absl::Status& why) {
+  if (connected_) {
+    LogWarning(absl::StrCat("steps cannot go on: ", why.ToString()));
+    disconnected_since_ = absl::Now();
+    connect_failure_ = std::string(why.message());
+  }
+  connected_ = false;
+  pipeline_.Reset();
+  peers_->Connect();
+}
+
+void Scheduler::OnResponse(const v1::StepResponse& response) {
+  if (!connected_) return;
+  StepPipeline::Returned returned = pipeline_.Receive(response, absl::Now());
+  if (response.has_memory()) device_memory_ = response.memory();
+  if (!returned.status.ok()) {
+    for (RunningRequest* const request : returned.failed) {
+      if (!request->CountFailure()) {
+        request->End(StepFailedError(returned.status), v1::FINISH_REASON_UNSPECIFIED);
+      }
+    }
+    Disconnect(returned.status);
+    return;
+  }
+  for (const v1::LaneUse& use : response.lanes()) {
+    auto& lanes = *totals_.mutable_lanes();
+    auto at = std::find_if(lanes.begin(), lanes.end(),
+                           [&](const v1::LaneUse& other) { return other.lane() == use.lane(); });
+    v1::LaneUse* const total = at == lanes.end() ? lanes.Add() : &*at;
+    total->set_lane(use.lane());
+    total->set_kv_heads(use.kv_heads());
+    total->set_bytes(total->bytes() + use.bytes());
+    total->set_busy_ns(total->busy_ns() + use.busy_ns());
+    total->set_idle_ns(total->idle_ns() + use.idle_ns());
+  }
+  for (const uint64_t id : returned.closed) {
+    RunningRequest* const request = FindRunning(id);
+    if (request != nullptr) request->open_on_worker = false;
+  }
+}
+
+void Scheduler::OnStore(const absl::StatusOr<v1::GetStoreInfoResponse>& info) {
+  if (info.ok() != store_answers_) {
+    LogWarning(info.ok() ? "the kvstore answers again"
+                         : absl::StrCat("the kvstore does not answer: ", info.status().ToString()));
+  }
+  store_answers_ = info.ok();
+  if (!info.ok()) return;
+  MutexLock lock(&mutex_);
+  if (facts_ == nullptr || facts_->store.generation() != info->generation()) return;
+  auto facts = std::make_shared<PeerFacts>(*facts_);
+  facts->store = *info;
+  facts_ = std::move(facts);
+}
+
+// Steps go on while the store is away; once it is back, the worker must be told, and it closes all
+// sequences for that.
+void Scheduler::MaintainReattachment() {
+  if (!connected_ || !reattach_) return;
+  if (!pipeline_.idle() && absl::Now() - reattach_since_ < kReattachPatience) return;
+  Disconnect(absl::UnavailableError("the kvstore has been started anew"));
+}
+
+void Scheduler::UpdateServing() {
+  const bool serving = connected_ && store_answers_;
+  if (std::exchange(serving_, serving) != serving) on_serving_(serving);
+}
+
+// ---------------------------------------------------------------- the store's side of sequences
+
+void Scheduler::MaintainLeases() {
+  if (!connected_ || !store_answers_) return;
+  for (auto& request : running_) {
+    if (request->ended() || request->lease_in_flight) continue;
+    const Sequence& sequence = request->sequence();
+    const SequenceProgress& progress = request->progress();
+    std::vector<int64_t> capacities;
+    int64_t have = sequence.capacity_tokens();
+    for (int64_t more;
+         (more = NextLeaseTokens(capacity_.geometry, have,
+                                 std::max(progress.known_tokens, progress.next_pos),
+                                 progress.end_pos, request->reserved_tokens)) > 0;
+         have += more) {
+      capacities.push_back(more);
+    }
+    if (capacities.empty()) {
+      request->leased = true;
+      continue;
+    }
+    request->lease_in_flight = true;
+    peers_->AllocateRuns(
+        sequence.id, sequence.capacity_tokens(), std::move(capacities),
+        [this, id = sequence.id, connection = connections_](absl::Status status,
+                                                            std::vector<v1::ExtentRun> runs) {
+          OnLeased(id, connection, status, std::move(runs));
+        });
+  }
+}
+
+void Scheduler::OnLeased(uint64_t sequence_id, uint64_t connection, const absl::Status& status,
+                         std::vector<v1::ExtentRun> runs) {
+  RunningRequest* const request = FindRunning(sequence_id);
+  if (request == nullptr) return;
+  request->lease_in_flight = false;
+  for (v1::ExtentRun& run : runs) {
+    // After a reconnection the sequence may have fewer runs than the call supposed.
+    if (run.first_pos() == request->sequence().capacity_tokens()) request->AddRun(std::move(run));
+  }
+  if (status.ok() || MayPass(status) || connection != connections_ || reattach_) return;
+  request->End(HostMemoryError(status), v1::FINISH_REASON_UNSPECIFIED);
+}
+
+void Scheduler::MaintainCommits() {
+  if (!connected_ || !store_answers_ || reattach_ || commit_in_flight_ ||
+      absl::Now() < commit_retry_) {
+    return;
+  }
+  std::vector<v1::SealedSequence> sealed;
+  const auto add = [&](const Sequence& sequence) {
+    if (sequence.sealed_tokens <= sequence.committed_tokens) return;
+    sealed.emplace_back();
+    sealed.back().set_sequence_id(sequence.id);
+    sealed.back().set_sealed_tokens(sequence.sealed_tokens);
+  };
+  for (const auto& request : running_) add(request->sequence());
+  std::set<std::string> sessions = std::exchange(uncommitted_sessions_, {});
+  for (const std::string& id : sessions) {
+    const Session* const session = sessions_.Find(id);
+    if (session != nullptr && !session->busy) add(session->sequence);
+  }
+  if (sealed.empty()) return;
+  commit_in_flight_ = true;
+  peers_->CommitSealed(sealed, [this, sealed, sessions, connection = connections_](
+                                   const absl::Status& status) {
+    commit_in_flight_ = false;
+    if (!status.ok()) {
+      uncommitted_sessions_.insert(sessions.begin(), sessions.end());
+      if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.ToString()));
+      commit_retry_ = absl::Now() + kRetryInterval;
+      return;
+    }
+    if (connection != connections_) return;  // counts have been set anew since
+    for (const v1::SealedSequence& what : sealed) {
+      if (RunningRequest* const request = FindRunning(what.sequence_id())) {
+        request->Committed(what.sealed_tokens());
+      }
+    }
+    for (const std::string& id : sessions) {
+      Session* const session = sessions_.Find(id);
+      if (session == nullptr || session->busy) continue;
+      for (const v1::SealedSequence& what : sealed) {
+        if (what.sequence_id() != session->sequence.id) continue;
+        session->sequence.committed_tokens =
+            std::min(what.sealed_tokens(), session->sequence.sealed_tokens);
+      }
+    }
+  });
+}
+
+void Scheduler::MaintainReleases() {
+  if (!connected_ || !store_answers_ || release_in_flight_ || to_release_.empty() ||
+      absl::Now() < release_retry_) {
+    return;
+  }
+  release_in_flight_ = true;
+  const std::vector<uint64_t> ids = std::exchange(to_release_, {});
+  peers_->Release(ids, [this, ids](const absl::Status& status) {
+    release_in_flight_ = false;
+    if (status.ok()) return;
+    LogWarning(absl::StrCat("releasing ", ids.size(), " sequences: ", status.ToString()));
+    to_release_.insert(to_release_.end(), ids.begin(), ids.end());
+    release_retry_ = absl::Now() + kRetryInterval;
+  });
+}
+
+// ---------------------------------------------------------------- the plan
+
+void Scheduler::MaintainPlan() {
+  if (!connected_ || plan_.preparing) return;
+  bool needed = plan_.ready_version == 0 || plan_.wanted_anew;
+  bool frozen = false;
+  const RunningRequest* first = nullptr;
+  for (const auto& request : running_) {
+    if (request->ended()) continue;
+    if (first == nullptr) first = request.get();
+    const SequenceProgress& progress = request->progress();
+    needed = needed || request->plan_version == 0 ||
+             (request->horizon_tokens < progress.end_pos &&
+              progress.known_tokens + kHorizonMargin > request->horizon_tokens);
+    frozen = frozen || (request->request().deterministic && request->plan_version != 0);
+  }
+  if (!needed || first == nullptr) return;
+  plan_.wanted_anew = false;
+  for (auto& request : running_) {
+    if (frozen && request->plan_version != 0) continue;
+    request->horizon_tokens =
+        request->request().deterministic
+            ? request->progress().end_pos
+            : std::min(request->progress().end_pos,
+                       request->progress().known_tokens + kHorizonTokens);
+  }
+  Placement placement = plan_.placement;
+  if (!frozen || placement.layers.empty()) {
+    const std::vector<SequenceShape> shapes = RunningShapes();
+    const PlacementSpec& spec = first->request().placement;
+    const int64_t tails = static_cast<int64_t>(running_.size()) * capacity_.tail_bytes_per_sequence;
+    placement = spec.automatic
+                    ? PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, shapes)
+                    : PlaceByShares(capacity_.geometry, spec, shapes);
+  }
+  const bool same = plan_.ready_version == plan_.version && placement == plan_.placement;
+  if (!same) {
+    ++plan_.version;
+    plan_.placement = std::move(placement);
+    plan_.preparing = true;
+    peers_->PreparePlan(ToProto(plan_.placement, plan_.version),
+                        [this, version = plan_.version,
+                         connection = connections_](const absl::Status& status) {
+                          OnPlanPrepared(version, connection, status);
+                        });
+  }
+  for (auto& request : running_) {
+    if (request->plan_version == 0) request->plan_version = plan_.version;
+    request->explanation.set_plan_version(plan_.version);
+  }
+}
+
+void Scheduler::OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status) {
+  plan_.preparing = false;
+  if (connection != connections_) return;  // asked for anew since
+  if (status.ok()) {
+    plan_.ready_version = version;
+    return;
+  }
+  LogWarning(absl::StrCat("preparing plan ", version, ": ", status.ToString()));
+  plan_.wanted_anew = true;
+  if (MayPass(status)) return;
+  // A plan that is refused would be refused again: those that wait for it cannot run.
+  for (auto& request : running_) {
+    if (request->plan_version >= version) {
+      request->End(status, v1::FINISH_REASON_UNSPECIFIED);
+    }
+  }
+}
+
+}  // namespace headroom::coordinator

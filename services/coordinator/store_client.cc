@@ -1,0 +1,107 @@
+#include "services/coordinator/store_client.h"
+
+#include <utility>
+
+#include "common/status.h"
+#include "headroom/v1/kv_store.grpc.pb.h"
+#include "services/coordinator/channel_client.h"
+
+namespace headroom::coordinator {
+namespace {
+
+// Everything but binding is bookkeeping of microseconds; binding may clean a segment.
+constexpr std::chrono::milliseconds kCallDeadline{5'000};
+constexpr std::chrono::milliseconds kBindDeadline{60'000};
+constexpr int32_t kListPage = 1000;
+
+class GrpcStoreClient : public StoreClient {
+ public:
+  explicit GrpcStoreClient(const std::string& address)
+      : stub_(v1::KvStoreService::NewStub(MakePeerChannel(address))) {}
+
+  absl::StatusOr<v1::GetStoreInfoResponse> GetInfo() override {
+    return Call<v1::GetStoreInfoResponse>(&Stub::GetStoreInfo, v1::GetStoreInfoRequest());
+  }
+
+  absl::Status BindModel(const v1::KvGeometry& geometry, const v1::ModelFingerprint& fingerprint,
+                         bool allow_clean) override {
+    v1::BindModelRequest request;
+    *request.mutable_geometry() = geometry;
+    *request.mutable_fingerprint() = fingerprint;
+    request.set_allow_clean(allow_clean);
+    return Call<v1::BindModelResponse>(&Stub::BindModel, request, kBindDeadline).status();
+  }
+
+  absl::StatusOr<v1::ExtentRun> AllocateRun(uint64_t sequence_id, int64_t first_pos,
+                                            int64_t capacity_tokens) override {
+    v1::AllocateRunRequest request;
+    request.set_sequence_id(sequence_id);
+    request.set_first_pos(first_pos);
+    request.set_capacity_tokens(capacity_tokens);
+    HEADROOM_ASSIGN_OR_RETURN(v1::AllocateRunResponse response,
+                              Call<v1::AllocateRunResponse>(&Stub::AllocateRun, request));
+    return std::move(*response.mutable_run());
+  }
+
+  absl::Status CommitSealed(const std::vector<v1::SealedSequence>& sequences) override {
+    v1::CommitSealedRequest request;
+    request.mutable_sequences()->Add(sequences.begin(), sequences.end());
+    return Call<v1::CommitSealedResponse>(&Stub::CommitSealed, request).status();
+  }
+
+  absl::Status TruncateSequence(uint64_t sequence_id, int64_t tokens) override {
+    v1::TruncateSequenceRequest request;
+    request.set_sequence_id(sequence_id);
+    request.set_tokens(tokens);
+    return Call<v1::TruncateSequenceResponse>(&Stub::TruncateSequence, request).status();
+  }
+
+  absl::Status ReleaseSequences(const std::vector<uint64_t>& sequence_ids) override {
+    v1::ReleaseSequencesRequest request;
+    request.mutable_sequence_ids()->Add(sequence_ids.begin(), sequence_ids.end());
+    return Call<v1::ReleaseSequencesResponse>(&Stub::ReleaseSequences, request).status();
+  }
+
+  absl::StatusOr<std::vector<v1::StoredSequence>> ListSequences() override {
+    std::vector<v1::StoredSequence> sequences;
+    v1::ListSequencesRequest request;
+    request.set_page_size(kListPage);
+    for (bool more = true; more;) {
+      HEADROOM_ASSIGN_OR_RETURN(v1::ListSequencesResponse page,
+                                Call<v1::ListSequencesResponse>(&Stub::ListSequences, request));
+      sequences.insert(sequences.end(), page.sequences().begin(), page.sequences().end());
+      more = page.more() && page.sequences_size() > 0;
+      if (more) request.set_after_sequence_id(sequences.back().sequence_id());
+    }
+    return sequences;
+  }
+
+  absl::Status PreparePlan(const v1::Plan& plan) override {
+    v1::PrepareStorePlanRequest request;
+    *request.mutable_plan() = plan;
+    return Call<v1::PrepareStorePlanResponse>(&Stub::PrepareStorePlan, request).status();
+  }
+
+ private:
+  using Stub = v1::KvStoreService::Stub;
+
+  template <typename Response, typename Method, typename Request>
+  absl::StatusOr<Response> Call(Method method, const Request& request,
+                                std::chrono::milliseconds deadline = kCallDeadline) {
+    Response response;
+    HEADROOM_RETURN_IF_ERROR(CallWithDeadline(deadline, [&](grpc::ClientContext* context) {
+      return (stub_.get()->*method)(context, request, &response);
+    }));
+    return response;
+  }
+
+  const std::unique_ptr<Stub> stub_;
+};
+
+}  // namespace
+
+std::unique_ptr<StoreClient> MakeStoreClient(const std::string& address) {
+  return std::make_unique<GrpcStoreClient>(address);
+}
+
+}  // namespace headroom::coordinator
