@@ -105,7 +105,7 @@ absl::Status StepFailedError(const absl::Status& step) {
       return WithReason(step, "STEP_FAILED");
     default:  // a step that the worker refuses is this program's mistake, not the client's
       return WithReason(absl::InternalError(absl::StrCat("the worker refused a step: ",
-                                                         step.ToString())),
+                                                         step.message())),
                         "STEP_REFUSED");
   }
 }

@@ -176,7 +176,7 @@ void Peers::Truncate(uint64_t sequence_id, int64_t tokens) {
   calls_.Post([this, sequence_id, tokens] {
     const absl::Status status = store_->TruncateSequence(sequence_id, tokens);
     if (!status.ok()) {
-      LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.ToString()));
+      LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.message()));
     }
     NoteStore(status);
   });

@@ -126,6 +126,7 @@ void Scheduler::Tick() {
   ExpireRequests(now);
   MaintainReattachment();
   SweepEnded();
+  MaintainReleases();
   AdmitFromQueue(now);
   MaintainLeases();
   MaintainPlan();
@@ -134,7 +135,6 @@ void Scheduler::Tick() {
     pipeline_.Pump(running_, plan_.ready_version);
   }
   MaintainCommits();
-  MaintainReleases();
   MaintainSessions(now);
   UpdateServing();
   if (queue_.empty() && running_.empty()) {
@@ -193,7 +193,7 @@ void Scheduler::Refuse(Waiting& waiting, const absl::Status& status, v1::FinishR
     finished.set_reason(reason);
     waiting.sink->OnAccepted();
   } else {
-    LogInfo(status.ToString(), waiting.request->id);
+    LogInfo(absl::StrCat("refused: ", status.message()), waiting.request->id);
   }
   waiting.sink->OnFinished(status, std::move(finished));
 }
@@ -235,6 +235,8 @@ Verdict Scheduler::Judge(const Request& request, const Session* session, bool al
     }
   }
   if (!alone) {
+    commitments.running_tokens = to_release_.tokens + in_release_.tokens;
+    commitments.running_runs = to_release_.runs + in_release_.runs;
     for (const auto& running : running_) {
       commitments.running_tokens += running->reserved_tokens;
       commitments.running_runs += running->reserved_runs;
@@ -281,9 +283,6 @@ bool Scheduler::TryAdmit(Waiting& head, absl::Time now) {
   }
   if (!PlacementFits(request)) return false;
   Verdict verdict = Judge(request, session, /*alone=*/false);
-  if (verdict.kind == Verdict::kWait && running_.empty()) {
-    verdict = Judge(request, session, /*alone=*/true);
-  }
   if (verdict.kind == Verdict::kWait) return false;
   if (verdict.kind == Verdict::kNever) {
     Refuse(head, NeverFitsError(verdict.reason));

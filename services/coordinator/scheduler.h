@@ -100,6 +100,12 @@ class Scheduler {
     std::shared_ptr<RequestSink> sink;
     std::unique_ptr<TokenDecoder> decoder;
   };
+  // Sequences whose extents are to be freed; until the store has done so they count as taken.
+  struct Leaving {
+    std::vector<uint64_t> sequence_ids;
+    int64_t tokens = 0;
+    int64_t runs = 0;
+  };
   struct PlanInForce {
     uint64_t version = 0;        // the latest that was made
     uint64_t ready_version = 0;  // the latest that steps may name; 0: none
@@ -183,7 +189,8 @@ class Scheduler {
   std::set<std::string> uncommitted_sessions_;
   bool release_in_flight_ = false;
   absl::Time release_retry_;
-  std::vector<uint64_t> to_release_;
+  Leaving to_release_;
+  Leaving in_release_;
   absl::Time next_session_sweep_;
   std::vector<std::function<void()>> drained_;
   v1::GetStatusResponse totals_;  // counters since the start

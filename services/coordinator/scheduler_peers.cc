@@ -38,7 +38,7 @@ Peers::Events Scheduler::MakeEvents() {
     reattach_since_ = absl::Now();
   };
   events.on_connect_failed = [this](absl::Status status) {
-    if (connect_failure_ != status.message()) LogWarning(absl::StrCat("connecting: ", status.ToString()));
+    if (connect_failure_ != status.message()) LogWarning(absl::StrCat("connecting: ", status.message()));
     connect_failure_ = std::string(status.message());
   };
   return events;
@@ -98,12 +98,17 @@ void Scheduler::ReconcileWithStore(const std::vector<v1::StoredSequence>& stored
     }
   });
   // What nobody here knows is what a release that failed, or an earlier coordinator, has left.
-  for (const auto& [id, sequence] : by_id) to_release_.push_back(id);
+  for (const auto& [id, sequence] : by_id) {
+    Sequence unknown;
+    unknown.id = id;
+    unknown.runs.assign(sequence->runs().begin(), sequence->runs().end());
+    ReleaseLater(unknown);
+  }
 }
 
 void Scheduler::Disconnect(const absl::Status& why) {
   if (connected_) {
-    LogWarning(absl::StrCat("steps cannot go on: ", why.ToString()));
+    LogWarning(absl::StrCat("steps cannot go on: ", why.message()));
     disconnected_since_ = absl::Now();
     connect_failure_ = std::string(why.message());
   }
@@ -145,7 +150,7 @@ void Scheduler::OnResponse(const v1::StepResponse& response) {
 void Scheduler::OnStore(const absl::StatusOr<v1::GetStoreInfoResponse>& info) {
   if (info.ok() != store_answers_) {
     LogWarning(info.ok() ? "the kvstore answers again"
-                         : absl::StrCat("the kvstore does not answer: ", info.status().ToString()));
+                         : absl::StrCat("the kvstore does not answer: ", info.status().message()));
   }
   store_answers_ = info.ok();
   if (!info.ok()) return;
@@ -238,7 +243,7 @@ void Scheduler::MaintainCommits() {
     commit_in_flight_ = false;
     if (!status.ok()) {
       uncommitted_sessions_.insert(sessions.begin(), sessions.end());
-      if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.ToString()));
+      if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.message()));
       commit_retry_ = absl::Now() + kRetryInterval;
       return;
     }
@@ -261,17 +266,23 @@ void Scheduler::MaintainCommits() {
 }
 
 void Scheduler::MaintainReleases() {
-  if (!connected_ || !store_answers_ || release_in_flight_ || to_release_.empty() ||
+  if (!connected_ || !store_answers_ || release_in_flight_ || to_release_.sequence_ids.empty() ||
       absl::Now() < release_retry_) {
     return;
   }
   release_in_flight_ = true;
-  const std::vector<uint64_t> ids = std::exchange(to_release_, {});
-  peers_->Release(ids, [this, ids](const absl::Status& status) {
+  in_release_ = std::exchange(to_release_, {});
+  peers_->Release(in_release_.sequence_ids, [this](const absl::Status& status) {
     release_in_flight_ = false;
+    Leaving released = std::exchange(in_release_, {});
     if (status.ok()) return;
-    LogWarning(absl::StrCat("releasing ", ids.size(), " sequences: ", status.ToString()));
-    to_release_.insert(to_release_.end(), ids.begin(), ids.end());
+    LogWarning(absl::StrCat("releasing ", released.sequence_ids.size(), " sequences: ",
+                            status.message()));
+    released.sequence_ids.insert(released.sequence_ids.end(), to_release_.sequence_ids.begin(),
+                                 to_release_.sequence_ids.end());
+    released.tokens += to_release_.tokens;
+    released.runs += to_release_.runs;
+    to_release_ = std::move(released);
     release_retry_ = absl::Now() + kRetryInterval;
   });
 }
@@ -335,7 +346,7 @@ void Scheduler::OnPlanPrepared(uint64_t version, uint64_t connection, const absl
     plan_.ready_version = version;
     return;
   }
-  LogWarning(absl::StrCat("preparing plan ", version, ": ", status.ToString()));
+  LogWarning(absl::StrCat("preparing plan ", version, ": ", status.message()));
   plan_.wanted_anew = true;
   if (MayPass(status)) return;
   // A plan that is refused would be refused again: those that wait for it cannot run.

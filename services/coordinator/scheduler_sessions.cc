@@ -92,7 +92,10 @@ bool Scheduler::DeleteSession(const std::string& id, std::function<void(absl::St
 }
 
 void Scheduler::ReleaseLater(const Sequence& sequence) {
-  if (sequence.id != 0) to_release_.push_back(sequence.id);
+  if (sequence.id == 0) return;
+  to_release_.sequence_ids.push_back(sequence.id);
+  to_release_.tokens += sequence.capacity_tokens();
+  to_release_.runs += static_cast<int64_t>(sequence.runs.size());
 }
 
 bool Scheduler::Flush(std::function<void(int32_t)> answer) {

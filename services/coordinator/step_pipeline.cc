@@ -18,9 +18,11 @@ int StepPipeline::CountInFlight(Kind kind) const {
 }
 
 void StepPipeline::Pump(Requests& requests, uint64_t plan_version) {
-  // Tokens first: a chunk is long, and tokens that are ready need not wait for its composition.
-  for (const Kind kind : {kTokens, kChunk}) {
-    while (CountInFlight(kind) < kDepth && SendOne(kind, requests, plan_version)) {
+  // A chunk that ends a prompt makes room for the token after it at once, so: until nothing goes.
+  for (bool sent = true; sent;) {
+    sent = false;
+    for (const Kind kind : {kTokens, kChunk}) {
+      if (CountInFlight(kind) < kDepth && SendOne(kind, requests, plan_version)) sent = true;
     }
   }
 }

@@ -1,0 +1,506 @@
+// A worker and a store for tests of the scheduler: no RPC, no model, but the protocol to the letter.
+//
+// Keys are the token ids themselves. The worker seals them into the store's extents, forgets its tail
+// when a sequence is opened anew, and draws each token from all tokens that the step's lanes and tail
+// give it: a wrong run, a wrong sealed count or a forgotten block changes what is drawn. Whatever a
+// real worker would refuse is noted in violations().
+#ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
+#define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "common/kv_layout.h"
+#include "common/mutex.h"
+#include "services/coordinator/store_client.h"
+#include "services/coordinator/worker_client.h"
+
+namespace headroom::coordinator {
+
+inline constexpr int32_t kFakeVocab = 1000;
+
+// What the fake model says after `tokens`.
+inline int32_t FakeNextToken(const std::vector<int32_t>& tokens) {
+  uint64_t hash = 1469598103934665603u;
+  for (const int32_t token : tokens) hash = (hash ^ static_cast<uint32_t>(token)) * 1099511628211u;
+  return static_cast<int32_t>((hash >> 20) % kFakeVocab);
+}
+
+// `count` tokens after `tokens`.
+inline std::vector<int32_t> FakeAnswer(std::vector<int32_t> tokens, int64_t count) {
+  std::vector<int32_t> answer;
+  for (int64_t i = 0; i < count; ++i) {
+    answer.push_back(FakeNextToken(tokens));
+    tokens.push_back(answer.back());
+  }
+  return answer;
+}
+
+// The machine: the segment's extents by id, the two processes' settings and their faults.
+class FakeMachine {
+ public:
+  KvGeometry geometry = {2, 2, 64};
+  int64_t host_tokens = 1 << 16;
+  int64_t pool_tokens = 1 << 14;  // of device memory
+  int32_t max_chunk_tokens = 128;
+  int32_t max_decode_rows = 8;
+  int32_t max_sequences = 8;
+  int32_t max_results = 64;
+
+  void Violation(std::string what) {
+    MutexLock lock(&mutex);
+    violations_.push_back(std::move(what));
+  }
+  std::vector<std::string> violations() {
+    MutexLock lock(&mutex);
+    return violations_;
+  }
+
+  struct Stored {
+    std::vector<v1::ExtentRun> runs;
+    int64_t sealed_tokens = 0;
+  };
+
+  Mutex mutex;
+  // ---- Guarded by mutex.
+  uint64_t generation = 1;
+  uint64_t incarnation = 1;
+  bool store_away = false;
+  bool worker_away = false;
+  absl::Duration step_time = absl::ZeroDuration();
+  std::map<uint32_t, std::vector<int32_t>> extents;  // of layer 0: a token for each position, or -1
+  std::map<uint64_t, Stored> stored;
+  uint32_t next_extent = 1;
+  int64_t steps = 0;
+  int64_t chunk_rows = 0;             // of steps with more than one token of a sequence
+  std::map<int64_t, int> fail_steps;  // count of the step since the start -> google.rpc.Code
+  std::set<int64_t> break_at_steps;   // the stream breaks instead of answering
+  std::vector<v1::Plan> plans;
+  std::vector<v1::StepRequest> sent;
+
+  int64_t used_tokens() {
+    int64_t tokens = 0;
+    for (const auto& [id, sequence] : stored) {
+      for (const v1::ExtentRun& run : sequence.runs) tokens += run.capacity_tokens();
+    }
+    return tokens;
+  }
+
+ private:
+  std::vector<std::string> violations_;
+};
+
+class FakeStoreClient : public StoreClient {
+ public:
+  explicit FakeStoreClient(std::shared_ptr<FakeMachine> machine) : machine_(std::move(machine)) {}
+
+  absl::StatusOr<v1::GetStoreInfoResponse> GetInfo() override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->store_away) return absl::UnavailableError("store away");
+    v1::GetStoreInfoResponse info;
+    info.set_schema_revision(1);
+    info.set_minimum_peer_revision(1);
+    info.set_generation(machine_->generation);
+    info.set_segment_dir("/fake");
+    const int64_t token_bytes = machine_->geometry.BytesPerToken();
+    info.set_capacity_bytes(machine_->host_tokens * token_bytes);
+    info.set_used_bytes(machine_->used_tokens() * token_bytes);
+    info.set_max_extents(100000);
+    info.set_attend_threads(0);
+    return info;
+  }
+  absl::Status BindModel(const v1::KvGeometry&, const v1::ModelFingerprint&, bool) override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->store_away) return absl::UnavailableError("store away");
+    bound_ = machine_->generation;
+    return absl::OkStatus();
+  }
+  absl::StatusOr<v1::ExtentRun> AllocateRun(uint64_t id, int64_t first_pos,
+                                            int64_t capacity) override {
+    MutexLock lock(&machine_->mutex);
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    FakeMachine::Stored& sequence = machine_->stored[id];
+    int64_t end = 0;
+    for (const v1::ExtentRun& run : sequence.runs) {
+      if (run.first_pos() == first_pos && run.capacity_tokens() == capacity) return run;
+      end = run.first_pos() + run.capacity_tokens();
+    }
+    if (first_pos != end) return absl::InvalidArgumentError("the run follows no other");
+    if (machine_->used_tokens() + capacity > machine_->host_tokens) {
+      return absl::ResourceExhaustedError("the segment is full");
+    }
+    v1::ExtentRun run;
+    run.set_first_pos(first_pos);
+    run.set_capacity_tokens(capacity);
+    for (int32_t layer = 0; layer < machine_->geometry.num_layers; ++layer) {
+      v1::Extent* const extent = run.add_extents();
+      extent->set_layer(layer);
+      extent->set_extent_id(machine_->next_extent);
+      extent->set_data_offset(uint64_t{machine_->next_extent} << 20);
+      if (layer == 0) machine_->extents[machine_->next_extent].assign(capacity, -1);
+      ++machine_->next_extent;
+    }
+    sequence.runs.push_back(run);
+    return run;
+  }
+  absl::Status CommitSealed(const std::vector<v1::SealedSequence>& sequences) override {
+    MutexLock lock(&machine_->mutex);
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    for (const v1::SealedSequence& what : sequences) {
+      const auto at = machine_->stored.find(what.sequence_id());
+      if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
+      at->second.sealed_tokens = std::max(at->second.sealed_tokens, what.sealed_tokens());
+    }
+    return absl::OkStatus();
+  }
+  absl::Status TruncateSequence(uint64_t id, int64_t tokens) override {
+    MutexLock lock(&machine_->mutex);
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    const auto at = machine_->stored.find(id);
+    if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
+    auto& runs = at->second.runs;
+    while (!runs.empty() && runs.back().first_pos() >= tokens) {
+      machine_->extents.erase(runs.back().extents(0).extent_id());
+      runs.pop_back();
+    }
+    at->second.sealed_tokens = std::min(at->second.sealed_tokens, tokens);
+    return absl::OkStatus();
+  }
+  absl::Status ReleaseSequences(const std::vector<uint64_t>& ids) override {
+    MutexLock lock(&machine_->mutex);
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    for (const uint64_t id : ids) {
+      for (const v1::ExtentRun& run : machine_->stored[id].runs) {
+        machine_->extents.erase(run.extents(0).extent_id());
+      }
+      machine_->stored.erase(id);
+    }
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::vector<v1::StoredSequence>> ListSequences() override {
+    MutexLock lock(&machine_->mutex);
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    std::vector<v1::StoredSequence> listed;
+    for (const auto& [id, sequence] : machine_->stored) {
+      v1::StoredSequence& out = listed.emplace_back();
+      out.set_sequence_id(id);
+      out.set_sealed_tokens(sequence.sealed_tokens);
+      out.mutable_runs()->Add(sequence.runs.begin(), sequence.runs.end());
+    }
+    return listed;
+  }
+  absl::Status PreparePlan(const v1::Plan&) override {
+    MutexLock lock(&machine_->mutex);
+    return Ready();
+  }
+
+ private:
+  absl::Status Ready() {
+    if (machine_->store_away) return absl::UnavailableError("store away");
+    if (bound_ != machine_->generation) return absl::FailedPreconditionError("no model is bound");
+    return absl::OkStatus();
+  }
+
+  const std::shared_ptr<FakeMachine> machine_;
+  uint64_t bound_ = 0;
+};
+
+// The worker's sequences and its step loop, on a thread of its own.
+class FakeStepStream : public StepStream {
+ public:
+  FakeStepStream(std::shared_ptr<FakeMachine> machine,
+                 std::function<void(v1::StepResponse)> on_response,
+                 std::function<void(absl::Status)> on_closed)
+      : machine_(std::move(machine)),
+        on_response_(std::move(on_response)),
+        on_closed_(std::move(on_closed)),
+        thread_([this] { Loop(); }) {}
+
+  ~FakeStepStream() override {
+    {
+      MutexLock lock(&mutex_);
+      stop_ = true;
+      sent_.SignalAll();
+    }
+    thread_.join();
+  }
+
+  void Send(v1::StepRequest step) override {
+    {
+      MutexLock lock(&machine_->mutex);
+      machine_->sent.push_back(step);
+    }
+    MutexLock lock(&mutex_);
+    if (++in_flight_[IsChunk(step)] > 2) machine_->Violation("three steps of a kind in flight");
+    queue_.push_back(std::move(step));
+    sent_.Signal();
+  }
+
+ private:
+  struct Open {
+    std::vector<v1::ExtentRun> runs;
+    int64_t sealed_tokens = 0;
+    std::map<int64_t, int32_t> tail;  // position -> key
+    int32_t last_drawn = -1;
+
+    int64_t capacity() const {
+      return runs.empty() ? 0 : runs.back().first_pos() + runs.back().capacity_tokens();
+    }
+  };
+
+  static bool IsChunk(const v1::StepRequest& step) {
+    for (const v1::StepSequence& sequence : step.sequences()) {
+      if (sequence.token_ids_size() > 1) return true;
+    }
+    return false;
+  }
+
+  void Loop() {
+    for (;;) {
+      v1::StepRequest step;
+      {
+        MutexLock lock(&mutex_);
+        while (queue_.empty() && !stop_) sent_.WaitFor(&mutex_, absl::Seconds(1));
+        if (stop_) break;
+        step = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      absl::Duration step_time;
+      int code = 0;
+      {
+        MutexLock lock(&machine_->mutex);
+        const int64_t count = ++machine_->steps;
+        step_time = machine_->step_time;
+        if (machine_->worker_away || machine_->break_at_steps.count(count) > 0) break;
+        const auto failure = machine_->fail_steps.find(count);
+        if (failure != machine_->fail_steps.end()) code = failure->second;
+      }
+      if (step_time > absl::ZeroDuration()) absl::SleepFor(step_time);
+      v1::StepResponse response = Run(step);
+      if (code != 0) {
+        response.clear_results();
+        response.set_code(code);
+        response.set_message("a failure that was asked for");
+      }
+      {
+        MutexLock lock(&mutex_);
+        --in_flight_[IsChunk(step)];
+      }
+      on_response_(std::move(response));
+    }
+    on_closed_(absl::UnavailableError("the fake worker is gone"));
+  }
+
+  v1::StepResponse Run(const v1::StepRequest& step) {
+    v1::StepResponse response;
+    response.set_number(step.number());
+    response.set_attempt(step.attempt());
+    response.set_code(0);
+    MutexLock lock(&machine_->mutex);
+    if (step.number() != last_number_ + 1 && last_number_ != 0) Note(step, "numbers do not follow");
+    last_number_ = step.number();
+    if (!step.sequences().empty() && !PlanKnown(step.plan_version())) {
+      Note(step, "names a plan that was not prepared");
+    }
+    for (const uint64_t id : step.close_sequence_ids()) {
+      if (open_.erase(id) == 0) Note(step, "closes what is not open");
+    }
+    for (const v1::OpenSequence& open : step.open_sequences()) {
+      Open& sequence = open_[open.sequence_id()];
+      sequence = Open();
+      for (const v1::ExtentRun& run : open.runs()) AddRun(step, sequence, run);
+      sequence.sealed_tokens = open.sealed_tokens();
+      if (open.sealed_tokens() % kBlockTokens != 0 || open.sealed_tokens() > sequence.capacity()) {
+        Note(step, "opens with a wrong sealed count");
+      }
+    }
+    if (static_cast<int32_t>(open_.size()) > machine_->max_sequences) Note(step, "too many open");
+    for (const v1::ExtentGrant& grant : step.grants()) {
+      if (open_.count(grant.sequence_id()) == 0) Note(step, "grants to what is not open");
+      AddRun(step, open_[grant.sequence_id()], grant.run());
+    }
+    int64_t results = 0;
+    for (const v1::StepSequence& what : step.sequences()) {
+      RunSequence(step, what, response.add_results());
+      results += what.score_token_ids_size() + (what.has_sampling() ? 1 : 0);
+    }
+    if (results > machine_->max_results) Note(step, "too many results");
+    if (step.sequences_size() > machine_->max_decode_rows) Note(step, "too many rows");
+    v1::LaneUse* const use = response.add_lanes();
+    use->set_lane(v1::LANE_FETCHED);
+    use->set_bytes(100);
+    use->set_kv_heads(2);
+    response.mutable_memory()->set_budget_bytes(1 << 30);
+    return response;
+  }
+
+  void RunSequence(const v1::StepRequest& step, const v1::StepSequence& what,
+                   v1::StepSequenceResult* result) {
+    result->set_sequence_id(what.sequence_id());
+    if (open_.count(what.sequence_id()) == 0) {
+      Note(step, "a sequence that is not open");
+      return;
+    }
+    Open& sequence = open_[what.sequence_id()];
+    std::vector<int32_t> ids(what.token_ids().begin(), what.token_ids().end());
+    if (ids.empty()) ids.push_back(sequence.last_drawn);
+    if (ids.size() > 1) machine_->chunk_rows += static_cast<int64_t>(ids.size());
+    const int64_t first = what.first_pos();
+    const int64_t end = first + static_cast<int64_t>(ids.size());
+    const int64_t sealed = what.sealed_tokens();
+    if (sealed % kBlockTokens != 0 || sealed > sequence.sealed_tokens || sealed > first) {
+      Note(step, absl::StrCat("sealed_tokens ", sealed, " at position ", first));
+    }
+    if (FloorToBlock(end) > sequence.capacity()) Note(step, "seals where no extent is");
+    if (static_cast<int32_t>(ids.size()) > machine_->max_chunk_tokens) Note(step, "a long chunk");
+    const bool in_tail = end - sealed <= kTailTokens;
+    if (!in_tail && (ids.size() == 1 || first - sealed >= kTailTokens)) {
+      Note(step, "more unsealed tokens than the tail holds");
+    }
+    // All keys up to the end: from extents, tail and the step itself.
+    std::vector<int32_t> keys;
+    for (int64_t pos = 0; pos < end; ++pos) {
+      int32_t key = -1;
+      if (pos >= first) {
+        key = ids[pos - first];
+      } else if (pos < sealed) {
+        key = ExtentKey(sequence, pos);
+      } else if (sequence.tail.count(pos) > 0) {
+        key = sequence.tail[pos];
+      }
+      if (key < 0) Note(step, absl::StrCat("there is no key for position ", pos));
+      keys.push_back(key);
+    }
+    for (int i = 0; i < what.score_token_ids_size(); ++i) {
+      const std::vector<int32_t> prefix(keys.begin(), keys.begin() + first + i + 1);
+      v1::TokenRecord* const scored = result->add_scored();
+      scored->set_token_id(what.score_token_ids(i));
+      scored->set_logprob(-static_cast<float>(FakeNextToken(prefix)));
+    }
+    // The tail: what a long chunk leaves is its last, unfinished block.
+    for (int64_t pos = first; pos < end; ++pos) sequence.tail[pos] = ids[pos - first];
+    const int64_t keep = in_tail ? end - kTailTokens : FloorToBlock(end);
+    sequence.tail.erase(sequence.tail.begin(), sequence.tail.lower_bound(keep));
+    for (int64_t pos = FloorToBlock(first); pos < FloorToBlock(end); ++pos) {
+      SetExtentKey(step, sequence, pos, keys[pos]);
+    }
+    sequence.sealed_tokens = std::max(sequence.sealed_tokens, FloorToBlock(end));
+    result->set_sealed_tokens(sequence.sealed_tokens);
+    if (!what.has_sampling()) return;
+    sequence.last_drawn = FakeNextToken(keys);
+    result->mutable_token()->set_token_id(sequence.last_drawn);
+    result->mutable_token()->set_logprob(-1);
+  }
+
+  void AddRun(const v1::StepRequest& step, Open& sequence, const v1::ExtentRun& run) {
+    if (run.first_pos() != sequence.capacity()) Note(step, "runs do not follow each other");
+    sequence.runs.push_back(run);
+  }
+  int32_t ExtentKey(const Open& sequence, int64_t pos) {
+    for (const v1::ExtentRun& run : sequence.runs) {
+      if (pos < run.first_pos() || pos >= run.first_pos() + run.capacity_tokens()) continue;
+      const auto at = machine_->extents.find(run.extents(0).extent_id());
+      return at == machine_->extents.end() ? -1 : at->second[pos - run.first_pos()];
+    }
+    return -1;
+  }
+  void SetExtentKey(const v1::StepRequest& step, const Open& sequence, int64_t pos, int32_t key) {
+    for (const v1::ExtentRun& run : sequence.runs) {
+      if (pos < run.first_pos() || pos >= run.first_pos() + run.capacity_tokens()) continue;
+      const auto at = machine_->extents.find(run.extents(0).extent_id());
+      if (at == machine_->extents.end()) {
+        Note(step, "seals into an extent that was freed");
+        return;
+      }
+      at->second[pos - run.first_pos()] = key;
+    }
+  }
+  bool PlanKnown(uint64_t version) {
+    for (const v1::Plan& plan : machine_->plans) {
+      if (plan.version() == version) return true;
+    }
+    return false;
+  }
+  // REQUIRES: the machine's mutex is held.
+  void Note(const v1::StepRequest& step, absl::string_view what) {
+    noted_.push_back(absl::StrCat("step ", step.number(), ": ", what));
+    machine_->mutex.Unlock();
+    machine_->Violation(noted_.back());
+    machine_->mutex.Lock();
+  }
+
+  const std::shared_ptr<FakeMachine> machine_;
+  const std::function<void(v1::StepResponse)> on_response_;
+  const std::function<void(absl::Status)> on_closed_;
+  Mutex mutex_;
+  CondVar sent_;
+  std::deque<v1::StepRequest> queue_;
+  bool stop_ = false;
+  int in_flight_[2] = {};
+  std::map<uint64_t, Open> open_;
+  uint64_t last_number_ = 0;
+  std::vector<std::string> noted_;
+  std::thread thread_;
+};
+
+class FakeWorkerClient : public WorkerClient {
+ public:
+  explicit FakeWorkerClient(std::shared_ptr<FakeMachine> machine) : machine_(std::move(machine)) {}
+
+  absl::StatusOr<v1::GetWorkerInfoResponse> GetInfo() override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->worker_away) return absl::UnavailableError("worker away");
+    v1::GetWorkerInfoResponse info;
+    info.set_schema_revision(1);
+    info.set_minimum_peer_revision(1);
+    info.set_device("fake");
+    info.mutable_geometry()->set_num_layers(machine_->geometry.num_layers);
+    info.mutable_geometry()->set_num_kv_heads(machine_->geometry.num_kv_heads);
+    info.mutable_geometry()->set_head_dim(machine_->geometry.head_dim);
+    info.set_vocab_size(kFakeVocab);
+    info.set_max_position_tokens(1 << 16);
+    info.set_max_chunk_tokens(machine_->max_chunk_tokens);
+    info.set_max_decode_rows(machine_->max_decode_rows);
+    info.set_max_sequences(machine_->max_sequences);
+    info.set_max_results(machine_->max_results);
+    info.set_incarnation(machine_->incarnation);
+    const int64_t token_bytes = machine_->geometry.BytesPerToken();
+    info.mutable_memory()->set_kv_pool_bytes(machine_->pool_tokens * token_bytes);
+    info.mutable_memory()->set_tail_bytes_per_sequence(kTailTokens * token_bytes);
+    return info;
+  }
+  absl::Status AttachStore(const std::string&, uint64_t) override {
+    MutexLock lock(&machine_->mutex);
+    return machine_->worker_away ? absl::UnavailableError("worker away") : absl::OkStatus();
+  }
+  absl::Status PreparePlan(const v1::Plan& plan) override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->worker_away) return absl::UnavailableError("worker away");
+    machine_->plans.push_back(plan);
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::unique_ptr<StepStream>> StartSteps(
+      std::function<void(v1::StepResponse)> on_response,
+      std::function<void(absl::Status)> on_closed) override {
+    return std::make_unique<FakeStepStream>(machine_, std::move(on_response),
+                                            std::move(on_closed));
+  }
+
+ private:
+  const std::shared_ptr<FakeMachine> machine_;
+};
+
+}  // namespace headroom::coordinator
+
+#endif  // HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_

@@ -1,0 +1,755 @@
+#include "services/coordinator/scheduler.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+#include "tests/unit/services/coordinator/fake_peers.h"
+
+namespace headroom::coordinator {
+namespace {
+
+// What became of a request.
+class Outcome : public RequestSink {
+ public:
+  void OnAccepted() override {
+    MutexLock lock(&mutex_);
+    accepted_ = true;
+  }
+  void OnDelta(v1::Delta delta) override {
+    MutexLock lock(&mutex_);
+    for (const v1::TokenRecord& token : delta.tokens()) tokens_.push_back(token.token_id());
+    text_ += delta.text();
+    changed_.SignalAll();
+  }
+  void OnFinished(const absl::Status& status, v1::Finished finished) override {
+    MutexLock lock(&mutex_);
+    if (done_) ADD_FAILURE() << "finished twice";
+    done_ = true;
+    status_ = status;
+    finished_ = std::move(finished);
+    changed_.SignalAll();
+  }
+  bool CanTake() const override { return takes.load(); }
+
+  // False if it takes longer than any of these tests may.
+  bool WaitForEnd() {
+    return WaitUntil([this] { return done_; });
+  }
+  bool WaitForTokens(size_t count) {
+    return WaitUntil([this, count] { return done_ || tokens_.size() >= count; });
+  }
+  bool done() {
+    MutexLock lock(&mutex_);
+    return done_;
+  }
+  absl::Status status() {
+    MutexLock lock(&mutex_);
+    return status_;
+  }
+  v1::Finished finished() {
+    MutexLock lock(&mutex_);
+    return finished_;
+  }
+  std::vector<int32_t> tokens() {
+    MutexLock lock(&mutex_);
+    return tokens_;
+  }
+  std::string text() {
+    MutexLock lock(&mutex_);
+    return text_;
+  }
+
+  std::atomic<bool> takes{true};
+
+ private:
+  template <typename Condition>
+  bool WaitUntil(Condition condition) {
+    const absl::Time deadline = absl::Now() + absl::Seconds(20);
+    MutexLock lock(&mutex_);
+    while (!condition() && absl::Now() < deadline) changed_.WaitFor(&mutex_, absl::Seconds(1));
+    return condition();
+  }
+
+  Mutex mutex_;
+  CondVar changed_;
+  bool accepted_ = false;
+  bool done_ = false;
+  absl::Status status_;
+  v1::Finished finished_;
+  std::vector<int32_t> tokens_;
+  std::string text_;
+};
+
+// Each token's text is its number and a comma.
+class NumberDecoder : public TokenDecoder {
+ public:
+  std::string Push(int32_t token_id) override { return absl::StrCat(token_id, ","); }
+  std::string Finish() override { return ""; }
+};
+
+std::vector<int32_t> Prompt(int64_t tokens, int32_t seed = 1) {
+  std::vector<int32_t> prompt;
+  for (int64_t i = 0; i < tokens; ++i) {
+    prompt.push_back(static_cast<int32_t>((i * 7919 + seed * 104729) % kFakeVocab));
+  }
+  return prompt;
+}
+
+class SchedulerTest : public testing::Test {
+ protected:
+  void Start(SchedulerOptions options = {}) {
+    scheduler_ = std::make_unique<Scheduler>(options, std::make_unique<FakeWorkerClient>(machine_),
+                                             std::make_unique<FakeStoreClient>(machine_),
+                                             [this](bool serving) { serving_.store(serving); });
+    scheduler_->Start();
+    ASSERT_TRUE(Eventually([this] { return serving_.load(); }));
+  }
+  void TearDown() override {
+    if (scheduler_ != nullptr) scheduler_->Stop();
+    EXPECT_EQ(machine_->violations(), std::vector<std::string>());
+  }
+
+  static std::unique_ptr<Request> MakeRequest(std::vector<int32_t> prompt, int64_t max_tokens) {
+    static std::atomic<int> count{0};
+    auto request = std::make_unique<Request>();
+    request->id = absl::StrCat("request-", ++count);
+    request->prompt = std::move(prompt);
+    request->max_tokens = max_tokens;
+    request->sampling.set_temperature(0);
+    request->chunk_tokens = 128;
+    request->arrival = absl::Now();
+    return request;
+  }
+  std::shared_ptr<Outcome> Submit(std::unique_ptr<Request> request) {
+    auto outcome = std::make_shared<Outcome>();
+    const absl::Status status =
+        scheduler_->Submit(std::move(request), outcome, std::make_unique<NumberDecoder>());
+    if (!status.ok()) outcome->OnFinished(status, v1::Finished());
+    return outcome;
+  }
+  std::shared_ptr<Outcome> Submit(std::vector<int32_t> prompt, int64_t max_tokens) {
+    return Submit(MakeRequest(std::move(prompt), max_tokens));
+  }
+  std::shared_ptr<Outcome> SubmitInSession(const std::string& session, std::vector<int32_t> prompt,
+                                           int64_t max_tokens) {
+    auto request = MakeRequest(std::move(prompt), max_tokens);
+    request->session_id = session;
+    return Submit(std::move(request));
+  }
+  template <typename Condition>
+  static bool Eventually(Condition condition) {
+    for (int i = 0; i < 2000; ++i) {
+      if (condition()) return true;
+      absl::SleepFor(absl::Milliseconds(10));
+    }
+    return condition();
+  }
+  template <typename T>
+  T Under(T FakeMachine::*member) {
+    MutexLock lock(&machine_->mutex);
+    return (*machine_).*member;
+  }
+  bool NothingStored() {
+    return Eventually([this] {
+      MutexLock lock(&machine_->mutex);
+      return machine_->stored.empty() && machine_->extents.empty();
+    });
+  }
+  // A session's next request must find it idle.
+  bool IdleSession(const std::string& id) {
+    return Eventually([&] {
+      std::atomic<int> state{0};
+      scheduler_->GetSession(id, [&](absl::StatusOr<v1::Session> session) {
+        state.store(session.ok() && !session->busy() ? 1 : 2);
+      });
+      Eventually([&] { return state.load() != 0; });
+      return state.load() == 1;
+    });
+  }
+
+  const std::shared_ptr<FakeMachine> machine_ = std::make_shared<FakeMachine>();
+  std::atomic<bool> serving_{false};
+  std::unique_ptr<Scheduler> scheduler_;
+};
+
+TEST_F(SchedulerTest, AnswersAsIfEveryTokenWereComputedAlone) {
+  Start();
+  for (const int64_t length : {1, 2, 63, 64, 65, 127, 128, 129, 1000}) {
+    auto outcome = Submit(Prompt(length), 20);
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+    EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(length), 20)) << length;
+    EXPECT_EQ(outcome->finished().reason(), v1::FINISH_REASON_LENGTH);
+    EXPECT_EQ(outcome->finished().usage().prompt_tokens(), length);
+    EXPECT_EQ(outcome->finished().usage().completion_tokens(), 20);
+  }
+  EXPECT_TRUE(NothingStored()) << "anonymous sequences leave nothing";
+}
+
+TEST_F(SchedulerTest, ChunksOfAnySizeGiveTheSameAnswer) {
+  Start();
+  for (const int64_t chunk : {1, 2, 7, 63, 64, 65, 128}) {
+    auto request = MakeRequest(Prompt(400), 30);
+    request->chunk_tokens = chunk;
+    auto outcome = Submit(std::move(request));
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(400), 30)) << chunk;
+  }
+}
+
+TEST_F(SchedulerTest, DecodesFarBeyondTheTail) {
+  Start();
+  auto outcome = Submit(Prompt(30), 1500);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(30), 1500));
+}
+
+TEST_F(SchedulerTest, ManyRequestsAtOnceDoNotMix) {
+  Start();
+  std::vector<std::shared_ptr<Outcome>> outcomes;
+  for (int i = 0; i < 24; ++i) outcomes.push_back(Submit(Prompt(10 + 37 * i, i), 40 + i));
+  for (int i = 0; i < 24; ++i) {
+    ASSERT_TRUE(outcomes[i]->WaitForEnd());
+    EXPECT_TRUE(outcomes[i]->status().ok()) << outcomes[i]->status();
+    EXPECT_EQ(outcomes[i]->tokens(), FakeAnswer(Prompt(10 + 37 * i, i), 40 + i)) << i;
+  }
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, SendsTheNextTokensStepBeforeTheLastHasReturned) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto outcome = Submit(Prompt(5), 20);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  int ahead = 0;
+  for (const v1::StepRequest& step : Under(&FakeMachine::sent)) {
+    for (const v1::StepSequence& sequence : step.sequences()) {
+      if (sequence.token_ids().empty()) ++ahead;
+    }
+  }
+  EXPECT_GE(ahead, 18) << "all but the first token go out as 'the last drawn'";
+}
+
+TEST_F(SchedulerTest, OnlyThePromptWhereNoTokenIsWanted) {
+  Start();
+  auto outcome = Submit(Prompt(300), 0);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->tokens().empty());
+  EXPECT_EQ(outcome->finished().usage().completion_tokens(), 0);
+  EXPECT_EQ(outcome->finished().reason(), v1::FINISH_REASON_LENGTH);
+}
+
+TEST_F(SchedulerTest, ScoresEveryPromptTokenButTheFirst) {
+  Start();
+  auto request = MakeRequest(Prompt(300), 2);
+  request->score_prompt = true;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  const v1::Finished finished = outcome->finished();
+  ASSERT_EQ(finished.prompt_logprobs_size(), 299);
+  const std::vector<int32_t> prompt = Prompt(300);
+  for (int i = 0; i < 299; ++i) {
+    EXPECT_EQ(finished.prompt_logprobs(i).token_id(), prompt[i + 1]);
+    const std::vector<int32_t> prefix(prompt.begin(), prompt.begin() + i + 1);
+    EXPECT_EQ(finished.prompt_logprobs(i).logprob(), -FakeNextToken(prefix));
+  }
+}
+
+// ---------------------------------------------------------------- stopping
+
+TEST_F(SchedulerTest, StopsAtEosOnceMinTokensAreThere) {
+  Start();
+  const std::vector<int32_t> answer = FakeAnswer(Prompt(50), 10);
+  auto request = MakeRequest(Prompt(50), 10);
+  request->eos_token_ids = {answer[4]};
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->finished().reason(), v1::FINISH_REASON_STOP);
+  EXPECT_EQ(outcome->finished().stop().eos_token_id(), answer[4]);
+  EXPECT_EQ(outcome->tokens().size(), 5u);
+  EXPECT_EQ(outcome->text().find(absl::StrCat(answer[4], ",")), std::string::npos);
+
+  request = MakeRequest(Prompt(50), 10);
+  request->eos_token_ids = {answer[4]};
+  request->min_tokens = 6;
+  outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->tokens().size(), 10u);
+}
+
+TEST_F(SchedulerTest, StopsAtAStringThatSpansTokens) {
+  Start();
+  const std::vector<int32_t> answer = FakeAnswer(Prompt(50), 10);
+  const std::string stop = absl::StrCat(answer[3] % 10, ",", answer[4] / 100);
+  auto request = MakeRequest(Prompt(50), 10);
+  request->stop_strings = {"nowhere", stop};
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->finished().stop().stop_string(), stop);
+  EXPECT_EQ(outcome->tokens().size(), 5u);
+  const std::string all =
+      absl::StrCat(answer[0], ",", answer[1], ",", answer[2], ",", answer[3], ",", answer[4], ",");
+  EXPECT_EQ(outcome->text(), all.substr(0, all.find(stop)));
+}
+
+TEST_F(SchedulerTest, TheTimeLimitEndsWithWhatThereIs) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto request = MakeRequest(Prompt(50), 100000);
+  request->max_tokens = 10000;
+  request->time_limit = absl::Milliseconds(200);
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok());
+  EXPECT_EQ(outcome->finished().reason(), v1::FINISH_REASON_TIME_LIMIT);
+  EXPECT_GT(outcome->tokens().size(), 0u);
+}
+
+TEST_F(SchedulerTest, TheDeadlineIsAnError) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto request = MakeRequest(Prompt(50), 10000);
+  request->deadline = absl::Now() + absl::Milliseconds(100);
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, ACancelledRequestFreesItsMemory) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto request = MakeRequest(Prompt(500), 5000);
+  const std::string id = request->id;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForTokens(3));
+  scheduler_->Cancel(id);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kCancelled);
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, AnAbortedRequestEndsAsCancelled) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto request = MakeRequest(Prompt(500), 5000);
+  const std::string id = request->id;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForTokens(3));
+  scheduler_->Abort(id);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok());
+  EXPECT_EQ(outcome->finished().reason(), v1::FINISH_REASON_CANCELLED);
+  scheduler_->Abort(id);  // again: success
+}
+
+// ---------------------------------------------------------------- admission
+
+TEST_F(SchedulerTest, RefusesWhatCanNeverFit) {
+  machine_->host_tokens = 2048;
+  Start();
+  auto outcome = Submit(Prompt(100), 5000);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(ReasonOf(outcome->status()), "DOES_NOT_FIT");
+}
+
+TEST_F(SchedulerTest, WaitsForHostMemoryInsteadOfOvercommitting) {
+  machine_->host_tokens = 2048;
+  Start();
+  std::vector<std::shared_ptr<Outcome>> outcomes;
+  for (int i = 0; i < 6; ++i) outcomes.push_back(Submit(Prompt(700, i), 300));
+  for (int i = 0; i < 6; ++i) {
+    ASSERT_TRUE(outcomes[i]->WaitForEnd());
+    EXPECT_EQ(outcomes[i]->tokens(), FakeAnswer(Prompt(700, i), 300));
+  }
+}
+
+TEST_F(SchedulerTest, AFullQueueSaysWhenToTryAgain) {
+  machine_->step_time = absl::Milliseconds(5);
+  machine_->max_sequences = 1;
+  SchedulerOptions options;
+  options.max_queue = 2;
+  Start(options);
+  auto running = Submit(Prompt(10), 1000);
+  ASSERT_TRUE(running->WaitForTokens(1));
+  auto first = Submit(Prompt(10), 1);
+  auto second = Submit(Prompt(10), 1);
+  auto third = Submit(Prompt(10), 1);
+  ASSERT_TRUE(third->WaitForEnd());
+  EXPECT_EQ(ReasonOf(third->status()), "QUEUE_FULL");
+  EXPECT_TRUE(RetryAfterOf(third->status()).has_value());
+  EXPECT_FALSE(first->done());
+}
+
+TEST_F(SchedulerTest, AnIdInUseIsRefused) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto request = MakeRequest(Prompt(10), 1000);
+  auto twin = MakeRequest(Prompt(10), 1);
+  twin->id = request->id;
+  auto outcome = Submit(std::move(request));
+  auto refused = Submit(std::move(twin));
+  EXPECT_EQ(refused->status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_FALSE(outcome->done());
+}
+
+TEST_F(SchedulerTest, InPlaceIsRefusedByAStoreThatDoesNotAttend) {
+  Start();
+  auto request = MakeRequest(Prompt(10), 1);
+  request->placement.automatic = false;
+  request->placement.shares = {0.5, 0, 0.5};
+  auto outcome = Submit(std::move(request));
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(outcome->status().message(), "in place is not served by this store (attend threads 0)");
+}
+
+TEST_F(SchedulerTest, AnotherPlacementWaitsUntilTheRunningOneHasDrained) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto automatic = Submit(Prompt(200), 100);
+  auto request = MakeRequest(Prompt(200, 2), 10);
+  request->placement.automatic = false;
+  request->placement.shares = {0, 1, 0};
+  auto fetched = Submit(std::move(request));
+  ASSERT_TRUE(fetched->WaitForEnd());
+  EXPECT_TRUE(automatic->done());
+  EXPECT_EQ(fetched->tokens(), FakeAnswer(Prompt(200, 2), 10));
+  const v1::Plan plan = Under(&FakeMachine::plans).back();
+  ASSERT_EQ(plan.layers(0).ranges_size(), 1);
+  EXPECT_EQ(plan.layers(0).ranges(0).lane(), v1::LANE_FETCHED);
+}
+
+TEST_F(SchedulerTest, AResidentShareThatDoesNotFitIsRefusedWithTheNumbers) {
+  machine_->pool_tokens = 512;
+  Start();
+  auto request = MakeRequest(Prompt(1000), 10);
+  request->placement.automatic = false;
+  request->placement.shares = {1, 0, 0};
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kResourceExhausted);
+}
+
+// ---------------------------------------------------------------- sessions
+
+TEST_F(SchedulerTest, ASessionContinuesFromItsLongestCommonPrefix) {
+  Start();
+  std::vector<int32_t> tokens = Prompt(500);
+  auto first = SubmitInSession("s", tokens, 60);
+  ASSERT_TRUE(first->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  const int64_t computed = Under(&FakeMachine::chunk_rows);
+  const std::vector<int32_t> answer = first->tokens();
+  tokens.insert(tokens.end(), answer.begin(), answer.end());
+  const std::vector<int32_t> more = Prompt(100, 9);
+  tokens.insert(tokens.end(), more.begin(), more.end());
+  auto second = SubmitInSession("s", tokens, 20);
+  ASSERT_TRUE(second->WaitForEnd());
+  EXPECT_EQ(second->tokens(), FakeAnswer(tokens, 20));
+  // 559 of the 560 tokens have keys, 512 of them in whole blocks.
+  EXPECT_EQ(second->finished().usage().cached_tokens(), 512);
+  EXPECT_EQ(Under(&FakeMachine::chunk_rows) - computed, 660 - 512);
+}
+
+TEST_F(SchedulerTest, ASessionThatDivergesForgetsWhatFollows) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(1000), 20)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  std::vector<int32_t> other = Prompt(1000);
+  other[300] = (other[300] + 1) % kFakeVocab;
+  auto diverged = SubmitInSession("s", other, 20);
+  ASSERT_TRUE(diverged->WaitForEnd());
+  EXPECT_EQ(diverged->finished().usage().cached_tokens(), 256);
+  EXPECT_EQ(diverged->tokens(), FakeAnswer(other, 20));
+  ASSERT_TRUE(IdleSession("s"));
+  auto back = SubmitInSession("s", Prompt(1000), 20);
+  ASSERT_TRUE(back->WaitForEnd());
+  EXPECT_EQ(back->finished().usage().cached_tokens(), 256);
+  EXPECT_EQ(back->tokens(), FakeAnswer(Prompt(1000), 20));
+}
+
+TEST_F(SchedulerTest, TheSamePromptAgainComputesOnlyItsLastBlock) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(640), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  auto again = SubmitInSession("s", Prompt(640), 5);
+  ASSERT_TRUE(again->WaitForEnd());
+  EXPECT_EQ(again->finished().usage().cached_tokens(), 576) << "the last prompt token is computed";
+  EXPECT_EQ(again->tokens(), FakeAnswer(Prompt(640), 5));
+}
+
+TEST_F(SchedulerTest, AnotherSaltOrABypassSharesNothing) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(300), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  auto request = MakeRequest(Prompt(300), 5);
+  request->session_id = "s";
+  request->cache_salt = "tenant";
+  auto salted = Submit(std::move(request));
+  ASSERT_TRUE(salted->WaitForEnd());
+  EXPECT_EQ(salted->finished().usage().cached_tokens(), 0);
+  ASSERT_TRUE(IdleSession("s"));
+  request = MakeRequest(Prompt(300), 5);
+  request->session_id = "s";
+  request->cache_salt = "tenant";
+  request->bypass_prefix_cache = true;
+  auto bypassed = Submit(std::move(request));
+  ASSERT_TRUE(bypassed->WaitForEnd());
+  EXPECT_EQ(bypassed->finished().usage().cached_tokens(), 0);
+  EXPECT_EQ(bypassed->tokens(), FakeAnswer(Prompt(300), 5));
+}
+
+TEST_F(SchedulerTest, ABusySessionRefusesASecondRequest) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto first = SubmitInSession("s", Prompt(100), 2000);
+  ASSERT_TRUE(first->WaitForTokens(1));
+  auto second = SubmitInSession("s", Prompt(100), 5);
+  ASSERT_TRUE(second->WaitForEnd());
+  EXPECT_EQ(ReasonOf(second->status()), "SESSION_BUSY");
+}
+
+TEST_F(SchedulerTest, ADeletedSessionFreesItsExtents) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(300), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  EXPECT_GT(Under(&FakeMachine::stored).size(), 0u);
+  std::atomic<bool> deleted{false};
+  scheduler_->DeleteSession("s", [&](absl::Status status) { deleted.store(status.ok()); });
+  EXPECT_TRUE(NothingStored());
+  EXPECT_TRUE(deleted.load());
+}
+
+TEST_F(SchedulerTest, ASessionGoesWhenItsTimeIsOver) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(300), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  scheduler_->UpdateSession("s", 50, std::nullopt, [](absl::StatusOr<v1::Session>) {});
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, AnIdleSessionsKeysAreCommitted) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(300), 5)->WaitForEnd());
+  EXPECT_TRUE(Eventually([this] {
+    MutexLock lock(&machine_->mutex);
+    return machine_->stored.size() == 1 && machine_->stored.begin()->second.sealed_tokens == 256;
+  }));
+}
+
+// ---------------------------------------------------------------- faults
+
+TEST_F(SchedulerTest, ALostStreamLosesNoTokenAndChangesNone) {
+  machine_->break_at_steps = {2, 7, 8, 20, 45};
+  Start();
+  std::vector<std::shared_ptr<Outcome>> outcomes;
+  for (int i = 0; i < 5; ++i) outcomes.push_back(Submit(Prompt(150 + 100 * i, i), 80));
+  for (int i = 0; i < 5; ++i) {
+    ASSERT_TRUE(outcomes[i]->WaitForEnd());
+    EXPECT_TRUE(outcomes[i]->status().ok()) << outcomes[i]->status();
+    EXPECT_EQ(outcomes[i]->tokens(), FakeAnswer(Prompt(150 + 100 * i, i), 80)) << i;
+  }
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, AFailedStepIsRunAgain) {
+  machine_->fail_steps = {{1, 13}, {3, 4}, {11, 8}, {30, 13}};
+  Start();
+  auto request = MakeRequest(Prompt(300), 60);
+  request->score_prompt = true;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 60));
+  EXPECT_EQ(outcome->finished().prompt_logprobs_size(), 299);
+}
+
+TEST_F(SchedulerTest, AStepThatFailsAgainAndAgainEndsTheRequest) {
+  for (int64_t step = 1; step < 100; ++step) machine_->fail_steps[step] = 3;
+  Start();
+  auto outcome = Submit(Prompt(300), 60);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(ReasonOf(outcome->status()), "STEP_REFUSED");
+}
+
+TEST_F(SchedulerTest, ARestartedStoreServesWhatWasSealed) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(500), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = true;
+  }
+  ASSERT_TRUE(Eventually([this] { return !serving_.load(); }));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = false;
+    ++machine_->generation;
+  }
+  ASSERT_TRUE(Eventually([this] {
+    const auto facts = scheduler_->facts();
+    return serving_.load() && facts->store.generation() == 2;
+  }));
+  const int64_t computed = Under(&FakeMachine::chunk_rows);
+  auto again = SubmitInSession("s", Prompt(500), 5);
+  ASSERT_TRUE(again->WaitForEnd());
+  EXPECT_EQ(again->finished().usage().cached_tokens(), 448);
+  EXPECT_EQ(Under(&FakeMachine::chunk_rows) - computed, 52);
+  EXPECT_EQ(again->tokens(), FakeAnswer(Prompt(500), 5));
+}
+
+TEST_F(SchedulerTest, DecodeGoesOnWhileTheStoreIsAwayAndAfterItsRestart) {
+  machine_->step_time = absl::Milliseconds(4);
+  Start();
+  auto outcome = Submit(Prompt(300), 700);
+  ASSERT_TRUE(outcome->WaitForTokens(20));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = true;
+  }
+  ASSERT_TRUE(Eventually([this] { return !serving_.load(); }));
+  const size_t before = outcome->tokens().size();
+  ASSERT_TRUE(outcome->WaitForTokens(before + 20)) << "extents were leased ahead";
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = false;
+    ++machine_->generation;
+  }
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 700));
+}
+
+TEST_F(SchedulerTest, AStoreThatLostEverythingCostsARecomputation) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(500), 5)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->stored.clear();
+    machine_->extents.clear();
+    ++machine_->generation;
+  }
+  ASSERT_TRUE(Eventually([this] { return scheduler_->facts()->store.generation() == 2; }));
+  auto again = SubmitInSession("s", Prompt(500), 5);
+  ASSERT_TRUE(again->WaitForEnd());
+  EXPECT_EQ(again->finished().usage().cached_tokens(), 0);
+  EXPECT_EQ(again->tokens(), FakeAnswer(Prompt(500), 5));
+}
+
+TEST_F(SchedulerTest, PeersThatStayAwayEndTheRequests) {
+  machine_->step_time = absl::Milliseconds(5);
+  SchedulerOptions options;
+  options.lost_peer_timeout = absl::Milliseconds(300);
+  Start(options);
+  auto outcome = Submit(Prompt(300), 5000);
+  ASSERT_TRUE(outcome->WaitForTokens(3));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->worker_away = true;
+  }
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(ReasonOf(outcome->status()), "PEER_LOST");
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->worker_away = false;
+  }
+  EXPECT_TRUE(NothingStored()) << "what it had is freed once the worker is back";
+}
+
+TEST_F(SchedulerTest, WhatAnEarlierCoordinatorLeftIsFreed) {
+  {
+    FakeStoreClient store(machine_);
+    ASSERT_TRUE(store.BindModel({}, {}, false).ok());
+    ASSERT_TRUE(store.AllocateRun(77, 0, 64).ok());
+  }
+  Start();
+  EXPECT_TRUE(NothingStored());
+  auto outcome = Submit(Prompt(300), 5);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 5));
+}
+
+// ---------------------------------------------------------------- clients
+
+TEST_F(SchedulerTest, ASlowClientPausesOnlyItsOwnRequest) {
+  Start();
+  auto request = MakeRequest(Prompt(100), 3000);
+  auto slow = std::make_shared<Outcome>();
+  slow->takes = false;
+  ASSERT_TRUE(scheduler_->Submit(std::move(request), slow, nullptr).ok());
+  auto other = Submit(Prompt(100, 2), 100);
+  ASSERT_TRUE(other->WaitForEnd());
+  EXPECT_EQ(slow->tokens().size(), 0u);
+  slow->takes = true;
+  scheduler_->Wake();
+  ASSERT_TRUE(slow->WaitForEnd());
+  EXPECT_EQ(slow->tokens(), FakeAnswer(Prompt(100), 3000));
+}
+
+TEST_F(SchedulerTest, AClientThatNeverTakesIsDropped) {
+  SchedulerOptions options;
+  options.slow_client_timeout = absl::Milliseconds(200);
+  Start(options);
+  auto outcome = std::make_shared<Outcome>();
+  outcome->takes = false;
+  ASSERT_TRUE(scheduler_->Submit(MakeRequest(Prompt(100), 3000), outcome, nullptr).ok());
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(ReasonOf(outcome->status()), "SLOW_CLIENT");
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, DrainingRefusesNewRequestsAndFinishesTheRunning) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto running = Submit(Prompt(100), 100);
+  ASSERT_TRUE(running->WaitForTokens(1));
+  std::atomic<bool> drained{false};
+  scheduler_->Drain([&] { drained.store(true); });
+  auto refused = Submit(Prompt(10), 1);
+  EXPECT_EQ(ReasonOf(refused->status()), "DRAINING");
+  EXPECT_TRUE(Eventually([&] { return drained.load(); }));
+  EXPECT_TRUE(running->done());
+  EXPECT_EQ(running->tokens(), FakeAnswer(Prompt(100), 100));
+}
+
+TEST_F(SchedulerTest, StoppingEndsEveryRequest) {
+  machine_->step_time = absl::Milliseconds(5);
+  machine_->max_sequences = 1;
+  Start();
+  auto running = Submit(Prompt(100), 1000);
+  auto waiting = Submit(Prompt(100), 1000);
+  ASSERT_TRUE(running->WaitForTokens(1));
+  scheduler_->Stop();
+  EXPECT_EQ(ReasonOf(running->status()), "STOPPING");
+  EXPECT_EQ(ReasonOf(waiting->status()), "STOPPING");
+}
+
+TEST_F(SchedulerTest, ExplainsWhatItsStepsDid) {
+  Start();
+  auto request = MakeRequest(Prompt(300), 10);
+  request->explain = true;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  const v1::Explanation explanation = outcome->finished().explanation();
+  EXPECT_EQ(explanation.steps(), 3 + 9) << "three chunks draw the first token, nine steps the rest";
+  ASSERT_EQ(explanation.prefill_lanes_size(), 1);
+  EXPECT_EQ(explanation.prefill_lanes(0).bytes(), 300);
+  EXPECT_EQ(explanation.decode_lanes(0).bytes(), 900);
+  EXPECT_EQ(explanation.decode_lanes(0).kv_heads(), 2);
+  EXPECT_EQ(explanation.device(), "fake");
+  EXPECT_GT(explanation.plan_version(), 0u);
+}
+
+}  // namespace
+}  // namespace headroom::coordinator
