@@ -22,12 +22,12 @@ inline constexpr int kMaxHeadDim = 256;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Queries that share a pass over a block, and vectors of keys or columns of a pass: 6 x 4
-// accumulators of AVX-512's 32 registers, 3 x 2 x 2 of AVX2's 16.
+// accumulators of AVX-512's 32 registers; 2 x 2, of two registers each, of AVX2's 16.
 #if defined(__AVX512F__)
 inline constexpr int kGroup = 6;
 inline constexpr int kPass = 4;
 #else
-inline constexpr int kGroup = 3;
+inline constexpr int kGroup = 2;
 inline constexpr int kPass = 2;
 #endif
 inline constexpr int kBlockVectors = kBlock / kLanes;
@@ -77,44 +77,64 @@ struct BlockRows {
   int count = 0;  // rows that exist; others are never read
 };
 
+// 16 rows x 32 columns to 16 words of two columns: out[w][row], rows of `out` kBlock apart. Each
+// vector takes 4 words of every 4th row, so that 4 x 4 transposes within its 128-bit lanes are all
+// that is left to shuffle.
 #if defined(__AVX512F__)
-// in[r]: 16 32-bit words of row r; out[w]: word w of all 16 rows.
-inline void Transpose(const __m512i* in, __m512i* out) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i p = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-    const __m512i q = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i r = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    const __m512i s = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    out[j] = _mm512_shuffle_i32x4(p, r, 0x88);
-    out[8 + j] = _mm512_shuffle_i32x4(p, r, 0xdd);
-    out[4 + j] = _mm512_shuffle_i32x4(q, s, 0x88);
-    out[12 + j] = _mm512_shuffle_i32x4(q, s, 0xdd);
-  }
+inline __m128i Load128(const BFloat16* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
 inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
-  __m512i in[16], words[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) in[r] = _mm512_loadu_si512(rows[r] + column);
-  Transpose(in, words);
-#pragma GCC unroll 16
-  for (int w = 0; w < 16; ++w) _mm512_storeu_si512(out + w * kBlock, words[w]);
+#pragma GCC unroll 4
+  for (int quad = 0; quad < 4; ++quad) {
+    __m512i r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int at = column + 8 * quad;
+      r[i] = _mm512_castsi128_si512(Load128(rows[i] + at));
+      r[i] = _mm512_inserti32x4(r[i], Load128(rows[4 + i] + at), 1);
+      r[i] = _mm512_inserti32x4(r[i], Load128(rows[8 + i] + at), 2);
+      r[i] = _mm512_inserti32x4(r[i], Load128(rows[12 + i] + at), 3);
+    }
+    const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
+    const __m512i b = _mm512_unpacklo_epi32(r[2], r[3]);
+    const __m512i c = _mm512_unpackhi_epi32(r[0], r[1]);
+    const __m512i d = _mm512_unpackhi_epi32(r[2], r[3]);
+    uint32_t* const to = out + 4 * quad * kBlock;
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a, b));
+    _mm512_storeu_si512(to + kBlock, _mm512_unpackhi_epi64(a, b));
+    _mm512_storeu_si512(to + 2 * kBlock, _mm512_unpacklo_epi64(c, d));
+    _mm512_storeu_si512(to + 3 * kBlock, _mm512_unpackhi_epi64(c, d));
+  }
+}
+#elif defined(__AVX2__)
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+  const auto store = [](uint32_t* to, __m256i words) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+  };
+  for (int half = 0; half < 2; ++half) {
+    for (int quad = 0; quad < 4; ++quad) {
+      __m256i r[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const BFloat16* low = rows[8 * half + i] + column + 8 * quad;
+        const BFloat16* high = rows[8 * half + 4 + i] + column + 8 * quad;
+        r[i] = _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(high),
+                                   reinterpret_cast<const __m128i*>(low));
+      }
+      const __m256i a = _mm256_unpacklo_epi32(r[0], r[1]);
+      const __m256i b = _mm256_unpacklo_epi32(r[2], r[3]);
+      const __m256i c = _mm256_unpackhi_epi32(r[0], r[1]);
+      const __m256i d = _mm256_unpackhi_epi32(r[2], r[3]);
+      uint32_t* const to = out + 4 * quad * kBlock + 8 * half;
+      store(to, _mm256_unpacklo_epi64(a, b));
+      store(to + kBlock, _mm256_unpackhi_epi64(a, b));
+      store(to + 2 * kBlock, _mm256_unpacklo_epi64(c, d));
+      store(to + 3 * kBlock, _mm256_unpackhi_epi64(c, d));
+    }
+  }
 }
 #else
-// 16 rows x 32 columns to 16 words of two columns: out[w][row], rows of `out` kBlock apart.
 inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
   for (int r = 0; r < 16; ++r) {
     uint32_t words[16];
@@ -347,8 +367,8 @@ void AttendBlock(const Query* queries, int count, const Block& block, int32_t d,
     switch (count * (g + 1) / groups - count * g / groups) {
       case 1: AttendGroup<1>(at, block, d, scale); break;
       case 2: AttendGroup<2>(at, block, d, scale); break;
-      case 3: AttendGroup<3>(at, block, d, scale); break;
 #if defined(__AVX512F__)
+      case 3: AttendGroup<3>(at, block, d, scale); break;
       case 4: AttendGroup<4>(at, block, d, scale); break;
       case 5: AttendGroup<5>(at, block, d, scale); break;
       case 6: AttendGroup<6>(at, block, d, scale); break;

@@ -9,43 +9,51 @@
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
 
-constexpr int kVectors = kPanelOutputs / kLanes;  // vectors across a panel
-
-// Rows that the micro kernel carries: 12 x 2 accumulators, two weights and a broadcast fill 27 of
-// AVX-512's 32 registers; AVX2 has 16, and a vector takes two.
+// Rows and vectors of outputs that the micro kernel carries. AVX-512: 12 x 2 accumulators, two weights
+// and a broadcast are 27 of 32 registers. AVX2, where a vector is two registers: 6 x 1, 15 of 16; one
+// accumulator in memory would halve the speed.
 #if defined(__AVX512F__)
 constexpr int kRows = 12;
+constexpr int kVectors = 2;
+constexpr int kWide = 4;
 #else
-constexpr int kRows = 3;
+constexpr int kRows = 6;
+constexpr int kVectors = 1;
+constexpr int kWide = 2;
 #endif
+constexpr int kOutputs = kVectors * kLanes;
+constexpr int kPanelVectors = kPanelOutputs / kLanes;
+// kWide: panels that one row's pass reads side by side, so that enough loads and chains are in flight.
 
 // From this many rows on a panel is widened to float32 once and reused from L2.
-constexpr int64_t kWidenFromRows = 2 * kRows;
+constexpr int64_t kWidenFromRows = 24;
 // k values widened at a time: 2048 x 32 x 4 B = 256 KiB of a 1 MiB L2.
 constexpr int64_t kDepth = 2048;
 // Rows whose chains are carried over blocks of k at a time: 60 KiB.
-constexpr int64_t kCarriedRows = 40 * kRows;
-// Panels that one row's pass reads side by side, so that enough loads and chains are in flight.
-constexpr int kWide = 4;
+constexpr int64_t kCarriedRows = 480;
+static_assert(kCarriedRows % kRows == 0);
 
 F32x16 LoadWeight(const float* w) { return Load(w); }
 F32x16 LoadWeight(const BFloat16* w) { return LoadBf16(w); }
 
-// Writes kVectors accumulators of one row, outputs [0, n) of the panel.
+// Writes the accumulators of one row, as many outputs as there are: the last n.
+template <int kCount>
 void StoreRow(float* c, const F32x16* acc, int64_t n, bool accumulate) {
-  if (n >= kPanelOutputs) {
-    for (int v = 0; v < kVectors; ++v) {
+  if (n >= kCount * kLanes) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; ++v) {
       Store(c + v * kLanes, accumulate ? Add(Load(c + v * kLanes), acc[v]) : acc[v]);
     }
     return;
   }
-  alignas(64) float lanes[kPanelOutputs];
-  for (int v = 0; v < kVectors; ++v) Store(lanes + v * kLanes, acc[v]);
+  alignas(64) float lanes[kCount * kLanes];
+  for (int v = 0; v < kCount; ++v) Store(lanes + v * kLanes, acc[v]);
   for (int64_t i = 0; i < n; ++i) c[i] = accumulate ? c[i] + lanes[i] : lanes[i];
 }
 
-// kM rows x one panel over `depth` values of k. The chain of a row begins from zero, or goes on from
-// `carry` [kM][32] where an earlier block of k left it, and ends there or in c.
+// kM rows x kOutputs of one panel's outputs over `depth` values of k. The chain of a row begins from
+// zero, or goes on from `carry` (rows of 32) where an earlier block of k left it, and ends there or in
+// c, which has n outputs from here on.
 template <int kM, typename W>
 void MicroKernel(const float* a, int64_t a_stride, const W* w, int64_t depth, float* carry,
                  bool first, bool last, float* c, int64_t c_stride, int64_t n, bool accumulate) {
@@ -73,9 +81,12 @@ void MicroKernel(const float* a, int64_t a_stride, const W* w, int64_t depth, fl
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) {
     if (last) {
-      StoreRow(c + m * c_stride, acc[m], n, accumulate);
+      StoreRow<kVectors>(c + m * c_stride, acc[m], n, accumulate);
     } else {
-      for (int v = 0; v < kVectors; ++v) Store(carry + m * kPanelOutputs + v * kLanes, acc[m][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        Store(carry + m * kPanelOutputs + v * kLanes, acc[m][v]);
+      }
     }
   }
 }
@@ -99,11 +110,13 @@ constexpr auto kNarrowTable =
 // One row x kWide neighbouring panels: the memory-bound case. Each panel is a stream of its own.
 void RowTimesPanels(const float* a, const PackedWeight& w, int64_t panel, float* c,
                     bool accumulate) {
-  F32x16 acc[kWide][kVectors];
+  F32x16 acc[kWide][kPanelVectors];
   const BFloat16* from[kWide];
+#pragma GCC unroll 4
   for (int p = 0; p < kWide; ++p) {
     from[p] = w.data + (panel + p) * w.k * kPanelOutputs;
-    for (int v = 0; v < kVectors; ++v) acc[p][v] = Zero();
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVectors; ++v) acc[p][v] = Zero();
   }
   for (int64_t k = 0; k < w.k; ++k) {
     const F32x16 x = Broadcast(a[k]);
@@ -112,50 +125,60 @@ void RowTimesPanels(const float* a, const PackedWeight& w, int64_t panel, float*
       const BFloat16* at = from[p] + k * kPanelOutputs;
       __builtin_prefetch(at + 24 * kPanelOutputs);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[p][v] = Fma(x, LoadBf16(at + v * kLanes), acc[p][v]);
+      for (int v = 0; v < kPanelVectors; ++v) {
+        acc[p][v] = Fma(x, LoadBf16(at + v * kLanes), acc[p][v]);
+      }
     }
   }
+#pragma GCC unroll 4
   for (int p = 0; p < kWide; ++p) {
     const int64_t first = (panel + p) * kPanelOutputs;
-    StoreRow(c + first, acc[p], w.n - first, accumulate);
+    StoreRow<kPanelVectors>(c + first, acc[p], w.n - first, accumulate);
   }
 }
 
 // All rows x one panel, weights read as they are.
 void NarrowPanel(const GemmArgs& g, int64_t panel) {
   const BFloat16* w = g.w.data + panel * g.w.k * kPanelOutputs;
-  const int64_t first = panel * kPanelOutputs;
   for (int64_t m = 0; m < g.m; m += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, g.m - m);
-    kNarrowTable.fn[rows - 1](g.a + m * g.a_stride, g.a_stride, w, g.w.k, nullptr, true, true,
-                              g.c + m * g.c_stride + first, g.c_stride, g.w.n - first,
-                              g.accumulate);
+    for (int64_t at = 0; at < kPanelOutputs; at += kOutputs) {
+      const int64_t first = panel * kPanelOutputs + at;
+      if (first >= g.w.n) break;
+      kNarrowTable.fn[rows - 1](g.a + m * g.a_stride, g.a_stride, w + at, g.w.k, nullptr, true,
+                                true, g.c + m * g.c_stride + first, g.c_stride, g.w.n - first,
+                                g.accumulate);
+    }
   }
 }
 
 // All rows x one panel, widened once per block of k and reused by every block of rows.
 void WidePanel(const GemmArgs& g, int64_t panel) {
-  alignas(64) thread_local float widened[kDepth * kPanelOutputs];
-  alignas(64) thread_local float carries[kCarriedRows * kPanelOutputs];
+  alignas(64) float widened[kDepth * kPanelOutputs];
+  alignas(64) float carries[kCarriedRows * kPanelOutputs];
   const BFloat16* w = g.w.data + panel * g.w.k * kPanelOutputs;
-  const int64_t first = panel * kPanelOutputs;
-  const int64_t n = g.w.n - first;
   // Where k takes several blocks, rows go in passes whose carries stay in L2; the panel is widened
   // again for each pass.
-  const int64_t blocks = (g.w.k + kDepth - 1) / kDepth;
-  const int64_t rows_a_pass = blocks == 1 ? g.m : kCarriedRows;
+  const int64_t rows_a_pass = g.w.k <= kDepth ? g.m : kCarriedRows;
   for (int64_t pass = 0; pass < g.m; pass += rows_a_pass) {
-    for (int64_t k = 0; k < g.w.k || k == 0; k += kDepth) {
+    const int64_t pass_end = std::min(g.m, pass + rows_a_pass);
+    for (int64_t k = 0; k < g.w.k; k += kDepth) {
       const int64_t depth = std::min(kDepth, g.w.k - k);
       for (int64_t i = 0; i < depth * kPanelOutputs; i += kLanes) {
         Store(widened + i, LoadBf16(w + k * kPanelOutputs + i));
       }
-      const bool last = k + depth >= g.w.k;
-      for (int64_t m = pass; m < std::min(g.m, pass + rows_a_pass); m += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, g.m - m);
-        kWideTable.fn[rows - 1](g.a + m * g.a_stride + k, g.a_stride, widened, depth,
-                                carries + (blocks == 1 ? 0 : m - pass) * kPanelOutputs, k == 0, last, g.c + m * g.c_stride + first, g.c_stride, n,
-                                g.accumulate);
+      const bool last = k + depth == g.w.k;
+      for (int64_t m = pass; m < pass_end; m += kRows) {
+        const int64_t rows = std::min<int64_t>(kRows, pass_end - m);
+        for (int64_t at = 0; at < kPanelOutputs; at += kOutputs) {
+          const int64_t first = panel * kPanelOutputs + at;
+          if (first >= g.w.n) break;
+          kWideTable.fn[rows - 1](g.a + m * g.a_stride + k, g.a_stride, widened + at, depth,
+                                  g.w.k <= kDepth ? nullptr
+                                                  : carries + (m - pass) * kPanelOutputs + at,
+                                  k == 0, last, g.c + m * g.c_stride + first, g.c_stride,
+                                  g.w.n - first, g.accumulate);
+        }
       }
     }
   }

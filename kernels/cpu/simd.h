@@ -54,12 +54,8 @@ inline F32x16 LoadBf16(const BFloat16* p) {
 inline F32x16 Round(F32x16 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n for integral n in [-126, 127]; NaN stays NaN.
-inline F32x16 ScaleByPower(F32x16 a, F32x16 n) {
-  const __m512i exponent =
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
-  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(exponent))};
-}
+// a * 2^n for integral n in [-126, 127] and a normal result; NaN stays NaN.
+inline F32x16 ScaleByPower(F32x16 a, F32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // 0 where x < limit, else `a`.
 inline F32x16 ZeroWhereBelow(F32x16 a, F32x16 x, float limit) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
@@ -325,7 +321,7 @@ inline void LoadBf16EvenOdd(const BFloat16* p, F32x16& even, F32x16& odd) {
 // NaN. Cody-Waite reduction by ln 2 and the polynomial of degree 6 that is exp's Taylor series
 // adjusted on [-ln2/2, ln2/2] (coefficients of Moshier's Cephes expf).
 inline F32x16 Exp(F32x16 x) {
-  const F32x16 clamped = Max(Broadcast(-88.0f), x);
+  const F32x16 clamped = Max(Broadcast(-87.33f), x);  // keeps n >= -126
   const F32x16 n = Round(Mul(clamped, Broadcast(1.44269504088896341f)));
   F32x16 r = Fma(n, Broadcast(-0.693359375f), clamped);
   r = Fma(n, Broadcast(2.12194440e-4f), r);
@@ -336,7 +332,7 @@ inline F32x16 Exp(F32x16 x) {
   p = Fma(p, r, Broadcast(1.6666665459e-1f));
   p = Fma(p, r, Broadcast(5.0000001201e-1f));
   p = Fma(p, Mul(r, r), Add(r, Broadcast(1.0f)));
-  return ZeroWhereBelow(ScaleByPower(p, Max(n, Broadcast(-126.0f))), x, -87.3f);
+  return ZeroWhereBelow(ScaleByPower(p, n), x, -87.3f);
 }
 inline float Exp(float x) {
   alignas(64) float lanes[kLanes];
