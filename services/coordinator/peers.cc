@@ -14,6 +14,7 @@ namespace {
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kFirstPause = absl::Milliseconds(50);
 constexpr absl::Duration kLongestPause = absl::Seconds(1);
+constexpr absl::Duration kLasting = absl::Seconds(1);
 constexpr int32_t kSchemaRevision = 1;
 
 bool IsUnreachable(const absl::Status& status) {
@@ -38,6 +39,7 @@ Peers::Peers(std::unique_ptr<WorkerClient> worker, std::unique_ptr<StoreClient> 
       allow_clean_(allow_clean),
       scheduler_thread_(scheduler_thread),
       events_(std::move(events)),
+      next_pause_(kFirstPause),
       calls_(kWatchInterval, [this] { WatchStore(); }) {}
 
 Peers::~Peers() {
@@ -55,8 +57,12 @@ void Peers::PostIfCurrent(uint64_t epoch, TaskThread::Task task) {
 
 void Peers::Connect() {
   const uint64_t epoch = ++epoch_;
-  calls_.Post([this, epoch, old = std::exchange(stream_, nullptr)]() mutable {
+  const bool lasted = absl::Now() - connected_at_ > kLasting;
+  const absl::Duration pause = lasted ? absl::ZeroDuration() : next_pause_;
+  next_pause_ = lasted ? kFirstPause : std::min(2 * next_pause_, kLongestPause);
+  calls_.Post([this, epoch, pause, old = std::exchange(stream_, nullptr)]() mutable {
     old.reset();
+    calls_.Pause(pause);
     ConnectUntilItWorks(epoch);
   });
 }
@@ -68,6 +74,7 @@ void Peers::ConnectUntilItWorks(uint64_t epoch) {
     if (made.ok()) {
       PostIfCurrent(epoch, [this, made = *std::move(made)]() mutable {
         stream_ = std::move(made.stream);
+        connected_at_ = absl::Now();
         events_.on_connected(std::move(made.found));
       });
       return;

@@ -53,7 +53,8 @@ class Peers {
   ~Peers();
   void Start() { calls_.Start(); }
 
-  // Ends the step stream, if there is one, and connects anew; tries until it works.
+  // Ends the step stream, if there is one, and connects anew; tries until it works. Pauses first if
+  // the connection before did not last a second.
   void Connect();
   // Dropped without a stream.
   void Send(v1::StepRequest step);
@@ -94,6 +95,8 @@ class Peers {
   // Scheduler's thread.
   uint64_t epoch_ = 0;  // of the stream
   std::shared_ptr<StepStream> stream_;
+  absl::Time connected_at_ = absl::InfinitePast();
+  absl::Duration next_pause_;
 
   // Thread of the calls.
   uint64_t generation_ = 0;  // of the store that is attached; 0: none

@@ -108,7 +108,9 @@ void RunningRequest::AddRun(v1::ExtentRun run) {
 }
 
 void RunningRequest::Committed(int64_t tokens) {
-  sequence_.committed_tokens = std::max(sequence_.committed_tokens, tokens);
+  // The answer may be older than a truncation.
+  sequence_.committed_tokens =
+      std::min(std::max(sequence_.committed_tokens, tokens), sequence_.sealed_tokens);
   progress_.committed_tokens = sequence_.committed_tokens;
 }
 

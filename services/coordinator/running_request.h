@@ -69,6 +69,7 @@ class RunningRequest {
   Sequence& sequence() { return sequence_; }
   const Sequence& sequence() const { return sequence_; }
   int64_t generated_tokens() const { return generated_; }
+  int64_t cached_tokens() const { return cached_tokens_; }
   int64_t prompt_tokens() const { return static_cast<int64_t>(request_->prompt.size()); }
   int rows_in_flight() const { return rows_in_flight_; }
   // As the planner sees it: with the runs that it will have when `horizon_tokens` are there.
@@ -81,6 +82,8 @@ class RunningRequest {
   bool open_on_worker = false;  // the opening has been sent
   bool close_sent = false;
   bool lease_in_flight = false;
+  int lease_failures = 0;       // since the last that worked
+  absl::Time lease_retry;       // not before
   bool leased = false;          // everything that is known of the sequence has a place
   uint64_t plan_version = 0;    // least version that it may run under; 0: none was made for it yet
   int64_t horizon_tokens = 0;   // what that plan foresees for it

@@ -47,6 +47,7 @@ void Scheduler::Stop() {
     draining_ = true;
   }
   thread_.Post([this] {
+    stopping_ = true;
     for (Waiting& waiting : queue_) Refuse(waiting, StoppingError());
     queue_.clear();
     for (auto& request : running_) {
@@ -80,7 +81,9 @@ absl::Status Scheduler::Submit(std::unique_ptr<Request> request, std::shared_ptr
   waiting->decoder = std::move(decoder);
   const std::string id = waiting->request->id;
   if (thread_.Post([this, waiting] { Enqueue(std::move(*waiting)); })) return absl::OkStatus();
-  ForgetId(id);
+  MutexLock lock(&mutex_);
+  ids_.erase(id);
+  --num_waiting_;
   return StoppingError();
 }
 
@@ -199,6 +202,10 @@ void Scheduler::Refuse(Waiting& waiting, const absl::Status& status, v1::FinishR
 }
 
 void Scheduler::Enqueue(Waiting waiting) {
+  if (stopping_) {  // it was submitted while Stop() began
+    Refuse(waiting, StoppingError());
+    return;
+  }
   // What can never fit is refused at once, not when its turn comes.
   if (connected_) {
     const Request& request = *waiting.request;
@@ -400,6 +407,10 @@ void Scheduler::LetGo(std::unique_ptr<RunningRequest> request) {
   plan_.wanted_anew = true;
   const Request& what = request->request();
   ForgetId(what.id);
+  LogInfo(absl::StrCat("ended: ", request->prompt_tokens(), " prompt tokens, ",
+                       request->cached_tokens(), " of them cached, ", request->generated_tokens(),
+                       " generated"),
+          what.id);
   totals_.set_prompt_tokens(totals_.prompt_tokens() + request->prompt_tokens());
   totals_.set_generated_tokens(totals_.generated_tokens() + request->generated_tokens());
   Session* const session = what.session_id.empty() ? nullptr : sessions_.Find(what.session_id);

@@ -176,6 +176,7 @@ class Scheduler {
   Capacity capacity_;
   PlanInForce plan_;
   uint64_t next_sequence_id_ = 1;
+  bool stopping_ = false;
   bool connected_ = false;
   bool reattach_ = false;  // the store has been started anew: connect when nothing is in flight
   bool store_answers_ = false;

@@ -19,6 +19,7 @@ namespace {
 constexpr absl::Duration kReattachPatience = absl::Seconds(30);
 // A plan is made anew this many tokens before a sequence outgrows it.
 constexpr int64_t kHorizonMargin = 256;
+constexpr int kMaxLeaseFailures = 3;
 
 bool MayPass(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
@@ -63,6 +64,7 @@ void Scheduler::OnConnected(PeersFound found) {
   for (auto& request : running_) {
     request->Restart();
     request->leased = false;
+    request->lease_retry = absl::InfinitePast();
   }
   plan_.ready_version = 0;
   plan_.wanted_anew = true;
@@ -179,7 +181,7 @@ void Scheduler::UpdateServing() {
 void Scheduler::MaintainLeases() {
   if (!connected_ || !store_answers_) return;
   for (auto& request : running_) {
-    if (request->ended() || request->lease_in_flight) continue;
+    if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry) continue;
     const Sequence& sequence = request->sequence();
     const SequenceProgress& progress = request->progress();
     std::vector<int64_t> capacities;
@@ -214,8 +216,16 @@ void Scheduler::OnLeased(uint64_t sequence_id, uint64_t connection, const absl::
     // After a reconnection the sequence may have fewer runs than the call supposed.
     if (run.first_pos() == request->sequence().capacity_tokens()) request->AddRun(std::move(run));
   }
-  if (status.ok() || MayPass(status) || connection != connections_ || reattach_) return;
-  request->End(HostMemoryError(status), v1::FINISH_REASON_UNSPECIFIED);
+  if (status.ok()) {
+    request->lease_failures = 0;
+    return;
+  }
+  // Beside being full, a store may have been started anew a moment ago and know no model yet.
+  request->lease_retry = absl::Now() + kRetryInterval;
+  if (MayPass(status) || connection != connections_ || reattach_) return;
+  if (absl::IsResourceExhausted(status) || ++request->lease_failures >= kMaxLeaseFailures) {
+    request->End(HostMemoryError(status), v1::FINISH_REASON_UNSPECIFIED);
+  }
 }
 
 void Scheduler::MaintainCommits() {

@@ -629,6 +629,20 @@ TEST_F(SchedulerTest, DecodeGoesOnWhileTheStoreIsAwayAndAfterItsRestart) {
   EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 700));
 }
 
+TEST_F(SchedulerTest, AStoreThatRestartsUnseenHoldsUpNobodyForLong) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto outcome = Submit(Prompt(300), 900);
+  ASSERT_TRUE(outcome->WaitForTokens(20));
+  {
+    MutexLock lock(&machine_->mutex);
+    ++machine_->generation;  // the next lease finds a store that knows no model
+  }
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 900));
+}
+
 TEST_F(SchedulerTest, AStoreThatLostEverythingCostsARecomputation) {
   Start();
   ASSERT_TRUE(SubmitInSession("s", Prompt(500), 5)->WaitForEnd());

@@ -1,0 +1,429 @@
+// The public API over sockets, before a worker and a store that keep the protocol.
+#include "services/coordinator/coordinator_server.h"
+
+#include <gtest/gtest.h>
+#include <grpcpp/grpcpp.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+#include "headroom/v1/admin.grpc.pb.h"
+#include "headroom/v1/inference.grpc.pb.h"
+#include "tests/common/byte_tokenizer.h"
+#include "tests/unit/services/coordinator/fake_servers.h"
+
+namespace headroom::coordinator {
+namespace {
+
+class CoordinatorServerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    char folder[] = "/tmp/headroom_coordinator_XXXXXX";
+    ASSERT_NE(mkdtemp(folder), nullptr);
+    dir_ = folder;
+    std::ofstream(absl::StrCat(dir_, "/config.json"))
+        << R"({"architectures": ["LlamaForCausalLM"], "eos_token_id": 2})";
+    std::ofstream(absl::StrCat(dir_, "/generation_config.json"))
+        << R"({"eos_token_id": 2, "temperature": 0.7, "top_k": 5000})";
+    ASSERT_TRUE(WriteByteTokenizer(kFakeVocab, 8192, dir_).ok());
+    worker_address_ = absl::StrCat("unix:", dir_, "/worker.sock");
+    store_address_ = absl::StrCat("unix:", dir_, "/store.sock");
+  }
+  void TearDown() override {
+    if (server_ != nullptr) server_->Shutdown();
+    worker_.reset();
+    store_.reset();
+    EXPECT_EQ(machine_->violations(), std::vector<std::string>());
+    for (const char* file : {"config.json", "generation_config.json", "tokenizer.json",
+                             "tokenizer_config.json"}) {
+      remove(absl::StrCat(dir_, "/", file).c_str());
+    }
+    rmdir(dir_.c_str());
+  }
+
+  void StartPeers() {
+    worker_ = std::make_unique<FakeWorkerServer>(machine_, worker_address_);
+    store_ = std::make_unique<FakeStoreServer>(machine_, store_address_);
+  }
+  void StartServer(CoordinatorOptions options = {}) {
+    options.listen_address = absl::StrCat("unix:", dir_, "/api.sock");
+    options.admin_address = absl::StrCat("unix:", dir_, "/admin.sock");
+    options.worker_address = worker_address_;
+    options.store_address = store_address_;
+    options.model_dir = dir_;
+    absl::StatusOr<std::unique_ptr<CoordinatorServer>> server = StartCoordinator(options);
+    ASSERT_TRUE(server.ok()) << server.status();
+    server_ = *std::move(server);
+    grpc::ChannelArguments args;
+    args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    api_ = v1::InferenceService::NewStub(grpc::CreateCustomChannel(
+        server_->listen_address(), grpc::InsecureChannelCredentials(), args));
+    admin_ = v1::AdminService::NewStub(grpc::CreateCustomChannel(
+        server_->admin_address(), grpc::InsecureChannelCredentials(), args));
+  }
+  void Start() {
+    StartPeers();
+    StartServer();
+    ASSERT_TRUE(Eventually([this] { return server_->serving(); }));
+  }
+  template <typename Condition>
+  static bool Eventually(Condition condition) {
+    for (int i = 0; i < 2000; ++i) {
+      if (condition()) return true;
+      absl::SleepFor(absl::Milliseconds(10));
+    }
+    return condition();
+  }
+  static std::unique_ptr<grpc::ClientContext> Context() {
+    auto context = std::make_unique<grpc::ClientContext>();
+    context->set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+    return context;
+  }
+  static v1::GenerateRequest Ids(int64_t tokens, int32_t max_tokens) {
+    v1::GenerateRequest request;
+    for (int64_t i = 0; i < tokens; ++i) {
+      request.mutable_token_ids()->add_ids(static_cast<int32_t>(i * 7 % kFakeVocab));
+    }
+    request.mutable_stopping()->set_max_tokens(max_tokens);
+    request.mutable_stopping()->set_ignore_eos(true);
+    return request;
+  }
+  static std::vector<int32_t> PromptOf(const v1::GenerateRequest& request) {
+    return {request.token_ids().ids().begin(), request.token_ids().ids().end()};
+  }
+  absl::Status Once(const v1::GenerateRequest& request, v1::GenerateOnceResponse* response) {
+    v1::GenerateOnceRequest once;
+    *once.mutable_request() = request;
+    const auto context = Context();
+    return FromGrpcStatus(api_->GenerateOnce(context.get(), once, response));
+  }
+  // The field that the server complains of.
+  std::string Complaint(const v1::GenerateRequest& request) {
+    v1::GenerateOnceResponse response;
+    const absl::Status status = Once(request, &response);
+    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
+    if (!absl::IsInvalidArgument(status) || violations.empty()) return status.ToString();
+    return violations[0].field;
+  }
+
+  std::string dir_, worker_address_, store_address_;
+  const std::shared_ptr<FakeMachine> machine_ = std::make_shared<FakeMachine>();
+  std::unique_ptr<FakeWorkerServer> worker_;
+  std::unique_ptr<FakeStoreServer> store_;
+  std::unique_ptr<CoordinatorServer> server_;
+  std::unique_ptr<v1::InferenceService::Stub> api_;
+  std::unique_ptr<v1::AdminService::Stub> admin_;
+};
+
+TEST_F(CoordinatorServerTest, StreamsAcceptanceDeltasAndOneEnd) {
+  Start();
+  const v1::GenerateRequest request = Ids(300, 40);
+  const auto context = Context();
+  context->AddMetadata("x-request-id", "my-request");
+  auto stream = api_->Generate(context.get(), request);
+  std::vector<v1::GenerateResponse> events;
+  for (v1::GenerateResponse event; stream->Read(&event);) events.push_back(event);
+  ASSERT_TRUE(stream->Finish().ok());
+  ASSERT_GE(events.size(), 3u);
+  EXPECT_EQ(context->GetServerInitialMetadata().find("x-request-id")->second, "my-request");
+  EXPECT_EQ(events.front().accepted().request_id(), "my-request");
+  EXPECT_EQ(events.front().accepted().prompt_token_ids_size(), 300);
+  EXPECT_TRUE(events.front().accepted().has_seed());
+  std::vector<int32_t> tokens;
+  for (size_t i = 1; i + 1 < events.size(); ++i) {
+    ASSERT_TRUE(events[i].has_delta());
+    for (const v1::TokenRecord& token : events[i].delta().tokens()) {
+      tokens.push_back(token.token_id());
+      EXPECT_FALSE(token.has_logprob()) << "nobody asked";
+    }
+  }
+  EXPECT_EQ(tokens, FakeAnswer(PromptOf(request), 40));
+  EXPECT_EQ(events.back().finished().reason(), v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(events.back().finished().usage().completion_tokens(), 40);
+  EXPECT_GT(events.back().finished().timings().ttft_ns(), 0);
+}
+
+TEST_F(CoordinatorServerTest, TextGoesInAndComesOut) {
+  Start();
+  v1::GenerateRequest request;
+  request.set_prompt("hello world");
+  request.mutable_stopping()->set_max_tokens(12);
+  request.mutable_stopping()->set_ignore_eos(true);
+  request.mutable_logprobs()->set_num_top(0);
+  v1::GenerateOnceResponse response;
+  ASSERT_TRUE(Once(request, &response).ok());
+  ASSERT_EQ(response.tokens_size(), 12);
+  EXPECT_TRUE(response.tokens(0).has_logprob());
+  v1::DetokenizeRequest detokenize;
+  for (const v1::TokenRecord& token : response.tokens()) {
+    detokenize.add_token_ids(token.token_id());
+  }
+  v1::DetokenizeResponse text;
+  ASSERT_TRUE(api_->Detokenize(Context().get(), detokenize, &text).ok());
+  EXPECT_EQ(response.text(), text.text());
+  v1::TokenizeRequest tokenize;
+  tokenize.set_text("hello world");
+  v1::TokenizeResponse ids;
+  ASSERT_TRUE(api_->Tokenize(Context().get(), tokenize, &ids).ok());
+  EXPECT_TRUE(std::equal(ids.token_ids().begin(), ids.token_ids().end(),
+                         response.prompt_token_ids().begin(), response.prompt_token_ids().end()));
+}
+
+TEST_F(CoordinatorServerTest, ChatGoesThroughTheTemplate) {
+  Start();
+  v1::GenerateRequest request;
+  v1::ChatMessage* const message = request.mutable_chat()->add_messages();
+  message->set_role("user");
+  message->set_content("hi");
+  request.mutable_stopping()->set_max_tokens(3);
+  v1::GenerateOnceResponse response;
+  EXPECT_TRUE(Once(request, &response).ok());
+  EXPECT_GT(response.prompt_token_ids_size(), 3);
+}
+
+TEST_F(CoordinatorServerTest, NamesTheFieldThatIsWrong) {
+  Start();
+  v1::GenerateRequest request = Ids(10, 5);
+  const auto wrong = [&](auto&& change) {
+    v1::GenerateRequest changed = request;
+    change(changed);
+    return Complaint(changed);
+  };
+  using R = v1::GenerateRequest;
+  EXPECT_EQ(wrong([](R& r) { r.clear_input(); }), "input");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->clear_ids(); }), "token_ids.ids");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->set_ids(3, kFakeVocab); }),
+            "token_ids.ids[3]");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->set_ids(0, -1); }), "token_ids.ids[0]");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_temperature(-1); }),
+            "sampling.temperature");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_temperature(NAN); }),
+            "sampling.temperature");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_k(kFakeVocab + 1); }),
+            "sampling.top_k");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_p(0); }), "sampling.top_p");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_min_p(1.5); }), "sampling.min_p");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_max_tokens(-1); }),
+            "stopping.max_tokens");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_min_tokens(6); }), "stopping.min_tokens");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->add_stop_strings(""); }),
+            "stopping.stop_strings[0]");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->add_stop_token_ids(-1); }),
+            "stopping.stop_token_ids[0]");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_time_limit_ms(0); }),
+            "stopping.time_limit_ms");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_logprobs()->set_num_top(21); }), "logprobs.num_top");
+  EXPECT_EQ(wrong([](R& r) { r.set_session_id("a b"); }), "session_id");
+  EXPECT_EQ(wrong([](R& r) { r.set_session_id(""); }), "session_id");
+  EXPECT_EQ(wrong([](R& r) { r.set_cache_salt(std::string(200, 'x')); }), "cache_salt");
+  EXPECT_EQ(wrong([](R& r) { r.set_n(2); }), "n");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->set_chunk_tokens(0); }),
+            "placement.chunk_tokens");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->add_shares(); }), "placement.shares");
+  EXPECT_EQ(wrong([](R& r) {
+              r.mutable_placement()->set_mode(v1::PlacementOptions::MODE_SHARES);
+              r.mutable_placement()->add_shares()->set_share(1);
+            }),
+            "placement.shares[0].lane");
+  EXPECT_EQ(wrong([](R& r) {
+              r.mutable_placement()->set_mode(v1::PlacementOptions::MODE_SHARES);
+              v1::LaneShare* const share = r.mutable_placement()->add_shares();
+              share->set_lane(v1::LANE_FETCHED);
+              share->set_share(0.9);
+            }),
+            "placement.shares");
+  EXPECT_EQ(Complaint(Ids(1 << 16, 5)), "token_ids.ids") << "longer than the context";
+}
+
+TEST_F(CoordinatorServerTest, ErrorsCarryTheirReason) {
+  Start();
+  v1::GenerateRequest request = Ids(10, 5);
+  request.set_model("another");
+  v1::GenerateOnceResponse response;
+  absl::Status status = Once(request, &response);
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(ReasonOf(status), "MODEL_UNKNOWN");
+  v1::GetSessionRequest get;
+  get.set_session_id("nobody");
+  v1::GetSessionResponse session;
+  status = FromGrpcStatus(api_->GetSession(Context().get(), get, &session));
+  EXPECT_EQ(ReasonOf(status), "SESSION_UNKNOWN");
+  v1::ForkSessionResponse fork;
+  status = FromGrpcStatus(api_->ForkSession(Context().get(), v1::ForkSessionRequest(), &fork));
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+}
+
+TEST_F(CoordinatorServerTest, AClientThatLeavesFreesItsMemory) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  const auto context = Context();
+  auto stream = api_->Generate(context.get(), Ids(100, 5000));
+  v1::GenerateResponse event;
+  for (int i = 0; i < 5; ++i) ASSERT_TRUE(stream->Read(&event));
+  context->TryCancel();
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_TRUE(Eventually([this] {
+    MutexLock lock(&machine_->mutex);
+    return machine_->stored.empty();
+  }));
+}
+
+TEST_F(CoordinatorServerTest, AClientThatDoesNotReadHoldsUpNobodyAndNothing) {
+  Start();
+  const auto slow_context = Context();
+  v1::GenerateRequest request = Ids(100, 4000);
+  request.mutable_logprobs()->set_num_top(20);
+  auto slow = api_->Generate(slow_context.get(), request);
+  v1::GenerateOnceResponse response;
+  const v1::GenerateRequest other = Ids(200, 200);
+  ASSERT_TRUE(Once(other, &response).ok());
+  EXPECT_EQ(response.tokens_size(), 200);
+  // The slow one gets everything in the end.
+  int64_t tokens = 0;
+  for (v1::GenerateResponse event; slow->Read(&event);) tokens += event.delta().tokens_size();
+  EXPECT_EQ(tokens, 4000);
+}
+
+TEST_F(CoordinatorServerTest, AbortEndsARequestByItsId) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  const auto context = Context();
+  context->AddMetadata("x-request-id", "long");
+  auto stream = api_->Generate(context.get(), Ids(100, 5000));
+  v1::GenerateResponse event;
+  ASSERT_TRUE(stream->Read(&event));
+  v1::AbortRequest abort;
+  abort.set_request_id("long");
+  v1::AbortResponse aborted;
+  ASSERT_TRUE(api_->Abort(Context().get(), abort, &aborted).ok());
+  while (stream->Read(&event)) {
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
+}
+
+TEST_F(CoordinatorServerTest, SessionsAreListedUpdatedAndDeleted) {
+  Start();
+  v1::GenerateOnceResponse response;
+  for (const char* id : {"a", "b", "c"}) {
+    v1::GenerateRequest request = Ids(200, 5);
+    request.set_session_id(id);
+    ASSERT_TRUE(Once(request, &response).ok());
+  }
+  v1::ListSessionsRequest list;
+  list.set_page_size(2);
+  v1::ListSessionsResponse page;
+  ASSERT_TRUE(api_->ListSessions(Context().get(), list, &page).ok());
+  ASSERT_EQ(page.sessions_size(), 2);
+  EXPECT_EQ(page.next_page_token(), "b");
+  list.set_page_token("b");
+  ASSERT_TRUE(api_->ListSessions(Context().get(), list, &page).ok());
+  ASSERT_EQ(page.sessions_size(), 1);
+  EXPECT_EQ(page.sessions(0).session_id(), "c");
+  EXPECT_EQ(page.next_page_token(), "");
+  v1::UpdateSessionRequest update;
+  update.set_session_id("a");
+  update.set_pinned(true);
+  v1::UpdateSessionResponse updated;
+  ASSERT_TRUE(api_->UpdateSession(Context().get(), update, &updated).ok());
+  EXPECT_TRUE(updated.session().pinned());
+  EXPECT_EQ(updated.session().tokens(), 205);
+  v1::DeleteSessionRequest drop;
+  drop.set_session_id("b");
+  v1::DeleteSessionResponse dropped;
+  ASSERT_TRUE(api_->DeleteSession(Context().get(), drop, &dropped).ok());
+  v1::FlushResponse flushed;
+  ASSERT_TRUE(admin_->Flush(Context().get(), v1::FlushRequest(), &flushed).ok());
+  EXPECT_EQ(flushed.dropped_sessions(), 2);
+}
+
+TEST_F(CoordinatorServerTest, SaysWhatItServesAndHowItIs) {
+  Start();
+  v1::GetModelInfoResponse model;
+  ASSERT_TRUE(api_->GetModelInfo(Context().get(), v1::GetModelInfoRequest(), &model).ok());
+  EXPECT_EQ(model.architecture(), "LlamaForCausalLM");
+  EXPECT_EQ(model.vocab_size(), kFakeVocab);
+  EXPECT_FLOAT_EQ(model.default_sampling().temperature(), 0.7f);
+  ASSERT_EQ(model.eos_token_ids_size(), 1);
+  EXPECT_TRUE(model.has_chat_template());
+  v1::GetServerInfoResponse info;
+  ASSERT_TRUE(api_->GetServerInfo(Context().get(), v1::GetServerInfoRequest(), &info).ok());
+  EXPECT_EQ(info.device(), "fake");
+  v1::GetLoadResponse load;
+  ASSERT_TRUE(api_->GetLoad(Context().get(), v1::GetLoadRequest(), &load).ok());
+  EXPECT_EQ(load.running_requests(), 0);
+  v1::GetStatusResponse status;
+  ASSERT_TRUE(admin_->GetStatus(Context().get(), v1::GetStatusRequest(), &status).ok());
+  ASSERT_EQ(status.processes_size(), 3);
+  for (const v1::ProcessStatus& process : status.processes()) {
+    EXPECT_TRUE(process.connected()) << process.name();
+    EXPECT_FALSE(process.address().empty());
+  }
+}
+
+TEST_F(CoordinatorServerTest, ServesOnlyWhileWorkerAndStoreAreThere) {
+  StartServer();
+  v1::GenerateOnceResponse response;
+  absl::Status status = Once(Ids(10, 5), &response);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(ReasonOf(status), "NOT_READY");
+  EXPECT_FALSE(server_->serving());
+  StartPeers();
+  ASSERT_TRUE(Eventually([this] { return server_->serving(); }));
+  EXPECT_TRUE(Once(Ids(10, 5), &response).ok());
+  worker_.reset();
+  ASSERT_TRUE(Eventually([this] { return !server_->serving(); }));
+  worker_ = std::make_unique<FakeWorkerServer>(machine_, worker_address_);
+  response.Clear();
+  EXPECT_TRUE(Once(Ids(10, 5), &response).ok()) << "it waits for the worker";
+  EXPECT_EQ(response.tokens_size(), 5);
+}
+
+TEST_F(CoordinatorServerTest, AWorkerThatDiesInTheMiddleIsOnlyAPause) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  const v1::GenerateRequest request = Ids(300, 300);
+  const auto context = Context();
+  auto stream = api_->Generate(context.get(), request);
+  std::vector<int32_t> tokens;
+  int events = 0;
+  for (v1::GenerateResponse event; stream->Read(&event);) {
+    for (const v1::TokenRecord& token : event.delta().tokens()) tokens.push_back(token.token_id());
+    if (++events != 20) continue;
+    worker_.reset();
+    worker_ = std::make_unique<FakeWorkerServer>(machine_, worker_address_);
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(tokens, FakeAnswer(PromptOf(request), 300));
+  MutexLock lock(&machine_->mutex);
+  int opened = 0;
+  for (const v1::StepRequest& step : machine_->sent) opened += step.open_sequences_size();
+  EXPECT_EQ(opened, 2) << "once at each worker";
+}
+
+TEST_F(CoordinatorServerTest, DrainsByAdminCall) {
+  Start();
+  v1::DrainResponse drained;
+  ASSERT_TRUE(admin_->Drain(Context().get(), v1::DrainRequest(), &drained).ok());
+  EXPECT_FALSE(server_->serving());
+  v1::GenerateOnceResponse response;
+  EXPECT_EQ(ReasonOf(Once(Ids(10, 5), &response)), "DRAINING");
+}
+
+TEST(CoordinatorOptions, AWrongOneStopsTheStart) {
+  CoordinatorOptions options;
+  EXPECT_EQ(StartCoordinator(options).status().code(), absl::StatusCode::kInvalidArgument);
+  options.listen_address = options.worker_address = options.store_address = "unix:/tmp/none.sock";
+  options.model_dir = "/nonexistent";
+  EXPECT_EQ(StartCoordinator(options).status().code(), absl::StatusCode::kNotFound);
+}
+
+}  // namespace
+}  // namespace headroom::coordinator
