@@ -1,7 +1,10 @@
 // float32 x bfloat16 GEMM over packed panels of 32 outputs. Every output is one chain of fused
-// multiply-adds over k, so that the blocking below is invisible in the bits.
+// multiply-adds over k, from its first to its last weight inside one call of the micro kernel.
+//
+// Weights are widened in registers where they are used: two instructions on otherwise idle ports for
+// 24 multiply-adds at 12 rows. One row streams them as fast as a core reads memory.
 #include <algorithm>
-#include <type_traits>
+#include <array>
 #include <utility>
 
 #include "kernels/cpu/kernels.h"
@@ -9,34 +12,24 @@
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
 
-// Rows and vectors of outputs that the micro kernel carries. AVX-512: 12 x 2 accumulators, two weights
-// and a broadcast are 27 of 32 registers. AVX2, where a vector is two registers: 6 x 1, 15 of 16; one
-// accumulator in memory would halve the speed.
+// Rows that the micro kernel carries, and vectors of outputs. AVX-512: 12 x 2 accumulators, two weights
+// and a broadcast are 27 of 32 registers. AVX2, where a vector is two registers: 6 x 1 are 15 of 16
+// (one accumulator in memory would halve the speed); one or two rows take both vectors of a panel.
 #if defined(__AVX512F__)
 constexpr int kRows = 12;
+template <int kM>
 constexpr int kVectors = 2;
-constexpr int kWide = 4;
 #else
 constexpr int kRows = 6;
-constexpr int kVectors = 1;
-constexpr int kWide = 2;
+template <int kM>
+constexpr int kVectors = kM <= 2 ? 2 : 1;
 #endif
-constexpr int kOutputs = kVectors * kLanes;
-constexpr int kPanelVectors = kPanelOutputs / kLanes;
-// kWide: panels that one row's pass reads side by side, so that enough loads and chains are in flight.
 
-// From this many rows on a panel is widened to float32 once and reused from L2.
-constexpr int64_t kWidenFromRows = 24;
-// k values widened at a time: 2048 x 32 x 4 B = 256 KiB of a 1 MiB L2.
-constexpr int64_t kDepth = 2048;
-// Rows whose chains are carried over blocks of k at a time: 60 KiB.
-constexpr int64_t kCarriedRows = 480;
-static_assert(kCarriedRows % kRows == 0);
+// How far ahead weights are asked for: at 4 KiB one core reads them as fast as it reads at all
+// (30 GB/s), at 1 KiB it loses a tenth.
+constexpr int64_t kAhead = 64 * kPanelOutputs;
 
-F32x16 LoadWeight(const float* w) { return Load(w); }
-F32x16 LoadWeight(const BFloat16* w) { return LoadBf16(w); }
-
-// Writes the accumulators of one row, as many outputs as there are: the last n.
+// Writes the accumulators of one row, of which n outputs exist.
 template <int kCount>
 void StoreRow(float* c, const F32x16* acc, int64_t n, bool accumulate) {
   if (n >= kCount * kLanes) {
@@ -51,158 +44,119 @@ void StoreRow(float* c, const F32x16* acc, int64_t n, bool accumulate) {
   for (int64_t i = 0; i < n; ++i) c[i] = accumulate ? c[i] + lanes[i] : lanes[i];
 }
 
-// kM rows x kOutputs of one panel's outputs over `depth` values of k. The chain of a row begins from
-// zero, or goes on from `carry` (rows of 32) where an earlier block of k left it, and ends there or in
-// c, which has n outputs from here on.
-template <int kM, typename W>
-void MicroKernel(const float* a, int64_t a_stride, const W* w, int64_t depth, float* carry,
-                 bool first, bool last, float* c, int64_t c_stride, int64_t n, bool accumulate) {
-  F32x16 acc[kM][kVectors];
+// kM rows of a and c x kVectors of a panel, from `w` on; n outputs are left from here on. Weights up to
+// `weights_end` will be wanted next.
+template <int kM>
+void MicroKernel(const GemmArgs& g, const float* a, const BFloat16* w, const BFloat16* weights_end,
+                 float* c, int64_t n) {
+  constexpr int kCount = kVectors<kM>;
+  F32x16 acc[kM][kCount];
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      acc[m][v] = first ? Zero() : Load(carry + m * kPanelOutputs + v * kLanes);
-    }
+    for (int v = 0; v < kCount; ++v) acc[m][v] = Zero();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (std::is_same_v<W, BFloat16>) __builtin_prefetch(w + 16 * kPanelOutputs);
-    F32x16 b[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) b[v] = LoadWeight(w + v * kLanes);
+  const int64_t a_stride = g.a_stride;
+  for (int64_t k = 0, depth = g.w.k; k < depth; ++k) {
+    F32x16 b[kCount];
+    if constexpr (kCount == 2) {
+      LoadBf16EvenOdd(w, b[0], b[1]);  // even and odd outputs, sorted at the end
+    } else {
+      b[0] = LoadBf16(w);
+    }
+    __builtin_prefetch(std::min(w + kAhead, weights_end));
     w += kPanelOutputs;
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) {
       const F32x16 x = Broadcast(a[m * a_stride + k]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[m][v] = Fma(x, b[v], acc[m][v]);
+      for (int v = 0; v < kCount; ++v) acc[m][v] = Fma(x, b[v], acc[m][v]);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kM; ++m) {
-    if (last) {
-      StoreRow<kVectors>(c + m * c_stride, acc[m], n, accumulate);
-    } else {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        Store(carry + m * kPanelOutputs + v * kLanes, acc[m][v]);
-      }
-    }
+    if constexpr (kCount == 2) Interleave(acc[m][0], acc[m][1]);
+    StoreRow<kCount>(c + m * g.c_stride, acc[m], n, g.accumulate);
   }
 }
 
-using MicroFn = void (*)(const float*, int64_t, const float*, int64_t, float*, bool, bool, float*,
-                         int64_t, int64_t, bool);
-using NarrowFn = void (*)(const float*, int64_t, const BFloat16*, int64_t, float*, bool, bool,
-                          float*, int64_t, int64_t, bool);
-
-template <typename W, typename Fn, int... kM>
-constexpr auto MakeTable(std::integer_sequence<int, kM...>) {
-  struct {
-    Fn fn[sizeof...(kM)];
-  } table = {{&MicroKernel<kM + 1, W>...}};
-  return table;
-}
-constexpr auto kWideTable = MakeTable<float, MicroFn>(std::make_integer_sequence<int, kRows>());
-constexpr auto kNarrowTable =
-    MakeTable<BFloat16, NarrowFn>(std::make_integer_sequence<int, kRows>());
-
-// One row x kWide neighbouring panels: the memory-bound case. Each panel is a stream of its own.
-void RowTimesPanels(const float* a, const PackedWeight& w, int64_t panel, float* c,
-                    bool accumulate) {
-  F32x16 acc[kWide][kPanelVectors];
-  const BFloat16* from[kWide];
-#pragma GCC unroll 4
-  for (int p = 0; p < kWide; ++p) {
-    from[p] = w.data + (panel + p) * w.k * kPanelOutputs;
-#pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v) acc[p][v] = Zero();
-  }
-  for (int64_t k = 0; k < w.k; ++k) {
-    const F32x16 x = Broadcast(a[k]);
-#pragma GCC unroll 4
-    for (int p = 0; p < kWide; ++p) {
-      const BFloat16* at = from[p] + k * kPanelOutputs;
-      __builtin_prefetch(at + 24 * kPanelOutputs);
-#pragma GCC unroll 2
-      for (int v = 0; v < kPanelVectors; ++v) {
-        acc[p][v] = Fma(x, LoadBf16(at + v * kLanes), acc[p][v]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int p = 0; p < kWide; ++p) {
-    const int64_t first = (panel + p) * kPanelOutputs;
-    StoreRow<kPanelVectors>(c + first, acc[p], w.n - first, accumulate);
-  }
-}
-
-// All rows x one panel, weights read as they are.
-void NarrowPanel(const GemmArgs& g, int64_t panel) {
+// kM rows x one panel.
+template <int kM>
+void PanelRows(const GemmArgs& g, const float* a, int64_t panel, const BFloat16* weights_end,
+               float* c) {
   const BFloat16* w = g.w.data + panel * g.w.k * kPanelOutputs;
-  for (int64_t m = 0; m < g.m; m += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, g.m - m);
-    for (int64_t at = 0; at < kPanelOutputs; at += kOutputs) {
-      const int64_t first = panel * kPanelOutputs + at;
-      if (first >= g.w.n) break;
-      kNarrowTable.fn[rows - 1](g.a + m * g.a_stride, g.a_stride, w + at, g.w.k, nullptr, true,
-                                true, g.c + m * g.c_stride + first, g.c_stride, g.w.n - first,
-                                g.accumulate);
-    }
+  for (int64_t at = 0; at < kPanelOutputs; at += kVectors<kM> * kLanes) {
+    const int64_t first = panel * kPanelOutputs + at;
+    if (first < g.w.n) MicroKernel<kM>(g, a, w + at, weights_end, c + first, g.w.n - first);
   }
 }
 
-// All rows x one panel, widened once per block of k and reused by every block of rows.
-void WidePanel(const GemmArgs& g, int64_t panel) {
-  alignas(64) float widened[kDepth * kPanelOutputs];
-  alignas(64) float carries[kCarriedRows * kPanelOutputs];
-  const BFloat16* w = g.w.data + panel * g.w.k * kPanelOutputs;
-  // Where k takes several blocks, rows go in passes whose carries stay in L2; the panel is widened
-  // again for each pass.
-  const int64_t rows_a_pass = g.w.k <= kDepth ? g.m : kCarriedRows;
-  for (int64_t pass = 0; pass < g.m; pass += rows_a_pass) {
-    const int64_t pass_end = std::min(g.m, pass + rows_a_pass);
-    for (int64_t k = 0; k < g.w.k; k += kDepth) {
-      const int64_t depth = std::min(kDepth, g.w.k - k);
-      for (int64_t i = 0; i < depth * kPanelOutputs; i += kLanes) {
-        Store(widened + i, LoadBf16(w + k * kPanelOutputs + i));
-      }
-      const bool last = k + depth == g.w.k;
-      for (int64_t m = pass; m < pass_end; m += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, pass_end - m);
-        for (int64_t at = 0; at < kPanelOutputs; at += kOutputs) {
-          const int64_t first = panel * kPanelOutputs + at;
-          if (first >= g.w.n) break;
-          kWideTable.fn[rows - 1](g.a + m * g.a_stride + k, g.a_stride, widened + at, depth,
-                                  g.w.k <= kDepth ? nullptr
-                                                  : carries + (m - pass) * kPanelOutputs + at,
-                                  k == 0, last, g.c + m * g.c_stride + first, g.c_stride,
-                                  g.w.n - first, g.accumulate);
-        }
-      }
-    }
+using PanelFn = void (*)(const GemmArgs&, const float*, int64_t, const BFloat16*, float*);
+template <int... kM>
+constexpr std::array<PanelFn, sizeof...(kM)> MakeTable(std::integer_sequence<int, kM...>) {
+  return {&PanelRows<kM + 1>...};
+}
+constexpr auto kPanelRows = MakeTable(std::make_integer_sequence<int, kRows>());  // [rows - 1]
+
+// Rows [row_begin, row_end) x one panel.
+void Panel(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel,
+           const BFloat16* weights_end) {
+  for (int64_t m = row_begin; m < row_end; m += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, row_end - m);
+    kPanelRows[rows - 1](g, g.a + m * g.a_stride, panel, weights_end, g.c + m * g.c_stride);
   }
 }
+
+// Rows that go through all panels together, so that their activations stay in L2 meanwhile.
+int64_t RowsABlock(const GemmArgs& g) {
+  constexpr int64_t kActivationBytes = 640 << 10;
+  const int64_t fit = kActivationBytes / (g.w.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::max<int64_t>(fit, 10 * kRows);
+  const int64_t blocks = (g.m + most - 1) / most;
+  const int64_t rows = (g.m + blocks - 1) / blocks;
+  return (rows + kRows - 1) / kRows * kRows;
+}
+
+// Panels go to the members in runs, so that each streams its weights, of lengths that shrink towards
+// the end, so that all end together even if a core is also wanted elsewhere (by a copy stream, say):
+// guided self-scheduling, Polychronopoulos and Kuck, IEEE ToC 1987.
+struct Runs {
+  int64_t total;
+  int members;
+
+  int64_t End(int64_t begin) const {
+    return begin + std::max<int64_t>(1, (total - begin) / (2 * members));
+  }
+  int64_t Count() const {
+    int64_t count = 0;
+    for (int64_t at = 0; at < total; at = End(at)) ++count;
+    return count;
+  }
+  int64_t Begin(int64_t run) const {
+    int64_t at = 0;
+    for (; run > 0; --run) at = End(at);
+    return at;
+  }
+};
 
 }  // namespace
 
 void Gemm(const GemmArgs& g, CpuTeam& team) {
   if (g.m <= 0 || g.w.n <= 0) return;
+  const int64_t rows = RowsABlock(g);
   const int64_t panels = (g.w.n + kPanelOutputs - 1) / kPanelOutputs;
-  if (g.m >= kWidenFromRows) {
-    team.ForEach(panels, [&](int64_t panel) { WidePanel(g, panel); });
-    return;
-  }
-  // Memory-bound: each member streams one contiguous range of the weights.
-  team.Run([&](int member) {
-    int64_t panel = panels * member / team.size();
-    const int64_t end = panels * (member + 1) / team.size();
-    if (g.m == 1) {
-      for (; panel + kWide <= end; panel += kWide) {
-        RowTimesPanels(g.a, g.w, panel, g.c, g.accumulate);
-      }
+  const Runs runs{(g.m + rows - 1) / rows * panels, team.size()};
+  team.ForEach(runs.Count(), [&](int64_t run) {
+    const int64_t begin = runs.Begin(run);
+    const int64_t end = runs.End(begin);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row_begin = task / panels * rows;
+      const int64_t panel = task % panels;
+      // The last line that this run reads before it turns to other rows.
+      const int64_t last_panel = std::min(panels, panel + end - task);
+      Panel(g, row_begin, std::min(g.m, row_begin + rows), panel,
+            g.w.data + (last_panel * g.w.k - 1) * kPanelOutputs);
     }
-    for (; panel < end; ++panel) NarrowPanel(g, panel);
   });
 }
 
