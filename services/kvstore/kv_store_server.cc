@@ -1,0 +1,104 @@
+#include "services/kvstore/kv_store_server.h"
+
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status.h"
+#include "services/kvstore/kv_store_service.h"
+
+namespace headroom::kvstore {
+namespace {
+
+constexpr char kServiceName[] = "headroom.v1.KvStoreService";
+constexpr int64_t kBytesPerExtent = 64 << 10;
+constexpr int64_t kFewestExtents = 4096;
+constexpr int64_t kMostExtents = int64_t{1} << 26;
+// Calls take microseconds; this is for those that a peer does not read the answer of.
+constexpr std::chrono::seconds kShutdownGrace{2};
+
+class Server : public KvStoreServer {
+ public:
+  explicit Server(std::unique_ptr<KvStore> store)
+      : store_(std::move(store)), service_(store_.get()) {}
+  ~Server() override { Shutdown(); }
+
+  absl::Status Listen(const KvStoreOptions& options);
+
+  std::string listen_address() const override { return listen_address_; }
+  uint64_t generation() const override { return store_->Facts().generation; }
+  void Shutdown() override {
+    if (shut_down_.exchange(true) || server_ == nullptr) return;
+    server_->GetHealthCheckService()->Shutdown();
+    server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+  }
+  void Wait() override { server_->Wait(); }
+
+ private:
+  const std::unique_ptr<KvStore> store_;
+  KvStoreService service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::string listen_address_;
+  std::atomic<bool> shut_down_{false};
+};
+
+absl::Status Server::Listen(const KvStoreOptions& options) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(options.listen_address, grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(&service_);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
+  // The coordinator pings every 10 s, also while it asks nothing: welcome, or it would get GOAWAY.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
+  // Two servers on one port would take turns; the second is a mistake.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen_address));
+  }
+  listen_address_ = options.listen_address;
+  const size_t colon = listen_address_.rfind(':');
+  if (port > 0 && !absl::StartsWith(listen_address_, "unix:") && colon != std::string::npos) {
+    listen_address_ = absl::StrCat(listen_address_.substr(0, colon), ":", port);
+  }
+  server_->GetHealthCheckService()->SetServingStatus("", true);
+  server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+  LogInfo(absl::StrCat("kvstore serves on ", listen_address_));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options) {
+  if (options.listen_address.empty()) {
+    return absl::InvalidArgumentError("the listen address is empty");
+  }
+  if (options.max_message_bytes < 1024 || options.max_message_bytes > INT32_MAX) {
+    return absl::InvalidArgumentError(absl::StrCat("--max-message-bytes ",
+                                                   options.max_message_bytes, ", expected 1024 to ",
+                                                   INT32_MAX));
+  }
+  SegmentOptions segment;
+  segment.dir = options.segment_dir;
+  segment.data_bytes = options.host_memory_bytes;
+  segment.max_extents = options.max_extents != 0
+                            ? options.max_extents
+                            : std::clamp(options.host_memory_bytes / kBytesPerExtent,
+                                         kFewestExtents, kMostExtents);
+  segment.generation = options.generation;
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(segment));
+  auto server = std::make_unique<Server>(std::move(store));
+  HEADROOM_RETURN_IF_ERROR(server->Listen(options));
+  return server;
+}
+
+}  // namespace headroom::kvstore

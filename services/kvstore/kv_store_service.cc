@@ -1,0 +1,195 @@
+#include "services/kvstore/kv_store_service.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+
+namespace headroom::kvstore {
+namespace {
+
+constexpr int32_t kSchemaRevision = 1;
+constexpr int32_t kMinimumPeerRevision = 1;
+constexpr int32_t kMaxPage = 1000;
+// An extent takes at most 20 bytes in a message: pages stay near 5 MB.
+constexpr int64_t kMaxPageExtents = 250'000;
+
+grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  reactor->Finish(ToGrpcStatus(status));
+  return reactor;
+}
+
+absl::Status InPlaceError() {
+  return WithReason(absl::UnimplementedError("this store does not attend in place"),
+                    "IN_PLACE_UNIMPLEMENTED");
+}
+
+absl::StatusOr<SegmentBinding> FromProto(const v1::BindModelRequest& request) {
+  SegmentBinding binding;
+  binding.geometry = {request.geometry().num_layers(), request.geometry().num_kv_heads(),
+                      request.geometry().head_dim()};
+  const std::string& fingerprint = request.fingerprint().value();
+  if (fingerprint.size() != binding.fingerprint.size()) {
+    return BadRequestError({{"fingerprint.value", absl::StrCat("has ", fingerprint.size(),
+                                                               " bytes, expected 16")}});
+  }
+  std::copy(fingerprint.begin(), fingerprint.end(), binding.fingerprint.begin());
+  return binding;
+}
+
+void ToProto(const StoredRun& run, v1::ExtentRun* out) {
+  out->set_first_pos(run.first_pos);
+  out->set_capacity_tokens(run.capacity_tokens);
+  for (size_t layer = 0; layer < run.extents.size(); ++layer) {
+    v1::Extent* const extent = out->add_extents();
+    extent->set_layer(static_cast<int32_t>(layer));
+    extent->set_extent_id(run.extents[layer].extent_id);
+    extent->set_data_offset(static_cast<uint64_t>(run.extents[layer].data_offset));
+  }
+}
+
+class RefusedSteps : public grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse> {
+ public:
+  explicit RefusedSteps(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  void OnDone() override { delete this; }
+};
+
+}  // namespace
+
+grpc::ServerUnaryReactor* KvStoreService::GetStoreInfo(grpc::CallbackServerContext* context,
+                                                       const v1::GetStoreInfoRequest*,
+                                                       v1::GetStoreInfoResponse* response) {
+  const StoreFacts facts = store_->Facts();
+  response->set_schema_revision(kSchemaRevision);
+  response->set_minimum_peer_revision(kMinimumPeerRevision);
+  response->set_generation(facts.generation);
+  response->set_segment_dir(facts.segment_dir);
+  response->set_format_version(kSegmentFormatVersion);
+  response->set_capacity_bytes(static_cast<uint64_t>(facts.capacity_bytes));
+  response->set_used_bytes(static_cast<uint64_t>(facts.used_bytes));
+  response->set_max_extents(static_cast<uint32_t>(facts.max_extents));
+  response->set_used_extents(static_cast<uint32_t>(facts.used_extents));
+  response->set_huge_page_bytes(static_cast<uint64_t>(facts.huge_page_bytes));
+  response->set_attend_threads(0);
+  if (facts.binding.has_value()) {
+    const SegmentBinding& binding = *facts.binding;
+    response->mutable_geometry()->set_num_layers(binding.geometry.num_layers);
+    response->mutable_geometry()->set_num_kv_heads(binding.geometry.num_kv_heads);
+    response->mutable_geometry()->set_head_dim(binding.geometry.head_dim);
+    response->mutable_fingerprint()->set_value(binding.fingerprint.data(),
+                                               binding.fingerprint.size());
+  }
+  return Answer(context, absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* KvStoreService::BindModel(grpc::CallbackServerContext* context,
+                                                    const v1::BindModelRequest* request,
+                                                    v1::BindModelResponse* response) {
+  const absl::StatusOr<SegmentBinding> binding = FromProto(*request);
+  if (!binding.ok()) return Answer(context, binding.status());
+  const absl::StatusOr<int64_t> kept = store_->Bind(*binding, request->allow_clean());
+  if (kept.ok()) response->set_kept_sequences(static_cast<uint64_t>(*kept));
+  return Answer(context, kept.status());
+}
+
+grpc::ServerUnaryReactor* KvStoreService::AllocateRun(grpc::CallbackServerContext* context,
+                                                      const v1::AllocateRunRequest* request,
+                                                      v1::AllocateRunResponse* response) {
+  const absl::StatusOr<StoredRun> run = store_->AllocateRun(
+      request->sequence_id(), request->first_pos(), request->capacity_tokens());
+  if (run.ok()) ToProto(*run, response->mutable_run());
+  return Answer(context, run.status());
+}
+
+grpc::ServerUnaryReactor* KvStoreService::CommitSealed(grpc::CallbackServerContext* context,
+                                                       const v1::CommitSealedRequest* request,
+                                                       v1::CommitSealedResponse*) {
+  std::vector<SealedCount> counts;
+  for (const v1::SealedSequence& sequence : request->sequences()) {
+    counts.push_back({sequence.sequence_id(), sequence.sealed_tokens()});
+  }
+  return Answer(context, store_->CommitSealed(counts));
+}
+
+grpc::ServerUnaryReactor* KvStoreService::TruncateSequence(
+    grpc::CallbackServerContext* context, const v1::TruncateSequenceRequest* request,
+    v1::TruncateSequenceResponse* response) {
+  // An unset count must not read as 'all of it'.
+  if (!request->has_tokens()) return Answer(context, BadRequestError({{"tokens", "is not set"}}));
+  const absl::StatusOr<int64_t> released =
+      store_->Truncate(request->sequence_id(), request->tokens());
+  if (released.ok()) response->set_released_extents(static_cast<uint32_t>(*released));
+  return Answer(context, released.status());
+}
+
+grpc::ServerUnaryReactor* KvStoreService::ReleaseSequences(
+    grpc::CallbackServerContext* context, const v1::ReleaseSequencesRequest* request,
+    v1::ReleaseSequencesResponse* response) {
+  const absl::StatusOr<int64_t> released =
+      store_->Release({request->sequence_ids().data(),
+                       static_cast<size_t>(request->sequence_ids_size())});
+  if (released.ok()) response->set_released_extents(static_cast<uint32_t>(*released));
+  return Answer(context, released.status());
+}
+
+grpc::ServerUnaryReactor* KvStoreService::ListSequences(grpc::CallbackServerContext* context,
+                                                        const v1::ListSequencesRequest* request,
+                                                        v1::ListSequencesResponse* response) {
+  const int32_t page_size = request->has_page_size() ? request->page_size() : kMaxPage;
+  if (page_size < 1 || page_size > kMaxPage) {
+    return Answer(context, BadRequestError({{"page_size", absl::StrCat("is ", page_size,
+                                                                       ", expected 1 to ",
+                                                                       kMaxPage)}}));
+  }
+  const absl::StatusOr<KvStore::Page> page =
+      store_->List(request->after_sequence_id(), page_size, kMaxPageExtents);
+  if (!page.ok()) return Answer(context, page.status());
+  for (const auto& [id, sequence] : page->sequences) {
+    v1::StoredSequence* const out = response->add_sequences();
+    out->set_sequence_id(id);
+    out->set_sealed_tokens(sequence.sealed_tokens);
+    for (const StoredRun& run : sequence.runs) ToProto(run, out->add_runs());
+  }
+  response->set_more(page->more);
+  return Answer(context, absl::OkStatus());
+}
+
+absl::Status KvStoreService::CheckPlan(const v1::Plan& plan) const {
+  const std::optional<SegmentBinding> binding = store_->Facts().binding;
+  if (!binding.has_value()) {
+    return WithReason(absl::FailedPreconditionError("the segment is bound to no model yet"),
+                      "NO_MODEL_BOUND");
+  }
+  if (plan.layers_size() != binding->geometry.num_layers) {
+    return BadRequestError({{"plan.layers", absl::StrCat("has ", plan.layers_size(),
+                                                         " elements, expected ",
+                                                         binding->geometry.num_layers)}});
+  }
+  for (int layer = 0; layer < plan.layers_size(); ++layer) {
+    for (const v1::LaneRange& range : plan.layers(layer).ranges()) {
+      if (range.lane() == v1::LANE_IN_PLACE) return InPlaceError();
+      if (range.lane() != v1::LANE_RESIDENT && range.lane() != v1::LANE_FETCHED) {
+        return BadRequestError({{absl::StrCat("plan.layers[", layer, "].ranges"),
+                                 absl::StrCat("names lane ", static_cast<int>(range.lane()))}});
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* KvStoreService::PrepareStorePlan(
+    grpc::CallbackServerContext* context, const v1::PrepareStorePlanRequest* request,
+    v1::PrepareStorePlanResponse*) {
+  return Answer(context, CheckPlan(request->plan()));
+}
+
+grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse>* KvStoreService::StoreStep(
+    grpc::CallbackServerContext*) {
+  return new RefusedSteps(InPlaceError());
+}
+
+}  // namespace headroom::kvstore

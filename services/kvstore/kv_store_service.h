@@ -1,0 +1,55 @@
+// KvStoreService: protobuf in, protobuf out. Messages are checked here, numbers in the index.
+#ifndef HEADROOM_SERVICES_KVSTORE_KV_STORE_SERVICE_H_
+#define HEADROOM_SERVICES_KVSTORE_KV_STORE_SERVICE_H_
+
+#include <grpcpp/grpcpp.h>
+
+#include "absl/status/status.h"
+#include "headroom/v1/kv_store.grpc.pb.h"
+#include "services/kvstore/kv_store.h"
+
+namespace headroom::kvstore {
+
+// Thread-safe. Handlers run on gRPC's threads and do not block.
+class KvStoreService : public v1::KvStoreService::CallbackService {
+ public:
+  // Borrows `store`.
+  explicit KvStoreService(KvStore* store) : store_(store) {}
+
+  grpc::ServerUnaryReactor* GetStoreInfo(grpc::CallbackServerContext* context,
+                                         const v1::GetStoreInfoRequest* request,
+                                         v1::GetStoreInfoResponse* response) override;
+  grpc::ServerUnaryReactor* BindModel(grpc::CallbackServerContext* context,
+                                      const v1::BindModelRequest* request,
+                                      v1::BindModelResponse* response) override;
+  grpc::ServerUnaryReactor* AllocateRun(grpc::CallbackServerContext* context,
+                                        const v1::AllocateRunRequest* request,
+                                        v1::AllocateRunResponse* response) override;
+  grpc::ServerUnaryReactor* CommitSealed(grpc::CallbackServerContext* context,
+                                         const v1::CommitSealedRequest* request,
+                                         v1::CommitSealedResponse* response) override;
+  grpc::ServerUnaryReactor* TruncateSequence(grpc::CallbackServerContext* context,
+                                             const v1::TruncateSequenceRequest* request,
+                                             v1::TruncateSequenceResponse* response) override;
+  grpc::ServerUnaryReactor* ReleaseSequences(grpc::CallbackServerContext* context,
+                                             const v1::ReleaseSequencesRequest* request,
+                                             v1::ReleaseSequencesResponse* response) override;
+  grpc::ServerUnaryReactor* ListSequences(grpc::CallbackServerContext* context,
+                                          const v1::ListSequencesRequest* request,
+                                          v1::ListSequencesResponse* response) override;
+  grpc::ServerUnaryReactor* PrepareStorePlan(grpc::CallbackServerContext* context,
+                                             const v1::PrepareStorePlanRequest* request,
+                                             v1::PrepareStorePlanResponse* response) override;
+  // UNIMPLEMENTED: this store attends to nothing.
+  grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse>* StoreStep(
+      grpc::CallbackServerContext* context) override;
+
+ private:
+  absl::Status CheckPlan(const v1::Plan& plan) const;
+
+  KvStore* const store_;
+};
+
+}  // namespace headroom::kvstore
+
+#endif  // HEADROOM_SERVICES_KVSTORE_KV_STORE_SERVICE_H_
