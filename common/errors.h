@@ -1,7 +1,8 @@
 // Details of errors: what a program, not a person, reads. They travel as google.rpc messages in the
 // payloads of an absl::Status, and by common/grpc_status.h to clients.
 //
-// Which errors there are is each service's own business (its errors.h); this is what they are made of.
+// Which errors there are is each service's own business (its errors.h); this is what they are made
+// of.
 #ifndef HEADROOM_COMMON_ERRORS_H_
 #define HEADROOM_COMMON_ERRORS_H_
 
@@ -21,8 +22,8 @@ inline constexpr char kErrorInfoUrl[] = "type.googleapis.com/google.rpc.ErrorInf
 inline constexpr char kBadRequestUrl[] = "type.googleapis.com/google.rpc.BadRequest";
 inline constexpr char kRetryInfoUrl[] = "type.googleapis.com/google.rpc.RetryInfo";
 
-// Adds ErrorInfo{reason, domain "headroom"}. `reason` is UPPER_SNAKE_CASE, at most 63 characters, and
-// stays the same over releases: programs compare it. An OK status stays as it is.
+// Adds ErrorInfo{reason, domain "headroom"}. `reason` is UPPER_SNAKE_CASE, at most 63 characters,
+// and stays the same over releases: programs compare it. An OK status stays as it is.
 absl::Status WithReason(absl::Status status, absl::string_view reason);
 // Adds RetryInfo: trying again can help, not before this delay.
 absl::Status WithRetryAfter(absl::Status status, absl::Duration delay);

@@ -31,10 +31,14 @@ ProcessLog& TheLog() {
 
 const char* Name(LogLevel level) {
   switch (level) {
-    case LogLevel::kDebug: return "debug";
-    case LogLevel::kInfo: return "info";
-    case LogLevel::kWarning: return "warning";
-    case LogLevel::kError: return "error";
+    case LogLevel::kDebug:
+      return "debug";
+    case LogLevel::kInfo:
+      return "info";
+    case LogLevel::kWarning:
+      return "warning";
+    case LogLevel::kError:
+      return "error";
   }
   return "unknown";
 }
@@ -79,9 +83,8 @@ void Log(LogLevel level, absl::string_view message, absl::string_view request_id
   const std::string time =
       absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone());
   const std::string line =
-      log.options.json
-          ? LogLineAsJson(time, level, log.options.process, message, request_id)
-          : LineAsText(time, level, log.options.process, message, request_id);
+      log.options.json ? LogLineAsJson(time, level, log.options.process, message, request_id)
+                       : LineAsText(time, level, log.options.process, message, request_id);
   log.logger.log(spdlog::level::info, spdlog::string_view_t(line.data(), line.size()));
 }
 

@@ -1,7 +1,7 @@
 // Log lines of a process, to standard error: text for people or JSON for machines.
 //
-// (spdlog is behind it, included only in log.cc. That the process has one log is the one exception to
-// 'no globals': every line goes to the same file descriptor anyway.)
+// (spdlog is behind it, included only in log.cc. That the process has one log is the one exception
+// to 'no globals': every line goes to the same file descriptor anyway.)
 #ifndef HEADROOM_COMMON_LOG_H_
 #define HEADROOM_COMMON_LOG_H_
 

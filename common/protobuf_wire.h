@@ -1,5 +1,5 @@
-// The protobuf wire format of flat messages: enough for google.rpc's error details, whose .proto files
-// the distribution does not ship.
+// The protobuf wire format of flat messages: enough for google.rpc's error details, whose .proto
+// files the distribution does not ship.
 #ifndef HEADROOM_COMMON_PROTOBUF_WIRE_H_
 #define HEADROOM_COMMON_PROTOBUF_WIRE_H_
 
@@ -46,12 +46,17 @@ class Reader {
         integer_ = static_cast<int64_t>(value);
         return true;
       }
-      case kFixed64: size = 8; break;
-      case kFixed32: size = 4; break;
+      case kFixed64:
+        size = 8;
+        break;
+      case kFixed32:
+        size = 4;
+        break;
       case kBytes:
         if (!TakeVarint(size)) return false;
         break;
-      default: return false;
+      default:
+        return false;
     }
     if (size > rest_.size()) return false;
     bytes_ = rest_.substr(0, size);

@@ -36,17 +36,17 @@ Verdict Admit(const Capacity& capacity, const Commitments& commitments, const De
                                commitments.idle_tokens, ": delete some"));
   }
   if (verdict.reserved_runs > host_runs - commitments.idle_runs) {
-    return refuse(Verdict::kNever,
-                  absl::StrCat("the request takes ", verdict.reserved_runs * geometry.num_layers,
-                               " extents, the store has descriptors for ", capacity.max_extents,
-                               ", idle sessions hold ",
-                               commitments.idle_runs * geometry.num_layers));
+    return refuse(
+        Verdict::kNever,
+        absl::StrCat("the request takes ", verdict.reserved_runs * geometry.num_layers,
+                     " extents, the store has descriptors for ", capacity.max_extents,
+                     ", idle sessions hold ", commitments.idle_runs * geometry.num_layers));
   }
   if (capacity.tail_bytes_per_sequence > capacity.kv_pool_bytes || capacity.max_sequences < 1) {
-    return refuse(Verdict::kNever,
-                  absl::StrCat("a sequence's tail takes ", capacity.tail_bytes_per_sequence,
-                               " bytes of device memory, the KV pool has ",
-                               capacity.kv_pool_bytes));
+    return refuse(
+        Verdict::kNever,
+        absl::StrCat("a sequence's tail takes ", capacity.tail_bytes_per_sequence,
+                     " bytes of device memory, the KV pool has ", capacity.kv_pool_bytes));
   }
 
   if (commitments.running_sequences >= capacity.max_sequences) {
@@ -62,15 +62,14 @@ Verdict Admit(const Capacity& capacity, const Commitments& commitments, const De
   }
   if (verdict.reserved_tokens >
       host_tokens - commitments.idle_tokens - commitments.running_tokens) {
-    return refuse(Verdict::kWait,
-                  absl::StrCat("the request takes ", verdict.reserved_tokens,
-                               " tokens of host memory, running ones hold ",
-                               commitments.running_tokens, " of ", host_tokens));
+    return refuse(Verdict::kWait, absl::StrCat("the request takes ", verdict.reserved_tokens,
+                                               " tokens of host memory, running ones hold ",
+                                               commitments.running_tokens, " of ", host_tokens));
   }
   if (verdict.reserved_runs > host_runs - commitments.idle_runs - commitments.running_runs) {
-    return refuse(Verdict::kWait,
-                  absl::StrCat("of the store's ", capacity.max_extents, " extents running requests ",
-                               "hold ", commitments.running_runs * geometry.num_layers));
+    return refuse(Verdict::kWait, absl::StrCat("of the store's ", capacity.max_extents,
+                                               " extents running requests ", "hold ",
+                                               commitments.running_runs * geometry.num_layers));
   }
   return verdict;
 }

@@ -8,14 +8,17 @@ namespace headroom::coordinator {
 namespace {
 
 // Keys below may be attended in lanes. A chunk brings what is unsealed along in its own buffer, so it
-// names all that earlier steps seal, in flight or not. A single token leaves keys to the tail until
-// the store knows that they are sealed, but the tail holds no more than kTailTokens.
+// names all that earlier steps seal, in flight or not. A single token leaves keys to the tail until the
+// store knows that they are sealed. That takes milliseconds, and a block more is left to the tail than
+// need be, so that which keys a step reads where does not hang on them. A store that is away for
+// longer must not make the tail overflow.
 int64_t SealedToName(const SequenceProgress& progress, int64_t first_pos, int64_t count) {
-  if (count > 1) return FloorToBlock(first_pos);
-  const int64_t acknowledged = std::min(progress.sealed_tokens, progress.committed_tokens);
+  const int64_t whole_blocks = FloorToBlock(first_pos);
+  if (count > 1) return whole_blocks;
+  const int64_t acknowledged =
+      std::min({progress.sealed_tokens, progress.committed_tokens, whole_blocks - kBlockTokens});
   const int64_t beyond_tail = CeilToBlock(std::max<int64_t>(0, first_pos + 1 - kTailTokens));
-  return std::min(FloorToBlock(first_pos),
-                  std::max({progress.tail_begin, acknowledged, beyond_tail}));
+  return std::min(whole_blocks, std::max({progress.tail_begin, acknowledged, beyond_tail}));
 }
 
 }  // namespace
@@ -36,8 +39,8 @@ std::optional<Piece> NextPiece(const SequenceProgress& progress, const StepLimit
   }
   // What the step finishes must have an extent to go to.
   if (FloorToBlock(piece.end_pos()) > progress.capacity_tokens) {
-    piece.count = std::min(piece.count,
-                           progress.capacity_tokens + kBlockTokens - 1 - piece.first_pos);
+    piece.count =
+        std::min(piece.count, progress.capacity_tokens + kBlockTokens - 1 - piece.first_pos);
   }
   if (piece.count < 1) return std::nullopt;
   piece.draw = progress.draws && piece.end_pos() >= progress.known_tokens;
@@ -70,7 +73,8 @@ std::vector<BatchEntry> ComposeTokenStep(const std::vector<SequenceProgress>& se
   }
   if (step.empty() && behind_chunks.size() == 1) step = behind_chunks;
   // Each row draws or scores at most once, twice where both.
-  const int64_t most = std::min(limits.max_decode_rows, std::max<int64_t>(1, limits.max_results / 2));
+  const int64_t most =
+      std::min(limits.max_decode_rows, std::max<int64_t>(1, limits.max_results / 2));
   if (static_cast<int64_t>(step.size()) > most) step.resize(most);
   return step;
 }

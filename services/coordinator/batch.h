@@ -1,8 +1,8 @@
 // What goes into the next step. Pure numbers.
 //
-// Two kinds of steps run side by side on the worker: a chunk of one prompt, and single tokens of all
-// sequences that have one to give. The worker keeps two of each kind in flight, so a sequence's next
-// token goes out before the one before it has been drawn ('the last drawn').
+// Two kinds of steps run side by side on the worker: a chunk of one prompt, and single tokens of
+// all sequences that have one to give. The worker keeps two of each kind in flight, so a sequence's
+// next token goes out before the one before it has been drawn ('the last drawn').
 #ifndef HEADROOM_SERVICES_COORDINATOR_BATCH_H_
 #define HEADROOM_SERVICES_COORDINATOR_BATCH_H_
 
@@ -21,10 +21,10 @@ struct StepLimits {
 
 // What a running sequence stands at.
 struct SequenceProgress {
-  int64_t known_tokens = 0;   // ids known: prompt and what was drawn and has returned
+  int64_t known_tokens = 0;  // ids known: prompt and what was drawn and has returned
   int64_t prompt_tokens = 0;
-  int64_t next_pos = 0;       // first position that no step has been sent for
-  int64_t end_pos = 0;        // positions from here on are never computed
+  int64_t next_pos = 0;          // first position that no step has been sent for
+  int64_t end_pos = 0;           // positions from here on are never computed
   int64_t sealed_tokens = 0;     // by steps that have returned
   int64_t committed_tokens = 0;  // of these, what the store has acknowledged
   int64_t tail_begin = 0;        // keys below are not in the tail any more
@@ -59,8 +59,8 @@ struct BatchEntry {
   Piece piece;
 };
 
-// The next step of single tokens. A sequence whose chunk is in flight joins only if it is alone: the
-// step would wait for the chunk, and all others with it. Beyond the worker's rows, those after
+// The next step of single tokens. A sequence whose chunk is in flight joins only if it is alone:
+// the step would wait for the chunk, and all others with it. Beyond the worker's rows, those after
 // `first_index` come first, so that turns go round.
 std::vector<BatchEntry> ComposeTokenStep(const std::vector<SequenceProgress>& sequences,
                                          const StepLimits& limits, int first_index);

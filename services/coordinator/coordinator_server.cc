@@ -37,8 +37,8 @@ absl::Status CheckOptions(const CoordinatorOptions& options) {
     return wrong(absl::StrCat("--max-sessions ", options.max_sessions, ", expected 1 to 1000000"));
   }
   if (options.context_limit_tokens < 0) {
-    return wrong(absl::StrCat("--context-limit ", options.context_limit_tokens,
-                              ", expected 0 or more"));
+    return wrong(
+        absl::StrCat("--context-limit ", options.context_limit_tokens, ", expected 0 or more"));
   }
   if (options.max_message_bytes < 1024 || options.max_message_bytes > INT32_MAX) {
     return wrong(absl::StrCat("--max-message-bytes ", options.max_message_bytes,
@@ -92,8 +92,8 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Listen(grpc::Service* serv
   builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
   builder.RegisterService(service);
   builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
-  // A client that is gone without a word is noticed within some 20 s; its own pings are welcome, or a
-  // long prefill would end in GOAWAY.
+  // A client that is gone without a word is noticed within some 20 s; its own pings are welcome, or
+  // a long prefill would end in GOAWAY.
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -134,8 +134,8 @@ absl::Status Server::Start() {
         scheduler_.get(), model_.get(),
         ProcessAddresses{listen_address_, options_.worker_address, options_.store_address},
         [this] { BeginDrain(); });
-    HEADROOM_ASSIGN_OR_RETURN(
-        admin_server_, Listen(admin_.get(), options_.admin_address, &admin_address_));
+    HEADROOM_ASSIGN_OR_RETURN(admin_server_,
+                              Listen(admin_.get(), options_.admin_address, &admin_address_));
   }
   scheduler_->Start();
   LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));

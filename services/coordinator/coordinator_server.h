@@ -51,9 +51,9 @@ class CoordinatorServer {
   virtual void Wait() = 0;
 };
 
-// Listens at once; health ("" and "headroom.v1.InferenceService") says SERVING once worker and store
-// are connected. INVALID_ARGUMENT: an option or a model file is wrong; UNAVAILABLE: an address cannot be
-// listened on.
+// Listens at once; health ("" and "headroom.v1.InferenceService") says SERVING once worker and
+// store are connected. INVALID_ARGUMENT: an option or a model file is wrong; UNAVAILABLE: an
+// address cannot be listened on.
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
     const CoordinatorOptions& options);
 

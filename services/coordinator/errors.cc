@@ -51,22 +51,21 @@ absl::Status NeverFitsError(absl::string_view why) {
 }
 
 absl::Status HostMemoryError(const absl::Status& from_store) {
-  return WithReason(
-      absl::ResourceExhaustedError(absl::StrCat("no host memory for more keys: ",
-                                                from_store.message())),
-      "HOST_MEMORY");
+  return WithReason(absl::ResourceExhaustedError(
+                        absl::StrCat("no host memory for more keys: ", from_store.message())),
+                    "HOST_MEMORY");
 }
 
 absl::Status InPlaceNotServedError(int32_t attend_threads) {
-  return WithReason(absl::FailedPreconditionError(absl::StrCat(
-                        "in place is not served by this store (attend threads ", attend_threads,
-                        ")")),
-                    "IN_PLACE_NOT_SERVED");
+  return WithReason(
+      absl::FailedPreconditionError(absl::StrCat(
+          "in place is not served by this store (attend threads ", attend_threads, ")")),
+      "IN_PLACE_NOT_SERVED");
 }
 
 absl::Status SessionBusyError(absl::string_view session_id) {
-  return WithReason(absl::FailedPreconditionError(absl::StrCat(
-                        "session '", session_id, "' is in use by another request")),
+  return WithReason(absl::FailedPreconditionError(
+                        absl::StrCat("session '", session_id, "' is in use by another request")),
                     "SESSION_BUSY");
 }
 
@@ -76,10 +75,10 @@ absl::Status SessionUnknownError(absl::string_view session_id) {
 }
 
 absl::Status SlowClientError(absl::Duration waited) {
-  return WithReason(absl::ResourceExhaustedError(absl::StrCat(
-                        "the client has taken nothing of the stream for ",
-                        absl::FormatDuration(waited))),
-                    "SLOW_CLIENT");
+  return WithReason(
+      absl::ResourceExhaustedError(absl::StrCat("the client has taken nothing of the stream for ",
+                                                absl::FormatDuration(waited))),
+      "SLOW_CLIENT");
 }
 
 absl::Status DeadlinePassedError() {
@@ -104,9 +103,9 @@ absl::Status StepFailedError(const absl::Status& step) {
     case absl::StatusCode::kDeadlineExceeded:
       return WithReason(step, "STEP_FAILED");
     default:  // a step that the worker refuses is this program's mistake, not the client's
-      return WithReason(absl::InternalError(absl::StrCat("the worker refused a step: ",
-                                                         step.message())),
-                        "STEP_REFUSED");
+      return WithReason(
+          absl::InternalError(absl::StrCat("the worker refused a step: ", step.message())),
+          "STEP_REFUSED");
   }
 }
 

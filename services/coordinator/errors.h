@@ -1,5 +1,5 @@
-// What the coordinator refuses and why: one constructor an error, so that code, reason and advice are
-// the same wherever it comes up.
+// What the coordinator refuses and why: one constructor an error, so that code, reason and advice
+// are the same wherever it comes up.
 #ifndef HEADROOM_SERVICES_COORDINATOR_ERRORS_H_
 #define HEADROOM_SERVICES_COORDINATOR_ERRORS_H_
 

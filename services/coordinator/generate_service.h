@@ -1,6 +1,8 @@
-// One Generate or GenerateOnce call: between the RPC library's reactions and the scheduler's results.
+// One Generate or GenerateOnce call: between the RPC library's reactions and the scheduler's
+// results.
 //
-// A call keeps itself alive until the RPC library is done with it; the scheduler holds it as a sink.
+// A call keeps itself alive until the RPC library is done with it; the scheduler holds it as a
+// sink.
 #ifndef HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
 #define HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
 
@@ -23,8 +25,8 @@ namespace headroom::coordinator {
 void AddErrorMetadata(grpc::CallbackServerContext* context, const std::string& request_id,
                       const absl::Status& status);
 
-// Deltas that the client has not taken yet are put together into one, so at most three messages wait;
-// at kMaxPendingTokens the request pauses.
+// Deltas that the client has not taken yet are put together into one, so at most three messages
+// wait; at kMaxPendingTokens the request pauses.
 class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, public RequestSink {
  public:
   static constexpr int64_t kMaxPendingTokens = 256;

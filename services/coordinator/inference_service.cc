@@ -10,6 +10,7 @@
 #include "absl/time/clock.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
+#include "common/log.h"
 #include "common/status.h"
 #include "services/coordinator/errors.h"
 #include "services/coordinator/generate_service.h"
@@ -79,13 +80,18 @@ absl::StatusOr<std::unique_ptr<Request>> InferenceService::MakeRequest(
   } else {
     HEADROOM_RETURN_IF_ERROR(CheckRequestId(id));
   }
+  const std::string correlation_id = MetadataOf(context, "x-correlation-id");
+  if (!correlation_id.empty()) {
+    LogInfo(absl::StrCat("x-correlation-id ", correlation_id.substr(0, kMaxRequestIdBytes)), id);
+  }
   HEADROOM_ASSIGN_OR_RETURN(const RequestLimits limits, Limits());
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<Request> request,
                             ValidateRequest(proto, *model_, limits));
   request->id = std::move(id);
   request->arrival = arrival;
   const auto left = context.deadline() - std::chrono::system_clock::now();
-  if (absl::FromChrono(left) < kNoDeadline) request->deadline = absl::FromChrono(context.deadline());
+  if (absl::FromChrono(left) < kNoDeadline)
+    request->deadline = absl::FromChrono(context.deadline());
   return request;
 }
 
@@ -229,24 +235,24 @@ grpc::ServerUnaryReactor* InferenceService::ListSessions(grpc::CallbackServerCon
                                                          v1::ListSessionsResponse* response) {
   const int32_t page_size = request->has_page_size() ? request->page_size() : kDefaultPage;
   if (page_size < 1 || page_size > kMaxPage) {
-    return Answer(context, BadRequestError({{"page_size", absl::StrCat("is ", page_size,
-                                                                       ", expected 1 to ",
-                                                                       kMaxPage)}}));
+    return Answer(
+        context, BadRequestError({{"page_size",
+                                   absl::StrCat("is ", page_size, ", expected 1 to ", kMaxPage)}}));
   }
   // The token is the last session's id.
   if (!request->page_token().empty() && !SessionTable::IsValidId(request->page_token())) {
     return Answer(context, BadRequestError({{"page_token", "is none that this server gave"}}));
   }
   return AnswerLater(context, [&](grpc::ServerUnaryReactor* reactor) {
-    return scheduler_->ListSessions(
-        request->page_token(), static_cast<size_t>(page_size),
-        [=](std::vector<v1::Session> sessions) {
-          if (static_cast<int32_t>(sessions.size()) == page_size) {
-            response->set_next_page_token(sessions.back().session_id());
-          }
-          for (v1::Session& session : sessions) *response->add_sessions() = std::move(session);
-          reactor->Finish(grpc::Status::OK);
-        });
+    return scheduler_->ListSessions(request->page_token(), static_cast<size_t>(page_size),
+                                    [=](std::vector<v1::Session> sessions) {
+                                      if (static_cast<int32_t>(sessions.size()) == page_size) {
+                                        response->set_next_page_token(sessions.back().session_id());
+                                      }
+                                      for (v1::Session& session : sessions)
+                                        *response->add_sessions() = std::move(session);
+                                      reactor->Finish(grpc::Status::OK);
+                                    });
   });
 }
 
@@ -255,8 +261,8 @@ grpc::ServerUnaryReactor* InferenceService::UpdateSession(grpc::CallbackServerCo
                                                           v1::UpdateSessionResponse* response) {
   absl::Status valid = CheckSessionId(request->session_id());
   if (valid.ok() && request->has_ttl_ms() && request->ttl_ms() < 1) {
-    valid = BadRequestError({{"ttl_ms", absl::StrCat("is ", request->ttl_ms(),
-                                                     ", expected at least 1")}});
+    valid = BadRequestError(
+        {{"ttl_ms", absl::StrCat("is ", request->ttl_ms(), ", expected at least 1")}});
   }
   if (!valid.ok()) return Answer(context, valid);
   std::optional<int64_t> ttl_ms;
@@ -289,9 +295,9 @@ grpc::ServerUnaryReactor* InferenceService::DeleteSession(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* InferenceService::ForkSession(grpc::CallbackServerContext* context,
                                                         const v1::ForkSessionRequest*,
                                                         v1::ForkSessionResponse*) {
-  return Answer(context, WithReason(absl::UnimplementedError(
-                                        "sessions of this version share no extents"),
-                                    "FORK_UNSUPPORTED"));
+  return Answer(context,
+                WithReason(absl::UnimplementedError("sessions of this version share no extents"),
+                           "FORK_UNSUPPORTED"));
 }
 
 }  // namespace headroom::coordinator

@@ -22,8 +22,8 @@ inline constexpr int32_t kApiRevision = 1;
 // Thread-safe; handlers do not block but for tokenizing.
 class InferenceService final : public v1::InferenceService::CallbackService {
  public:
-  // `scheduler` and `model` outlive the server. `context_limit`: most tokens of a sequence, beside the
-  // model's own limit; 0: only that.
+  // `scheduler` and `model` outlive the server. `context_limit`: most tokens of a sequence, beside
+  // the model's own limit; 0: only that.
   InferenceService(Scheduler* scheduler, const ServedModel* model, int64_t context_limit)
       : scheduler_(scheduler), model_(model), context_limit_(context_limit) {}
 

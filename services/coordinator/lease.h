@@ -1,7 +1,7 @@
 // How many extents a sequence holds ahead of need. Pure numbers.
 //
-// A lease is asked for over RPC, so it must be there before a step seals into it: as long as the next
-// kLeaseAheadTokens positions fit, a store that is gone for seconds stops no step.
+// A lease is asked for over RPC, so it must be there before a step seals into it: as long as the
+// next kLeaseAheadTokens positions fit, a store that is gone for seconds stops no step.
 #ifndef HEADROOM_SERVICES_COORDINATOR_LEASE_H_
 #define HEADROOM_SERVICES_COORDINATOR_LEASE_H_
 

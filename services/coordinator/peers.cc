@@ -97,16 +97,15 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
     return Annotate(status, "worker");
   }
   HEADROOM_ASSIGN_OR_RETURN(
-      made.stream,
-      worker_->StartSteps(
-          [this, epoch](v1::StepResponse response) {
-            PostIfCurrent(epoch, [this, response = std::move(response)]() mutable {
-              events_.on_response(std::move(response));
-            });
-          },
-          [this, epoch](absl::Status status) {
-            PostIfCurrent(epoch, [this, status] { events_.on_stream_lost(status); });
-          }));
+      made.stream, worker_->StartSteps(
+                       [this, epoch](v1::StepResponse response) {
+                         PostIfCurrent(epoch, [this, response = std::move(response)]() mutable {
+                           events_.on_response(std::move(response));
+                         });
+                       },
+                       [this, epoch](absl::Status status) {
+                         PostIfCurrent(epoch, [this, status] { events_.on_stream_lost(status); });
+                       }));
   generation_ = store.generation();
   store_answers_ = true;
   restart_told_ = false;

@@ -1,8 +1,8 @@
 // The connections to worker and store: made, watched and made again, off the scheduler's thread.
 //
-// Calls block for up to seconds when a peer is in trouble, so they run one after the other on a thread
-// of this class; their results are posted to the scheduler's thread, where all callbacks run. Every
-// method is called on the scheduler's thread.
+// Calls block for up to seconds when a peer is in trouble, so they run one after the other on a
+// thread of this class; their results are posted to the scheduler's thread, where all callbacks
+// run. Every method is called on the scheduler's thread.
 #ifndef HEADROOM_SERVICES_COORDINATOR_PEERS_H_
 #define HEADROOM_SERVICES_COORDINATOR_PEERS_H_
 
@@ -61,8 +61,8 @@ class Peers {
   bool connected() const { return stream_ != nullptr; }
 
   using Done = std::function<void(absl::Status)>;
-  // Extends a sequence by runs of these capacities, the first at `first_pos`. What came about before
-  // an error is handed over with it.
+  // Extends a sequence by runs of these capacities, the first at `first_pos`. What came about
+  // before an error is handed over with it.
   void AllocateRuns(uint64_t sequence_id, int64_t first_pos, std::vector<int64_t> capacities,
                     std::function<void(absl::Status, std::vector<v1::ExtentRun>)> done);
   void CommitSealed(std::vector<v1::SealedSequence> sequences, Done done);

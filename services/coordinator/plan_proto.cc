@@ -4,9 +4,12 @@ namespace headroom::coordinator {
 
 v1::Lane ToProto(Lane lane) {
   switch (lane) {
-    case Lane::kResident: return v1::LANE_RESIDENT;
-    case Lane::kFetched: return v1::LANE_FETCHED;
-    case Lane::kInPlace: return v1::LANE_IN_PLACE;
+    case Lane::kResident:
+      return v1::LANE_RESIDENT;
+    case Lane::kFetched:
+      return v1::LANE_FETCHED;
+    case Lane::kInPlace:
+      return v1::LANE_IN_PLACE;
   }
   return v1::LANE_UNSPECIFIED;
 }

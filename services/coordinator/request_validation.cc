@@ -53,7 +53,8 @@ void TakeSampling(const v1::GenerateRequest& proto, const ServedModel& model,
   sampling = model.default_sampling();
   sampling.MergeFrom(proto.sampling());
   if (!proto.sampling().has_top_k()) {  // a default made for a larger vocabulary means: all
-    sampling.set_top_k(static_cast<int32_t>(std::min<int64_t>(sampling.top_k(), limits.vocab_size)));
+    sampling.set_top_k(
+        static_cast<int32_t>(std::min<int64_t>(sampling.top_k(), limits.vocab_size)));
   }
   checker.InRange<double>("sampling.temperature", sampling.temperature(), 0, 100);
   checker.InRange<int64_t>("sampling.top_k", sampling.top_k(), 0, limits.vocab_size);
@@ -97,18 +98,21 @@ void TakeStopping(const v1::Stopping& stopping, const ServedModel& model,
     request.time_limit = absl::Milliseconds(stopping.time_limit_ms());
   }
   request.stop_strings.assign(stopping.stop_strings().begin(), stopping.stop_strings().end());
-  request.stop_token_ids.assign(stopping.stop_token_ids().begin(),
-                                stopping.stop_token_ids().end());
+  request.stop_token_ids.assign(stopping.stop_token_ids().begin(), stopping.stop_token_ids().end());
   if (!stopping.ignore_eos()) request.eos_token_ids = model.eos_ids();
   request.include_stop = stopping.include_stop_in_output();
 }
 
 int LaneIndex(v1::Lane lane) {
   switch (lane) {
-    case v1::LANE_RESIDENT: return static_cast<int>(Lane::kResident);
-    case v1::LANE_FETCHED: return static_cast<int>(Lane::kFetched);
-    case v1::LANE_IN_PLACE: return static_cast<int>(Lane::kInPlace);
-    default: return -1;
+    case v1::LANE_RESIDENT:
+      return static_cast<int>(Lane::kResident);
+    case v1::LANE_FETCHED:
+      return static_cast<int>(Lane::kFetched);
+    case v1::LANE_IN_PLACE:
+      return static_cast<int>(Lane::kInPlace);
+    default:
+      return -1;
   }
 }
 
@@ -133,7 +137,9 @@ void TakeShares(const v1::PlacementOptions& options, Checker& checker, Request& 
 void TakePlacement(const v1::PlacementOptions& options, const RequestLimits& limits,
                    Checker& checker, Request& request) {
   switch (options.mode()) {
-    case v1::PlacementOptions::MODE_SHARES: TakeShares(options, checker, request); break;
+    case v1::PlacementOptions::MODE_SHARES:
+      TakeShares(options, checker, request);
+      break;
     case v1::PlacementOptions::MODE_UNSPECIFIED:
     case v1::PlacementOptions::MODE_AUTO:
       if (options.shares_size() > 0) {
@@ -164,8 +170,8 @@ void TakeSession(const v1::GenerateRequest& proto, Checker& checker, Request& re
     checker.Wrong("session_id", "expected 1 to 128 characters of A-Z, a-z, 0-9, '_', '.', '-'");
   }
   if (proto.cache_salt().size() > kMaxCacheSaltBytes) {
-    checker.Wrong("cache_salt", absl::StrCat("has ", proto.cache_salt().size(),
-                                             " bytes, at most ", kMaxCacheSaltBytes));
+    checker.Wrong("cache_salt", absl::StrCat("has ", proto.cache_salt().size(), " bytes, at most ",
+                                             kMaxCacheSaltBytes));
   }
   request.session_id = proto.session_id();
   request.cache_salt = proto.cache_salt();
@@ -190,7 +196,8 @@ absl::StatusOr<std::vector<int32_t>> PromptIds(const v1::GenerateRequest& proto,
       HEADROOM_RETURN_IF_ERROR(checker.status());
       return std::vector<int32_t>(proto.token_ids().ids().begin(), proto.token_ids().ids().end());
     }
-    case v1::GenerateRequest::INPUT_NOT_SET: break;
+    case v1::GenerateRequest::INPUT_NOT_SET:
+      break;
   }
   return BadRequestError({{"input", "is not set: expected prompt, token_ids or chat"}});
 }
@@ -205,13 +212,13 @@ absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& mod
   const bool only_prompt = proto.stopping().has_max_tokens() && proto.stopping().max_tokens() == 0;
   if (left < (only_prompt ? 0 : 1)) {
     return BadRequestError(
-        {{field, absl::StrCat("has ", tokens, " tokens, the context limit is ",
-                              limits.max_context_tokens,
-                              only_prompt ? "" : " with at least one token of the answer")}});
+        {{field,
+          absl::StrCat("has ", tokens, " tokens, the context limit is ", limits.max_context_tokens,
+                       only_prompt ? "" : " with at least one token of the answer")}});
   }
-  request.max_tokens =
-      proto.stopping().has_max_tokens() ? std::min<int64_t>(proto.stopping().max_tokens(), left)
-                                        : left;
+  request.max_tokens = proto.stopping().has_max_tokens()
+                           ? std::min<int64_t>(proto.stopping().max_tokens(), left)
+                           : left;
   return absl::OkStatus();
 }
 
@@ -239,9 +246,9 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
   }
   Checker checker;
   if (chat.messages_size() < 1 || chat.messages_size() > kMaxChatMessages) {
-    checker.Wrong(absl::StrCat(field, ".messages"),
-                  absl::StrCat("has ", chat.messages_size(), " messages, expected 1 to ",
-                               kMaxChatMessages));
+    checker.Wrong(
+        absl::StrCat(field, ".messages"),
+        absl::StrCat("has ", chat.messages_size(), " messages, expected 1 to ", kMaxChatMessages));
   }
   std::vector<ChatMessage> messages;
   for (const v1::ChatMessage& message : chat.messages()) {
@@ -251,7 +258,8 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
     messages.push_back({message.role(), message.content()});
   }
   HEADROOM_RETURN_IF_ERROR(checker.status());
-  const bool add_generation_prompt = !chat.has_add_generation_prompt() || chat.add_generation_prompt();
+  const bool add_generation_prompt =
+      !chat.has_add_generation_prompt() || chat.add_generation_prompt();
   absl::StatusOr<std::string> text = model.chat_template()->Render(messages, add_generation_prompt);
   absl::Status status = text.status();
   if (status.ok()) {
@@ -281,10 +289,10 @@ absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateReque
                                                          const ServedModel& model,
                                                          const RequestLimits& limits) {
   if (!proto.model().empty() && proto.model() != model.name()) {
-    return WithReason(absl::NotFoundError(absl::StrCat("model '", proto.model(),
-                                                       "' is not served here, '", model.name(),
-                                                       "' is")),
-                      "MODEL_UNKNOWN");
+    return WithReason(
+        absl::NotFoundError(absl::StrCat("model '", proto.model(), "' is not served here, '",
+                                         model.name(), "' is")),
+        "MODEL_UNKNOWN");
   }
   auto request = std::make_unique<Request>();
   Checker checker;

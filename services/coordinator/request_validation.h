@@ -33,8 +33,8 @@ struct RequestLimits {
 };
 
 // INVALID_ARGUMENT with field violations; NOT_FOUND: another model is named; FAILED_PRECONDITION: a
-// chat, and the model has no template. Leaves id, arrival and deadline to the caller. An unset seed is
-// drawn.
+// chat, and the model has no template. Leaves id, arrival and deadline to the caller. An unset seed
+// is drawn.
 absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateRequest& proto,
                                                          const ServedModel& model,
                                                          const RequestLimits& limits);

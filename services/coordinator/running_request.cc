@@ -10,10 +10,11 @@
 namespace headroom::coordinator {
 namespace {
 
-// Adds a step's use of the lanes to a sum over steps. kv_heads, a mean per layer, becomes the mean over
-// the `steps` summed so far and this one.
+// Adds a step's use of the lanes to a sum over steps. kv_heads, a mean per layer, becomes the mean
+// over the `steps` summed so far and this one.
 template <typename LaneUses>
-void AddLanes(const LaneUses& lanes, int64_t steps, google::protobuf::RepeatedPtrField<v1::LaneUse>* sum) {
+void AddLanes(const LaneUses& lanes, int64_t steps,
+              google::protobuf::RepeatedPtrField<v1::LaneUse>* sum) {
   for (const v1::LaneUse& use : lanes) {
     auto at = std::find_if(sum->begin(), sum->end(),
                            [&](const v1::LaneUse& other) { return other.lane() == use.lane(); });
@@ -95,8 +96,7 @@ void RunningRequest::Restart() {
   progress_.committed_tokens = sequence_.committed_tokens;
   progress_.capacity_tokens = sequence_.capacity_tokens();
   // At least one position is computed again: its logits draw the next token.
-  progress_.next_pos =
-      FloorToBlock(std::min(sequence_.sealed_tokens, progress_.known_tokens - 1));
+  progress_.next_pos = FloorToBlock(std::min(sequence_.sealed_tokens, progress_.known_tokens - 1));
   progress_.tail_begin = progress_.next_pos;
   runs_on_worker = 0;
   open_on_worker = false;
@@ -182,8 +182,8 @@ std::optional<v1::StopMatch> RunningRequest::StopsAt(int32_t token_id) const {
   return std::nullopt;
 }
 
-// A step's lanes are measured for its whole batch. With one running request they are exactly its own;
-// with several each of them shows the whole step.
+// A step's lanes are measured for its whole batch. With one running request they are exactly its
+// own; with several each of them shows the whole step.
 void RunningRequest::Account(const v1::StepResponse& step) {
   const bool prefill = generated_ == 0;
   const int64_t steps = prefill ? prefill_steps_++ : decode_steps_++;

@@ -1,4 +1,5 @@
-// One admitted request: its sequence, how far its steps have come, and what its client has been told.
+// One admitted request: its sequence, how far its steps have come, and what its client has been
+// told.
 //
 // Not thread-safe: used by the scheduler's thread only. Knows nothing of streams, queues or RPCs.
 #ifndef HEADROOM_SERVICES_COORDINATOR_RUNNING_REQUEST_H_
@@ -46,8 +47,8 @@ class RunningRequest {
   // A step with `piece` has returned with `result` (part of `step`).
   void Receive(const Piece& piece, const v1::StepSequenceResult& result,
                const v1::StepResponse& step, absl::Time now);
-  // The worker has lost the sequence and everything in flight: it goes on from what is sealed. Tokens
-  // that were drawn stay.
+  // The worker has lost the sequence and everything in flight: it goes on from what is sealed.
+  // Tokens that were drawn stay.
   void Restart();
   // A step that the sequence took part in failed. True while it is worth another try: less than
   // kMaxFailures failures since its last step that worked.
@@ -82,11 +83,11 @@ class RunningRequest {
   bool open_on_worker = false;  // the opening has been sent
   bool close_sent = false;
   bool lease_in_flight = false;
-  int lease_failures = 0;       // since the last that worked
-  absl::Time lease_retry;       // not before
-  bool leased = false;          // everything that is known of the sequence has a place
-  uint64_t plan_version = 0;    // least version that it may run under; 0: none was made for it yet
-  int64_t horizon_tokens = 0;   // what that plan foresees for it
+  int lease_failures = 0;      // since the last that worked
+  absl::Time lease_retry;      // not before
+  bool leased = false;         // everything that is known of the sequence has a place
+  uint64_t plan_version = 0;   // least version that it may run under; 0: none was made for it yet
+  int64_t horizon_tokens = 0;  // what that plan foresees for it
   absl::Time paused_since = absl::InfiniteFuture();
   // Fills what only the scheduler knows of the terminal event's explanation.
   v1::Explanation explanation;

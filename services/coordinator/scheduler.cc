@@ -263,9 +263,9 @@ Verdict Scheduler::Judge(const Request& request, const Session* session, bool al
       capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes);
   if (resident > pool) {
     verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
-    verdict.reason = absl::StrCat("the resident share takes ", resident,
-                                  " bytes of device memory, the KV pool has ", pool,
-                                  " beside tails");
+    verdict.reason =
+        absl::StrCat("the resident share takes ", resident,
+                     " bytes of device memory, the KV pool has ", pool, " beside tails");
   }
   return verdict;
 }
@@ -324,10 +324,9 @@ void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) 
     MutexLock lock(&mutex_);
     --num_waiting_;
   }
-  auto running = std::make_unique<RunningRequest>(std::move(waiting.request),
-                                                  std::move(waiting.sink),
-                                                  std::move(waiting.decoder), std::move(sequence),
-                                                  cached_tokens);
+  auto running = std::make_unique<RunningRequest>(
+      std::move(waiting.request), std::move(waiting.sink), std::move(waiting.decoder),
+      std::move(sequence), cached_tokens);
   running->reserved_tokens = verdict.reserved_tokens;
   running->reserved_runs = verdict.reserved_runs;
   running->explanation.set_device(facts()->worker.device());
@@ -336,7 +335,8 @@ void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) 
   running_.push_back(std::move(running));
 }
 
-// The prompt's scores need every position computed, and keys of another salt are none of its business.
+// The prompt's scores need every position computed, and keys of another salt are none of its
+// business.
 int64_t Scheduler::CachedTokensFor(const Request& request, const Session& session) {
   if (request.bypass_prefix_cache || request.score_prompt ||
       request.cache_salt != session.cache_salt) {
@@ -387,8 +387,7 @@ void Scheduler::ForgetId(const std::string& request_id) {
 void Scheduler::SweepEnded() {
   for (auto at = running_.begin(); at != running_.end();) {
     RunningRequest& request = **at;
-    const bool quiet =
-        request.ended() && request.rows_in_flight() == 0 && !request.lease_in_flight;
+    const bool quiet = request.ended() && request.rows_in_flight() == 0 && !request.lease_in_flight;
     if (quiet && request.open_on_worker && connected_ && !request.close_sent) {
       pipeline_.Close(request.sequence().id);
       request.close_sent = true;

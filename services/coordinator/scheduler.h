@@ -1,9 +1,9 @@
 // Admits requests in the order of their arrival and keeps the step loop going.
 //
-// Threads. Everything happens on the scheduler's own thread, as tasks (what clients, worker and store
-// say) followed by one Tick(), which looks at all there is and does what can be done: end what is over,
-// admit, lease extents, prepare a plan, send steps. No task waits for anything: calls that block run
-// on the thread of Peers. Public methods are thread-safe unless they say otherwise.
+// Threads. Everything happens on the scheduler's own thread, as tasks (what clients, worker and
+// store say) followed by one Tick(), which looks at all there is and does what can be done: end
+// what is over, admit, lease extents, prepare a plan, send steps. No task waits for anything: calls
+// that block run on the thread of Peers. Public methods are thread-safe unless they say otherwise.
 #ifndef HEADROOM_SERVICES_COORDINATOR_SCHEDULER_H_
 #define HEADROOM_SERVICES_COORDINATOR_SCHEDULER_H_
 
@@ -61,8 +61,8 @@ class Scheduler {
   void Stop();
 
   // Queues a request. ALREADY_EXISTS: its id is in use; RESOURCE_EXHAUSTED: the queue is full;
-  // UNAVAILABLE: draining, or no worker has been found yet; FAILED_PRECONDITION: its placement cannot
-  // be served. Whatever is found later goes to the sink. `decoder` may be null.
+  // UNAVAILABLE: draining, or no worker has been found yet; FAILED_PRECONDITION: its placement
+  // cannot be served. Whatever is found later goes to the sink. `decoder` may be null.
   absl::Status Submit(std::unique_ptr<Request> request, std::shared_ptr<RequestSink> sink,
                       std::unique_ptr<TokenDecoder> decoder);
   // Its client has gone.
@@ -75,7 +75,8 @@ class Scheduler {
   // Of the latest connection; null before the first.
   std::shared_ptr<const PeerFacts> facts() const;
 
-  // Answers come on the scheduler's thread; they must not block. False if it has stopped: no answer.
+  // Answers come on the scheduler's thread; they must not block. False if it has stopped: no
+  // answer.
   bool GetSession(const std::string& id, std::function<void(absl::StatusOr<v1::Session>)> answer);
   bool ListSessions(const std::string& after, size_t most,
                     std::function<void(std::vector<v1::Session>)> answer);
@@ -110,8 +111,8 @@ class Scheduler {
     uint64_t version = 0;        // the latest that was made
     uint64_t ready_version = 0;  // the latest that steps may name; 0: none
     bool preparing = false;
-    bool wanted_anew = true;     // what it was made for has changed
-    Placement placement;         // of `version`
+    bool wanted_anew = true;  // what it was made for has changed
+    Placement placement;      // of `version`
   };
 
   // ---- Peers (scheduler_peers.cc)

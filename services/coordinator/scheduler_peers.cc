@@ -1,5 +1,5 @@
-// The scheduler's dealings with worker and store: what they report, and what is asked of them beside
-// the steps: leases, commits, releases, plans.
+// The scheduler's dealings with worker and store: what they report, and what is asked of them
+// beside the steps: leases, commits, releases, plans.
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -39,7 +39,8 @@ Peers::Events Scheduler::MakeEvents() {
     reattach_since_ = absl::Now();
   };
   events.on_connect_failed = [this](absl::Status status) {
-    if (connect_failure_ != status.message()) LogWarning(absl::StrCat("connecting: ", status.message()));
+    if (connect_failure_ != status.message())
+      LogWarning(absl::StrCat("connecting: ", status.message()));
     connect_failure_ = std::string(status.message());
   };
   return events;
@@ -181,15 +182,15 @@ void Scheduler::UpdateServing() {
 void Scheduler::MaintainLeases() {
   if (!connected_ || !store_answers_) return;
   for (auto& request : running_) {
-    if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry) continue;
+    if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry)
+      continue;
     const Sequence& sequence = request->sequence();
     const SequenceProgress& progress = request->progress();
     std::vector<int64_t> capacities;
     int64_t have = sequence.capacity_tokens();
-    for (int64_t more;
-         (more = NextLeaseTokens(capacity_.geometry, have,
-                                 std::max(progress.known_tokens, progress.next_pos),
-                                 progress.end_pos, request->reserved_tokens)) > 0;
+    for (int64_t more; (more = NextLeaseTokens(capacity_.geometry, have,
+                                               std::max(progress.known_tokens, progress.next_pos),
+                                               progress.end_pos, request->reserved_tokens)) > 0;
          have += more) {
       capacities.push_back(more);
     }
@@ -198,12 +199,11 @@ void Scheduler::MaintainLeases() {
       continue;
     }
     request->lease_in_flight = true;
-    peers_->AllocateRuns(
-        sequence.id, sequence.capacity_tokens(), std::move(capacities),
-        [this, id = sequence.id, connection = connections_](absl::Status status,
-                                                            std::vector<v1::ExtentRun> runs) {
-          OnLeased(id, connection, status, std::move(runs));
-        });
+    peers_->AllocateRuns(sequence.id, sequence.capacity_tokens(), std::move(capacities),
+                         [this, id = sequence.id, connection = connections_](
+                             absl::Status status, std::vector<v1::ExtentRun> runs) {
+                           OnLeased(id, connection, status, std::move(runs));
+                         });
   }
 }
 
@@ -248,31 +248,31 @@ void Scheduler::MaintainCommits() {
   }
   if (sealed.empty()) return;
   commit_in_flight_ = true;
-  peers_->CommitSealed(sealed, [this, sealed, sessions, connection = connections_](
-                                   const absl::Status& status) {
-    commit_in_flight_ = false;
-    if (!status.ok()) {
-      uncommitted_sessions_.insert(sessions.begin(), sessions.end());
-      if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.message()));
-      commit_retry_ = absl::Now() + kRetryInterval;
-      return;
-    }
-    if (connection != connections_) return;  // counts have been set anew since
-    for (const v1::SealedSequence& what : sealed) {
-      if (RunningRequest* const request = FindRunning(what.sequence_id())) {
-        request->Committed(what.sealed_tokens());
-      }
-    }
-    for (const std::string& id : sessions) {
-      Session* const session = sessions_.Find(id);
-      if (session == nullptr || session->busy) continue;
-      for (const v1::SealedSequence& what : sealed) {
-        if (what.sequence_id() != session->sequence.id) continue;
-        session->sequence.committed_tokens =
-            std::min(what.sealed_tokens(), session->sequence.sealed_tokens);
-      }
-    }
-  });
+  peers_->CommitSealed(
+      sealed, [this, sealed, sessions, connection = connections_](const absl::Status& status) {
+        commit_in_flight_ = false;
+        if (!status.ok()) {
+          uncommitted_sessions_.insert(sessions.begin(), sessions.end());
+          if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.message()));
+          commit_retry_ = absl::Now() + kRetryInterval;
+          return;
+        }
+        if (connection != connections_) return;  // counts have been set anew since
+        for (const v1::SealedSequence& what : sealed) {
+          if (RunningRequest* const request = FindRunning(what.sequence_id())) {
+            request->Committed(what.sealed_tokens());
+          }
+        }
+        for (const std::string& id : sessions) {
+          Session* const session = sessions_.Find(id);
+          if (session == nullptr || session->busy) continue;
+          for (const v1::SealedSequence& what : sealed) {
+            if (what.sequence_id() != session->sequence.id) continue;
+            session->sequence.committed_tokens =
+                std::min(what.sealed_tokens(), session->sequence.sealed_tokens);
+          }
+        }
+      });
 }
 
 void Scheduler::MaintainReleases() {
@@ -286,8 +286,8 @@ void Scheduler::MaintainReleases() {
     release_in_flight_ = false;
     Leaving released = std::exchange(in_release_, {});
     if (status.ok()) return;
-    LogWarning(absl::StrCat("releasing ", released.sequence_ids.size(), " sequences: ",
-                            status.message()));
+    LogWarning(
+        absl::StrCat("releasing ", released.sequence_ids.size(), " sequences: ", status.message()));
     released.sequence_ids.insert(released.sequence_ids.end(), to_release_.sequence_ids.begin(),
                                  to_release_.sequence_ids.end());
     released.tokens += to_release_.tokens;
@@ -317,11 +317,10 @@ void Scheduler::MaintainPlan() {
   plan_.wanted_anew = false;
   for (auto& request : running_) {
     if (frozen && request->plan_version != 0) continue;
-    request->horizon_tokens =
-        request->request().deterministic
-            ? request->progress().end_pos
-            : std::min(request->progress().end_pos,
-                       request->progress().known_tokens + kHorizonTokens);
+    request->horizon_tokens = request->request().deterministic
+                                  ? request->progress().end_pos
+                                  : std::min(request->progress().end_pos,
+                                             request->progress().known_tokens + kHorizonTokens);
   }
   Placement placement = plan_.placement;
   if (!frozen || placement.layers.empty()) {
@@ -337,11 +336,11 @@ void Scheduler::MaintainPlan() {
     ++plan_.version;
     plan_.placement = std::move(placement);
     plan_.preparing = true;
-    peers_->PreparePlan(ToProto(plan_.placement, plan_.version),
-                        [this, version = plan_.version,
-                         connection = connections_](const absl::Status& status) {
-                          OnPlanPrepared(version, connection, status);
-                        });
+    peers_->PreparePlan(
+        ToProto(plan_.placement, plan_.version),
+        [this, version = plan_.version, connection = connections_](const absl::Status& status) {
+          OnPlanPrepared(version, connection, status);
+        });
   }
   for (auto& request : running_) {
     if (request->plan_version == 0) request->plan_version = plan_.version;

@@ -45,9 +45,8 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
   HEADROOM_RETURN_IF_ERROR(json.status());
   const JsonReader reader(*json, path);
   HEADROOM_ASSIGN_OR_RETURN(const double temperature, reader.NumberOr("temperature", 1, 0, 100));
-  HEADROOM_ASSIGN_OR_RETURN(
-      const int64_t top_k,
-      reader.IntOr("top_k", 0, 0, std::numeric_limits<int32_t>::max()));
+  HEADROOM_ASSIGN_OR_RETURN(const int64_t top_k,
+                            reader.IntOr("top_k", 0, 0, std::numeric_limits<int32_t>::max()));
   HEADROOM_ASSIGN_OR_RETURN(const double top_p, reader.NumberOr("top_p", 1, 1e-9, 1));
   HEADROOM_ASSIGN_OR_RETURN(const double min_p, reader.NumberOr("min_p", 0, 0, 1));
   // Only a file that says so makes greedy the default: many leave do_sample out and mean sampling.
@@ -60,9 +59,8 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
 }
 
 absl::StatusOr<std::string> ReadArchitecture(const std::string& model_dir) {
-  HEADROOM_ASSIGN_OR_RETURN(const Json json,
-                            Json::ParseFile(absl::StrCat(model_dir, "/config.json"),
-                                            kMaxConfigBytes));
+  HEADROOM_ASSIGN_OR_RETURN(
+      const Json json, Json::ParseFile(absl::StrCat(model_dir, "/config.json"), kMaxConfigBytes));
   const Json* const names = json.Find("architectures");
   if (names == nullptr || !names->is_array() || names->as_array().empty() ||
       !names->as_array()[0].is_string()) {
@@ -100,10 +98,10 @@ absl::StatusOr<std::unique_ptr<ServedModel>> ServedModel::Load(const std::string
     LogWarning(absl::StrCat(tokenizer.status().message(),
                             ": prompts must come as token ids, answers have no text"));
   }
-  return std::make_unique<ServedModel>(
-      NameOf(model_dir), std::move(architecture), std::move(defaults), std::move(eos_ids),
-      tokenizer.ok() ? *std::move(tokenizer) : nullptr,
-      chat_template.ok() ? *std::move(chat_template) : nullptr);
+  return std::make_unique<ServedModel>(NameOf(model_dir), std::move(architecture),
+                                       std::move(defaults), std::move(eos_ids),
+                                       tokenizer.ok() ? *std::move(tokenizer) : nullptr,
+                                       chat_template.ok() ? *std::move(chat_template) : nullptr);
 }
 
 std::unique_ptr<TokenDecoder> ServedModel::MakeDecoder(const std::vector<int32_t>& prompt) const {

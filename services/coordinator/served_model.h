@@ -1,5 +1,5 @@
-// What the coordinator knows of the model it serves: text in and out, defaults, limits. The weights are
-// the worker's.
+// What the coordinator knows of the model it serves: text in and out, defaults, limits. The weights
+// are the worker's.
 #ifndef HEADROOM_SERVICES_COORDINATOR_SERVED_MODEL_H_
 #define HEADROOM_SERVICES_COORDINATOR_SERVED_MODEL_H_
 
@@ -20,8 +20,8 @@ namespace headroom::coordinator {
 class ServedModel {
  public:
   // Reads tokenizer, chat template, config.json and generation_config.json of `model_dir`. Without
-  // tokenizer.json prompts must come as ids and answers have no text; without a chat template there is
-  // no chat. INVALID_ARGUMENT names the file and what is wrong with it.
+  // tokenizer.json prompts must come as ids and answers have no text; without a chat template there
+  // is no chat. INVALID_ARGUMENT names the file and what is wrong with it.
   static absl::StatusOr<std::unique_ptr<ServedModel>> Load(const std::string& model_dir);
   // One of parts; for those that have no folder.
   ServedModel(std::string name, std::string architecture, v1::SamplingParams defaults,
@@ -33,7 +33,7 @@ class ServedModel {
   // Every field but the seed is set.
   const v1::SamplingParams& default_sampling() const { return default_sampling_; }
   const std::vector<int32_t>& eos_ids() const { return eos_ids_; }
-  const Tokenizer* tokenizer() const { return tokenizer_.get(); }              // may be null
+  const Tokenizer* tokenizer() const { return tokenizer_.get(); }             // may be null
   const ChatTemplate* chat_template() const { return chat_template_.get(); }  // may be null
 
   // Text of an answer to `prompt`; null without a tokenizer. Must not outlive the model.

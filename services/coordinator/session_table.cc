@@ -88,7 +88,8 @@ void SessionTable::Erase(const std::string& id) { sessions_.erase(id); }
 
 std::vector<const Session*> SessionTable::List(const std::string& after, size_t most) const {
   std::vector<const Session*> listed;
-  for (auto at = sessions_.upper_bound(after); at != sessions_.end() && listed.size() < most; ++at) {
+  for (auto at = sessions_.upper_bound(after); at != sessions_.end() && listed.size() < most;
+       ++at) {
     listed.push_back(&at->second);
   }
   return listed;

@@ -1,8 +1,8 @@
 // Sequences and the sessions that keep them between requests.
 //
 // A sequence's token ids are kept here as long as its keys are in the store, so that any key can be
-// computed again. Not thread-safe: the scheduler's thread owns the table; a running request takes its
-// sequence out and puts it back.
+// computed again. Not thread-safe: the scheduler's thread owns the table; a running request takes
+// its sequence out and puts it back.
 #ifndef HEADROOM_SERVICES_COORDINATOR_SESSION_TABLE_H_
 #define HEADROOM_SERVICES_COORDINATOR_SESSION_TABLE_H_
 
@@ -38,8 +38,8 @@ struct Sequence {
 // least the last prompt token is left to compute, since its logits are wanted.
 int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& prompt);
 
-// Forgets what lies at and beyond `tokens` (a multiple of 64): the runs that begin there or later, ids,
-// sealed counts. The store must be told (TruncateSequence).
+// Forgets what lies at and beyond `tokens` (a multiple of 64): the runs that begin there or later,
+// ids, sealed counts. The store must be told (TruncateSequence).
 void Truncate(Sequence& sequence, int64_t tokens);
 
 // Brings the sequence in line with what a store that has come back holds of it (nullptr: nothing).
@@ -50,9 +50,9 @@ void Reconcile(Sequence& sequence, const v1::StoredSequence* stored);
 struct Session {
   std::string id;
   std::string cache_salt;
-  Sequence sequence;  // valid unless busy
-  bool busy = false;  // a request has the sequence
-  bool drop = false;  // deleted while busy: goes when the request ends
+  Sequence sequence;                  // valid unless busy
+  bool busy = false;                  // a request has the sequence
+  bool drop = false;                  // deleted while busy: goes when the request ends
   std::optional<absl::Duration> ttl;  // unset: kept until deleted
   bool pinned = false;
   absl::Time last_used;

@@ -32,9 +32,9 @@ bool StepPipeline::SendOne(Kind kind, Requests& requests, uint64_t plan_version)
   for (const auto& request : requests) progress.push_back(request->progress());
   std::vector<BatchEntry> batch;
   if (!progress.empty()) {
-    batch = kind == kChunk
-                ? ComposeChunkStep(progress, limits_)
-                : ComposeTokenStep(progress, limits_, next_turn_ % static_cast<int>(progress.size()));
+    batch = kind == kChunk ? ComposeChunkStep(progress, limits_)
+                           : ComposeTokenStep(progress, limits_,
+                                              next_turn_ % static_cast<int>(progress.size()));
   }
   // A step that opens or closes a sequence waits at the worker until a chunk's layers are enqueued,
   // and later steps of tokens behind it: an opening chunk goes out only when no chunk is in flight.

@@ -32,7 +32,8 @@ class StepPipeline {
   void set_limits(const StepLimits& limits) { limits_ = limits; }
   // A new stream: nothing is in flight, no sequence is open.
   void Reset();
-  // The worker is to close the sequence with the next step. REQUIRES: none of its steps is in flight.
+  // The worker is to close the sequence with the next step. REQUIRES: none of its steps is in
+  // flight.
   void Close(uint64_t sequence_id) { to_close_.push_back(sequence_id); }
 
   // Sends what may be sent. `requests` stay in place while a step of theirs is in flight.

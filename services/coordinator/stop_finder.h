@@ -1,6 +1,7 @@
 // Finds stop strings in text that comes piece by piece.
 //
-// Text that may yet turn out to begin a stop string is held back, so a client never sees part of one.
+// Text that may yet turn out to begin a stop string is held back, so a client never sees part of
+// one.
 #ifndef HEADROOM_SERVICES_COORDINATOR_STOP_FINDER_H_
 #define HEADROOM_SERVICES_COORDINATOR_STOP_FINDER_H_
 

@@ -14,8 +14,8 @@
 
 namespace headroom::coordinator {
 
-// Calls block for at most their deadline (seconds). Errors carry the store's status; UNAVAILABLE and
-// DEADLINE_EXCEEDED mean that it cannot be reached. Thread-safe.
+// Calls block for at most their deadline (seconds). Errors carry the store's status; UNAVAILABLE
+// and DEADLINE_EXCEEDED mean that it cannot be reached. Thread-safe.
 class StoreClient {
  public:
   virtual ~StoreClient() = default;

@@ -18,7 +18,8 @@ class TaskThread {
  public:
   using Task = std::function<void()>;
 
-  // `after_tasks` runs on the thread after each batch of tasks, and every `tick` when there are none.
+  // `after_tasks` runs on the thread after each batch of tasks, and every `tick` when there are
+  // none.
   explicit TaskThread(absl::Duration tick = absl::Seconds(1), Task after_tasks = nullptr)
       : tick_(tick), after_tasks_(std::move(after_tasks)) {}
   ~TaskThread() { Stop(); }

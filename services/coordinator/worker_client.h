@@ -24,8 +24,8 @@ class StepStream {
   virtual void Send(v1::StepRequest step) = 0;
 };
 
-// Calls block for at most their deadline (seconds). Errors carry the worker's status; UNAVAILABLE and
-// DEADLINE_EXCEEDED mean that it cannot be reached. Thread-safe.
+// Calls block for at most their deadline (seconds). Errors carry the worker's status; UNAVAILABLE
+// and DEADLINE_EXCEEDED mean that it cannot be reached. Thread-safe.
 class WorkerClient {
  public:
   virtual ~WorkerClient() = default;

@@ -119,9 +119,12 @@ class LayerLevels {
 
 const char* LaneName(Lane lane) {
   switch (lane) {
-    case Lane::kResident: return "resident";
-    case Lane::kFetched: return "fetched";
-    case Lane::kInPlace: return "in-place";
+    case Lane::kResident:
+      return "resident";
+    case Lane::kFetched:
+      return "fetched";
+    case Lane::kInPlace:
+      return "in-place";
   }
   return "unknown";
 }
@@ -204,8 +207,7 @@ Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
     const double resident = part_of_head(head, 0, resident_end);
     const double fetched = part_of_head(head, resident_end, fetched_end);
     const double in_place = std::max(0.0, 1 - resident - fetched);
-    const int64_t in_place_end =
-        in_place < kShareSlack ? 0 : NearestBorder(longest, in_place);
+    const int64_t in_place_end = in_place < kShareSlack ? 0 : NearestBorder(longest, in_place);
     const int64_t local_begin =
         resident < kShareSlack ? kNoEnd : NearestBorder(longest, 1 - resident);
     HeadRule rule = {{Lane::kInPlace, fetched + resident < kShareSlack ? kNoEnd : in_place_end},

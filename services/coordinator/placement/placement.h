@@ -1,8 +1,8 @@
 // Which keys are attended where: pure functions of numbers.
 //
-// A placement is rules per layer, the same for every sequence: rectangles of KV heads and positions,
-// each in one lane. An extent belongs to the rectangle that contains its first position, so a head can
-// be cut at extent borders only.
+// A placement is rules per layer, the same for every sequence: rectangles of KV heads and
+// positions, each in one lane. An extent belongs to the rectangle that contains its first position,
+// so a head can be cut at extent borders only.
 //
 // Resident heads come first, then fetched, then those attended in place. In a head that is cut, the
 // newest extents are resident and the oldest in place: the oldest positions leave the device first.
@@ -77,13 +77,13 @@ struct SequenceShape {
   int64_t tokens = 0;
 };
 
-// As the shares say. A share that is no whole number of heads cuts a head at the extent border of the
-// longest sequence that is nearest to the share of its tokens.
+// As the shares say. A share that is no whole number of heads cuts a head at the extent border of
+// the longest sequence that is nearest to the share of its tokens.
 Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
                         const std::vector<SequenceShape>& sequences);
 
-// As much resident as fits `budget_bytes` of device memory, spread evenly over the layers (they differ
-// by one extent border at most); the rest fetched.
+// As much resident as fits `budget_bytes` of device memory, spread evenly over the layers (they
+// differ by one extent border at most); the rest fetched.
 Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes,
                         const std::vector<SequenceShape>& sequences);
 

@@ -34,9 +34,8 @@ Prediction Predict(const PredictInput& input) {
   prediction.pool_bytes = input.pool_bytes;
   prediction.tail_bytes = input.num_sequences * input.tail_bytes_per_sequence;
   const int64_t for_residents = std::max<int64_t>(0, input.pool_bytes - prediction.tail_bytes);
-  prediction.placement = input.spec.automatic
-                             ? PlaceByBudget(geometry, for_residents, shapes)
-                             : PlaceByShares(geometry, input.spec, shapes);
+  prediction.placement = input.spec.automatic ? PlaceByBudget(geometry, for_residents, shapes)
+                                              : PlaceByShares(geometry, input.spec, shapes);
   prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes);
 
   const int64_t sealed = FloorToBlock(input.prompt_tokens);
@@ -45,10 +44,10 @@ Prediction Predict(const PredictInput& input) {
       for (const RunShape& run : shape.runs) {
         prediction.host_bytes +=
             input.num_sequences * run.capacity_tokens * geometry.BytesPerTokenPerHead();
-        const int64_t keys =
-            std::clamp<int64_t>(sealed - run.first_pos, 0, run.capacity_tokens);
-        LanePrediction& lane = prediction.lanes[static_cast<int>(
-            prediction.placement.LaneOf(layer, head, run.first_pos))];
+        const int64_t keys = std::clamp<int64_t>(sealed - run.first_pos, 0, run.capacity_tokens);
+        LanePrediction& lane =
+            prediction
+                .lanes[static_cast<int>(prediction.placement.LaneOf(layer, head, run.first_pos))];
         lane.bytes += input.num_sequences * keys * geometry.BytesPerTokenPerHead();
         if (sealed > 0) {
           lane.kv_heads += static_cast<double>(keys) / static_cast<double>(sealed) /
@@ -62,9 +61,9 @@ Prediction Predict(const PredictInput& input) {
         absl::StrCat("tails of ", input.num_sequences, " sequences take ", prediction.tail_bytes,
                      " bytes of device memory, the KV pool has ", input.pool_bytes));
   } else if (prediction.resident_bytes > for_residents) {
-    prediction.does_not_fit.push_back(
-        absl::StrCat("resident keys take ", prediction.resident_bytes,
-                     " bytes of device memory, the KV pool has ", for_residents, " beside tails"));
+    prediction.does_not_fit.push_back(absl::StrCat("resident keys take ", prediction.resident_bytes,
+                                                   " bytes of device memory, the KV pool has ",
+                                                   for_residents, " beside tails"));
   }
   if (prediction.host_bytes > input.host_capacity_bytes) {
     prediction.does_not_fit.push_back(absl::StrCat("extents take ", prediction.host_bytes,

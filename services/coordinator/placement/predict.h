@@ -1,4 +1,5 @@
-// What a placement will come to, before anything runs: `headroom plan`, and the check that shares fit.
+// What a placement will come to, before anything runs: `headroom plan`, and the check that shares
+// fit.
 #ifndef HEADROOM_SERVICES_COORDINATOR_PLACEMENT_PREDICT_H_
 #define HEADROOM_SERVICES_COORDINATOR_PLACEMENT_PREDICT_H_
 
@@ -11,8 +12,8 @@
 
 namespace headroom::coordinator {
 
-// A sequence that is to have `tokens`, `prompt_tokens` of them at once, with the runs that leasing will
-// give it.
+// A sequence that is to have `tokens`, `prompt_tokens` of them at once, with the runs that leasing
+// will give it.
 SequenceShape ForeseenShape(const KvGeometry& geometry, int64_t prompt_tokens, int64_t tokens);
 
 struct LanePrediction {

@@ -36,8 +36,10 @@ TEST(Errors, TheirBytesAreThoseOfGoogleRpc) {
 }
 
 TEST(Errors, DamagedDetailsAreNoDetails) {
-  for (const char* bytes : {"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "\x0a\x05" "ab", "\xff",
-                            "\x0b", "\x0d\x01"}) {
+  for (const char* bytes : {"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+                            "\x0a\x05"
+                            "ab",
+                            "\xff", "\x0b", "\x0d\x01"}) {
     absl::Status status = absl::InternalError("x");
     for (const char* url : {kErrorInfoUrl, kBadRequestUrl, kRetryInfoUrl}) {
       status.SetPayload(url, absl::Cord(bytes));
@@ -49,8 +51,8 @@ TEST(Errors, DamagedDetailsAreNoDetails) {
 }
 
 TEST(GrpcStatus, ThereAndBackKeepsCodeMessageAndDetails) {
-  const absl::Status status = WithRetryAfter(
-      WithReason(absl::UnavailableError("not yet"), "NOT_READY"), absl::Seconds(1));
+  const absl::Status status =
+      WithRetryAfter(WithReason(absl::UnavailableError("not yet"), "NOT_READY"), absl::Seconds(1));
   const absl::Status back = FromGrpcStatus(ToGrpcStatus(status));
   EXPECT_EQ(back, status);
   EXPECT_TRUE(ToGrpcStatus(absl::OkStatus()).ok());

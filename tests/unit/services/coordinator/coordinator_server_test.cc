@@ -1,12 +1,14 @@
 // The public API over sockets, before a worker and a store that keep the protocol.
 #include "services/coordinator/coordinator_server.h"
 
-#include <gtest/gtest.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
+#include "common/protobuf_wire.h"
 #include "headroom/v1/admin.grpc.pb.h"
 #include "headroom/v1/inference.grpc.pb.h"
 #include "tests/common/byte_tokenizer.h"
@@ -41,8 +44,8 @@ class CoordinatorServerTest : public testing::Test {
     worker_.reset();
     store_.reset();
     EXPECT_EQ(machine_->violations(), std::vector<std::string>());
-    for (const char* file : {"config.json", "generation_config.json", "tokenizer.json",
-                             "tokenizer_config.json"}) {
+    for (const char* file :
+         {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}) {
       remove(absl::StrCat(dir_, "/", file).c_str());
     }
     rmdir(dir_.c_str());
@@ -199,19 +202,15 @@ TEST_F(CoordinatorServerTest, NamesTheFieldThatIsWrong) {
   using R = v1::GenerateRequest;
   EXPECT_EQ(wrong([](R& r) { r.clear_input(); }), "input");
   EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->clear_ids(); }), "token_ids.ids");
-  EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->set_ids(3, kFakeVocab); }),
-            "token_ids.ids[3]");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->set_ids(3, kFakeVocab); }), "token_ids.ids[3]");
   EXPECT_EQ(wrong([](R& r) { r.mutable_token_ids()->set_ids(0, -1); }), "token_ids.ids[0]");
-  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_temperature(-1); }),
-            "sampling.temperature");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_temperature(-1); }), "sampling.temperature");
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_temperature(NAN); }),
             "sampling.temperature");
-  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_k(kFakeVocab + 1); }),
-            "sampling.top_k");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_k(kFakeVocab + 1); }), "sampling.top_k");
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_p(0); }), "sampling.top_p");
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_min_p(1.5); }), "sampling.min_p");
-  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_max_tokens(-1); }),
-            "stopping.max_tokens");
+  EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_max_tokens(-1); }), "stopping.max_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_min_tokens(6); }), "stopping.min_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->add_stop_strings(""); }),
             "stopping.stop_strings[0]");
@@ -384,6 +383,49 @@ TEST_F(CoordinatorServerTest, ServesOnlyWhileWorkerAndStoreAreThere) {
   response.Clear();
   EXPECT_TRUE(Once(Ids(10, 5), &response).ok()) << "it waits for the worker";
   EXPECT_EQ(response.tokens_size(), 5);
+}
+
+// grpc.health.v1.Health/Check by hand: 1 is SERVING, 2 NOT_SERVING, -1 an unknown service.
+TEST_F(CoordinatorServerTest, HealthFollowsWorkerAndStore) {
+  StartServer();
+  grpc::GenericStub stub(
+      grpc::CreateChannel(server_->listen_address(), grpc::InsecureChannelCredentials()));
+  const auto health = [&](const std::string& service) -> int64_t {
+    std::string request;
+    wire::PutBytes(1, service, request);
+    const grpc::Slice slice(request);
+    grpc::ByteBuffer asked(&slice, 1), answered;
+    const auto context = Context();
+    Mutex mutex;
+    CondVar condition;
+    std::optional<grpc::Status> status;
+    stub.UnaryCall(context.get(), "/grpc.health.v1.Health/Check", grpc::StubOptions(), &asked,
+                   &answered, [&](const grpc::Status& result) {
+                     MutexLock lock(&mutex);
+                     status = result;
+                     condition.SignalAll();
+                   });
+    MutexLock lock(&mutex);
+    while (!status.has_value()) condition.WaitFor(&mutex, absl::Seconds(1));
+    if (!status->ok()) return -1;
+    grpc::Slice response;
+    if (!answered.DumpToSingleSlice(&response).ok()) return -1;
+    wire::Reader reader(absl::string_view(reinterpret_cast<const char*>(response.begin()),
+                                          response.size()));
+    return reader.Next() ? reader.integer() : 0;
+  };
+  for (const char* service : {"", "headroom.v1.InferenceService"}) {
+    EXPECT_EQ(health(service), 2) << service;
+  }
+  EXPECT_EQ(health("nobody"), -1);
+  StartPeers();
+  EXPECT_TRUE(Eventually([&] { return health("") == 1; }));
+  EXPECT_EQ(health("headroom.v1.InferenceService"), 1);
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = true;
+  }
+  EXPECT_TRUE(Eventually([&] { return health("headroom.v1.InferenceService") == 2; }));
 }
 
 TEST_F(CoordinatorServerTest, AWorkerThatDiesInTheMiddleIsOnlyAPause) {

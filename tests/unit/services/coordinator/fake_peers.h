@@ -1,9 +1,10 @@
-// A worker and a store for tests of the scheduler: no RPC, no model, but the protocol to the letter.
+// A worker and a store for tests of the scheduler: no RPC, no model, but the protocol to the
+// letter.
 //
-// Keys are the token ids themselves. The worker seals them into the store's extents, forgets its tail
-// when a sequence is opened anew, and draws each token from all tokens that the step's lanes and tail
-// give it: a wrong run, a wrong sealed count or a forgotten block changes what is drawn. Whatever a
-// real worker would refuse is noted in violations().
+// Keys are the token ids themselves. The worker seals them into the store's extents, forgets its
+// tail when a sequence is opened anew, and draws each token from all tokens that the step's lanes
+// and tail give it: a wrong run, a wrong sealed count or a forgotten block changes what is drawn.
+// Whatever a real worker would refuse is noted in violations().
 #ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 #define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 
@@ -243,6 +244,13 @@ class FakeStepStream : public StepStream {
     }
     MutexLock lock(&mutex_);
     if (++in_flight_[IsChunk(step)] > 2) machine_->Violation("three steps of a kind in flight");
+    // The kinds run side by side: a close would pass a step of the other kind.
+    for (const uint64_t id : step.close_sequence_ids()) {
+      if (rows_in_flight_[id] > 0) machine_->Violation("closes a sequence with a step in flight");
+    }
+    for (const v1::StepSequence& sequence : step.sequences()) {
+      ++rows_in_flight_[sequence.sequence_id()];
+    }
     queue_.push_back(std::move(step));
     sent_.Signal();
   }
@@ -296,6 +304,9 @@ class FakeStepStream : public StepStream {
       {
         MutexLock lock(&mutex_);
         --in_flight_[IsChunk(step)];
+        for (const v1::StepSequence& sequence : step.sequences()) {
+          --rows_in_flight_[sequence.sequence_id()];
+        }
       }
       on_response_(std::move(response));
     }
@@ -448,6 +459,7 @@ class FakeStepStream : public StepStream {
   std::deque<v1::StepRequest> queue_;
   bool stop_ = false;
   int in_flight_[2] = {};
+  std::map<uint64_t, int> rows_in_flight_;
   std::map<uint64_t, Open> open_;
   uint64_t last_number_ = 0;
   std::vector<std::string> noted_;
@@ -493,8 +505,7 @@ class FakeWorkerClient : public WorkerClient {
   absl::StatusOr<std::unique_ptr<StepStream>> StartSteps(
       std::function<void(v1::StepResponse)> on_response,
       std::function<void(absl::Status)> on_closed) override {
-    return std::make_unique<FakeStepStream>(machine_, std::move(on_response),
-                                            std::move(on_closed));
+    return std::make_unique<FakeStepStream>(machine_, std::move(on_response), std::move(on_closed));
   }
 
  private:

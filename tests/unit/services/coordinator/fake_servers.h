@@ -88,8 +88,8 @@ class FakeStoreServer : public v1::KvStoreService::Service {
   }
   grpc::Status BindModel(grpc::ServerContext*, const v1::BindModelRequest* request,
                          v1::BindModelResponse*) override {
-    return ToGrpcStatus(client_.BindModel(request->geometry(), request->fingerprint(),
-                                          request->allow_clean()));
+    return ToGrpcStatus(
+        client_.BindModel(request->geometry(), request->fingerprint(), request->allow_clean()));
   }
   grpc::Status AllocateRun(grpc::ServerContext*, const v1::AllocateRunRequest* request,
                            v1::AllocateRunResponse* response) override {
@@ -109,8 +109,8 @@ class FakeStoreServer : public v1::KvStoreService::Service {
   }
   grpc::Status ReleaseSequences(grpc::ServerContext*, const v1::ReleaseSequencesRequest* request,
                                 v1::ReleaseSequencesResponse*) override {
-    return ToGrpcStatus(client_.ReleaseSequences(
-        {request->sequence_ids().begin(), request->sequence_ids().end()}));
+    return ToGrpcStatus(
+        client_.ReleaseSequences({request->sequence_ids().begin(), request->sequence_ids().end()}));
   }
   // Two a page, so that there are pages.
   grpc::Status ListSequences(grpc::ServerContext*, const v1::ListSequencesRequest* request,

@@ -50,16 +50,15 @@ TEST(ParsePlacement, KnowsAutoLanesAndShares) {
 }
 
 TEST(ParsePlacement, RefusesWhatIsNoPlacement) {
-  for (const char* text : {"", "gpu", "resident=", "resident=0.5", "resident=0.5,fetched=0.6",
-                           "resident=1,resident=0", "resident=nan,fetched=1", "fetched=-1,resident=2",
-                           "resident=1,", "auto,resident=1"}) {
+  for (const char* text :
+       {"", "gpu", "resident=", "resident=0.5", "resident=0.5,fetched=0.6", "resident=1,resident=0",
+        "resident=nan,fetched=1", "fetched=-1,resident=2", "resident=1,", "auto,resident=1"}) {
     EXPECT_EQ(ParsePlacement(text).status().code(), absl::StatusCode::kInvalidArgument) << text;
   }
 }
 
 TEST(PlaceByShares, WholeHeadsNeedNoCut) {
-  const Placement placement =
-      PlaceByShares(kGeometry, Shares(1.0 / 3, 2.0 / 3), {Doubling()});
+  const Placement placement = PlaceByShares(kGeometry, Shares(1.0 / 3, 2.0 / 3), {Doubling()});
   ExpectCoversAll(kGeometry, placement);
   const std::vector<LaneRange> expected = {{Lane::kResident, 0, 1, 0, kNoEnd},
                                            {Lane::kFetched, 1, 3, 0, kNoEnd}};
@@ -67,8 +66,8 @@ TEST(PlaceByShares, WholeHeadsNeedNoCut) {
 }
 
 TEST(PlaceByShares, ARemainderCutsOneHeadAtTheNearestBorder) {
-  // Half of three heads: one whole, of the second the newer half of 1,000 tokens, which begins nearest
-  // at 512.
+  // Half of three heads: one whole, of the second the newer half of 1,000 tokens, which begins
+  // nearest at 512.
   const Placement placement = PlaceByShares(kGeometry, Shares(0.5, 0.5), {Doubling()});
   ExpectCoversAll(kGeometry, placement);
   const std::vector<LaneRange> expected = {{Lane::kResident, 0, 1, 0, kNoEnd},
@@ -130,8 +129,7 @@ TEST(PlaceByBudget, TakesAllThatFitsAndNeverMore) {
 
 TEST(PlaceByBudget, TheOldestPositionsLeaveFirst) {
   // Room for the newest 512 tokens of one head in each layer.
-  const Placement placement =
-      PlaceByBudget(kGeometry, 4 * 512 * kHeadToken, {Doubling()});
+  const Placement placement = PlaceByBudget(kGeometry, 4 * 512 * kHeadToken, {Doubling()});
   for (int32_t layer = 0; layer < kGeometry.num_layers; ++layer) {
     EXPECT_EQ(placement.LaneOf(layer, 0, 512), Lane::kResident);
     EXPECT_EQ(placement.LaneOf(layer, 0, 256), Lane::kFetched);
@@ -141,8 +139,7 @@ TEST(PlaceByBudget, TheOldestPositionsLeaveFirst) {
 
 TEST(PlaceByBudget, LayersDifferByOneBorderAtMost) {
   // One run more than even: 512 tokens in each layer and 256 in one.
-  const Placement placement =
-      PlaceByBudget(kGeometry, (4 * 512 + 256) * kHeadToken, {Doubling()});
+  const Placement placement = PlaceByBudget(kGeometry, (4 * 512 + 256) * kHeadToken, {Doubling()});
   EXPECT_EQ(placement.LaneOf(0, 0, 256), Lane::kResident);
   for (int32_t layer = 1; layer < kGeometry.num_layers; ++layer) {
     EXPECT_EQ(placement.LaneOf(layer, 0, 256), Lane::kFetched);

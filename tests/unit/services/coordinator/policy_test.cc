@@ -232,13 +232,27 @@ TEST(NextPiece, ScoresEachPromptTokenButTheFirstOnce) {
 
 TEST(NextPiece, ATokenIsAttendedInALaneOnceTheStoreKnowsOfIt) {
   SequenceProgress progress = Prompt(100, 1000);
-  progress.next_pos = 130;
-  progress.known_tokens = 131;
+  progress.next_pos = 195;
+  progress.known_tokens = 196;
   EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, 0) << "all in the tail";
-  progress.sealed_tokens = 128;
+  progress.sealed_tokens = 192;
   EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, 0);
   progress.committed_tokens = 64;
   EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, 64);
+}
+
+TEST(NextPiece, WhatAStepReadsWhereDoesNotHangOnTheStoresHaste) {
+  for (int64_t pos = 100; pos < 1000; ++pos) {
+    SequenceProgress progress = Prompt(100, 1000);
+    progress.next_pos = pos;
+    progress.known_tokens = pos + 1;
+    progress.sealed_tokens = FloorToBlock(pos);
+    progress.committed_tokens = FloorToBlock(pos);  // at once
+    const int64_t at_once = NextPiece(progress, kLimits)->sealed_tokens;
+    progress.committed_tokens = std::max<int64_t>(0, FloorToBlock(pos) - 64);  // 64 tokens later
+    EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, at_once) << pos;
+    EXPECT_LE(pos + 1 - at_once, 128);
+  }
 }
 
 TEST(NextPiece, AStoreThatIsAwayDoesNotOverflowTheTail) {
@@ -300,9 +314,11 @@ TEST(Compose, AllSingleTokensGoTogetherAndOneChunkBeside) {
 TEST(Compose, TurnsGoRoundBeyondTheWorkersRows) {
   const std::vector<SequenceProgress> sequences(6, Decoding(10));
   std::set<int> served;
-  for (const BatchEntry& entry : ComposeTokenStep(sequences, kLimits, 0)) served.insert(entry.index);
+  for (const BatchEntry& entry : ComposeTokenStep(sequences, kLimits, 0))
+    served.insert(entry.index);
   EXPECT_EQ(served.size(), 4u);
-  for (const BatchEntry& entry : ComposeTokenStep(sequences, kLimits, 4)) served.insert(entry.index);
+  for (const BatchEntry& entry : ComposeTokenStep(sequences, kLimits, 4))
+    served.insert(entry.index);
   EXPECT_EQ(served.size(), 6u);
 }
 

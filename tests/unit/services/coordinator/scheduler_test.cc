@@ -152,7 +152,7 @@ class SchedulerTest : public testing::Test {
     return condition();
   }
   template <typename T>
-  T Under(T FakeMachine::*member) {
+  T Under(T FakeMachine::* member) {
     MutexLock lock(&machine_->mutex);
     return (*machine_).*member;
   }
