@@ -26,8 +26,11 @@ inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 #if defined(__AVX512F__)
 inline constexpr int kGroup = 6;
 inline constexpr int kPass = 4;
-#else
+#elif defined(__AVX2__)
 inline constexpr int kGroup = 2;
+inline constexpr int kPass = 2;
+#else
+inline constexpr int kGroup = 1;
 inline constexpr int kPass = 2;
 #endif
 inline constexpr int kBlockVectors = kBlock / kLanes;
@@ -366,7 +369,9 @@ void AttendBlock(const Query* queries, int count, const Block& block, int32_t d,
     const Query* at = queries + count * g / groups;
     switch (count * (g + 1) / groups - count * g / groups) {
       case 1: AttendGroup<1>(at, block, d, scale); break;
+#if defined(__AVX2__)
       case 2: AttendGroup<2>(at, block, d, scale); break;
+#endif
 #if defined(__AVX512F__)
       case 3: AttendGroup<3>(at, block, d, scale); break;
       case 4: AttendGroup<4>(at, block, d, scale); break;

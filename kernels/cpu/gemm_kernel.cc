@@ -19,10 +19,14 @@ namespace {
 constexpr int kRows = 12;
 template <int kM>
 constexpr int kVectors = 2;
-#else
+#elif defined(__AVX2__)
 constexpr int kRows = 6;
 template <int kM>
 constexpr int kVectors = kM <= 2 ? 2 : 1;
+#else
+constexpr int kRows = 2;
+template <int kM>
+constexpr int kVectors = 1;
 #endif
 
 // How far ahead weights are asked for: at 4 KiB one core reads them as fast as it reads at all

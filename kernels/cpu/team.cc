@@ -1,12 +1,8 @@
 #include "kernels/cpu/team.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <climits>
 #include <cstdio>
 
 namespace headroom::kernels {
@@ -24,14 +20,10 @@ inline void Pause() {
 #endif
 }
 
-}  // namespace
-
-// The two sides must see each other: the sleeper counts itself, then looks at the value; the waker
-// changes the value, then looks at the count. All four are sequentially consistent.
-uint32_t CpuTeam::Word::AwaitChange(uint32_t old) {
-  static_assert(sizeof(value_) == sizeof(uint32_t));
+// Returns the value as soon as it is not `old`.
+uint32_t AwaitChange(const std::atomic<uint32_t>& word, uint32_t old) {
   for (int i = 0; i < kSpins + kYields; ++i) {
-    const uint32_t now = value_.load(std::memory_order_acquire);
+    const uint32_t now = word.load(std::memory_order_acquire);
     if (now != old) return now;
     if (i < kSpins) {
       Pause();
@@ -39,24 +31,11 @@ uint32_t CpuTeam::Word::AwaitChange(uint32_t old) {
       sched_yield();
     }
   }
-  sleepers_.fetch_add(1);
-  uint32_t now;
-  while ((now = value_.load()) == old) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value_), FUTEX_WAIT_PRIVATE, old, nullptr,
-            nullptr, 0);
-  }
-  sleepers_.fetch_sub(1);
-  return now;
+  word.wait(old, std::memory_order_acquire);
+  return word.load(std::memory_order_acquire);
 }
 
-uint32_t CpuTeam::Word::Add(uint32_t difference) {
-  const uint32_t now = value_.fetch_add(difference) + difference;
-  if (sleepers_.load() != 0) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
-            nullptr, 0);
-  }
-  return now;
-}
+}  // namespace
 
 CpuTeam::CpuTeam(int size) : size_(size < 1 ? 1 : size) {
   for (int member = 1; member < size_; ++member) {
@@ -66,7 +45,8 @@ CpuTeam::CpuTeam(int size) : size_(size < 1 ? 1 : size) {
 
 CpuTeam::~CpuTeam() {
   stop_.store(true, std::memory_order_relaxed);
-  epoch_.Add(1);
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
   for (std::thread& member : members_) member.join();
 }
 
@@ -74,13 +54,12 @@ void CpuTeam::RunErased(void (*fn)(void*, int), void* context) {
   if (size_ == 1) return fn(context, 0);
   fn_ = fn;
   context_ = context;
-  running_.Add(static_cast<uint32_t>(size_ - 1));
-  epoch_.Add(1);
+  running_.store(static_cast<uint32_t>(size_ - 1), std::memory_order_relaxed);
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
   fn(context, 0);
-  for (uint32_t left = static_cast<uint32_t>(size_ - 1); left != 0;) {
-    const uint32_t now = running_.Get();
-    left = now == left ? running_.AwaitChange(left) : now;
-  }
+  uint32_t left = running_.load(std::memory_order_acquire);
+  while (left != 0) left = AwaitChange(running_, left);
 }
 
 void CpuTeam::MemberLoop(int member) {
@@ -88,10 +67,10 @@ void CpuTeam::MemberLoop(int member) {
   std::snprintf(name, sizeof(name), "team-%d", member);
   pthread_setname_np(pthread_self(), name);
   for (uint32_t seen = 0;;) {
-    seen = epoch_.AwaitChange(seen);
+    seen = AwaitChange(epoch_, seen);
     if (stop_.load(std::memory_order_relaxed)) return;
     fn_(context_, member);
-    running_.Add(static_cast<uint32_t>(-1));
+    if (running_.fetch_sub(1) == 1) running_.notify_one();
   }
 }
 

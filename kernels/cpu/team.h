@@ -47,27 +47,13 @@ class CpuTeam {
   }
 
  private:
-  // A number that threads wait on and change.
-  class Word {
-   public:
-    uint32_t Get() const { return value_.load(std::memory_order_acquire); }
-    // Adds and wakes who waits; returns the sum. What was written before is seen by who sees it.
-    uint32_t Add(uint32_t difference);
-    // Returns the value as soon as it is not `old`: after a while of spinning, asleep.
-    uint32_t AwaitChange(uint32_t old);
-
-   private:
-    std::atomic<uint32_t> value_{0};
-    std::atomic<uint32_t> sleepers_{0};
-  };
-
   void RunErased(void (*fn)(void*, int), void* context);
   void MemberLoop(int member);
 
   const int size_;
   // Each on a cache line of its own: one is polled while others change.
-  alignas(64) Word epoch_;    // grows by one to start a run
-  alignas(64) Word running_;  // members other than 0 still in the run
+  alignas(64) std::atomic<uint32_t> epoch_{0};    // grows by one to start a run
+  alignas(64) std::atomic<uint32_t> running_{0};  // members other than 0 still in the run
   alignas(64) std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
   void (*fn_)(void*, int) = nullptr;
