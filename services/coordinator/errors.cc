@@ -94,6 +94,10 @@ absl::Status StoppingError() {
   return WithReason(absl::UnavailableError("the server is stopping"), "STOPPING");
 }
 
+bool MayPassAway(const absl::Status& status) {
+  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+}
+
 absl::Status StepFailedError(const absl::Status& step) {
   switch (step.code()) {
     // The machine's trouble, said by the worker in words that help.

@@ -26,6 +26,8 @@ absl::Status SlowClientError(absl::Duration waited);
 absl::Status DeadlinePassedError();
 absl::Status ClientGoneError();
 absl::Status StoppingError();
+// Whether what failed may work later: a peer that cannot be reached, or says so itself.
+bool MayPassAway(const absl::Status& status);
 // A step failed again and again.
 absl::Status StepFailedError(const absl::Status& step);
 

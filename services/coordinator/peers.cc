@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/errors.h"
 #include "common/log.h"
 #include "common/status.h"
 
@@ -17,8 +18,10 @@ constexpr absl::Duration kLongestPause = absl::Seconds(1);
 constexpr absl::Duration kLasting = absl::Seconds(1);
 constexpr int32_t kSchemaRevision = 1;
 
+// A status with a reason was said by the peer itself.
 bool IsUnreachable(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+  return (absl::IsUnavailable(status) && ReasonOf(status).empty()) ||
+         absl::IsDeadlineExceeded(status);
 }
 
 // Either side may be the older one.

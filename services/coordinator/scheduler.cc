@@ -122,6 +122,42 @@ std::shared_ptr<const PeerFacts> Scheduler::facts() const {
   return facts_;
 }
 
+// ---------------------------------------------------------------- the queue
+
+void Scheduler::Refuse(Waiting& waiting, const absl::Status& status, v1::FinishReason reason) {
+  ForgetId(waiting.request->id);
+  {
+    MutexLock lock(&mutex_);
+    --num_waiting_;
+  }
+  v1::Finished finished;
+  finished.mutable_usage()->set_prompt_tokens(static_cast<int64_t>(waiting.request->prompt.size()));
+  if (status.ok()) {
+    finished.set_reason(reason);
+    waiting.sink->OnAccepted();
+  } else {
+    LogInfo(absl::StrCat("refused: ", status.message()), waiting.request->id);
+  }
+  waiting.sink->OnFinished(status, std::move(finished));
+}
+
+void Scheduler::Enqueue(Waiting waiting) {
+  if (stopping_) {  // it was submitted while Stop() began
+    Refuse(waiting, StoppingError());
+    return;
+  }
+  // What can never fit is refused at once, not when its turn comes.
+  if (connected_) {
+    const Request& request = *waiting.request;
+    const Verdict verdict = Judge(request, sessions_.Find(request.session_id), /*alone=*/true);
+    if (verdict.kind == Verdict::kNever) {
+      Refuse(waiting, NeverFitsError(verdict.reason));
+      return;
+    }
+  }
+  queue_.push_back(std::move(waiting));
+}
+
 // ---------------------------------------------------------------- the loop
 
 void Scheduler::Tick() {
@@ -180,185 +216,6 @@ void Scheduler::UpdateMayRun(absl::Time now) {
                          request->plan_version != 0 &&
                          request->plan_version <= plan_.ready_version);
   }
-}
-
-// ---------------------------------------------------------------- admission
-
-void Scheduler::Refuse(Waiting& waiting, const absl::Status& status, v1::FinishReason reason) {
-  ForgetId(waiting.request->id);
-  {
-    MutexLock lock(&mutex_);
-    --num_waiting_;
-  }
-  v1::Finished finished;
-  finished.mutable_usage()->set_prompt_tokens(static_cast<int64_t>(waiting.request->prompt.size()));
-  if (status.ok()) {
-    finished.set_reason(reason);
-    waiting.sink->OnAccepted();
-  } else {
-    LogInfo(absl::StrCat("refused: ", status.message()), waiting.request->id);
-  }
-  waiting.sink->OnFinished(status, std::move(finished));
-}
-
-void Scheduler::Enqueue(Waiting waiting) {
-  if (stopping_) {  // it was submitted while Stop() began
-    Refuse(waiting, StoppingError());
-    return;
-  }
-  // What can never fit is refused at once, not when its turn comes.
-  if (connected_) {
-    const Request& request = *waiting.request;
-    const Verdict verdict = Judge(request, sessions_.Find(request.session_id), /*alone=*/true);
-    if (verdict.kind == Verdict::kNever) {
-      Refuse(waiting, NeverFitsError(verdict.reason));
-      return;
-    }
-  }
-  queue_.push_back(std::move(waiting));
-}
-
-void Scheduler::AdmitFromQueue(absl::Time now) {
-  while (connected_ && !reattach_ && !queue_.empty() && TryAdmit(queue_.front(), now)) {
-    queue_.pop_front();
-  }
-}
-
-Verdict Scheduler::Judge(const Request& request, const Session* session, bool alone) const {
-  Commitments commitments;
-  commitments.idle_tokens = sessions_.idle_capacity_tokens();
-  commitments.idle_runs = sessions_.idle_runs();
-  Demand demand;
-  demand.final_tokens = request.end_pos();
-  if (session != nullptr && !session->busy) {
-    // What the session has is given up or taken over; it is counted once.
-    commitments.idle_tokens -= session->sequence.capacity_tokens();
-    commitments.idle_runs -= static_cast<int64_t>(session->sequence.runs.size());
-    const int64_t cached = CachedTokensFor(request, *session);
-    for (const v1::ExtentRun& run : session->sequence.runs) {
-      if (run.first_pos() >= cached) break;
-      demand.kept_tokens = run.first_pos() + run.capacity_tokens();
-      ++demand.kept_runs;
-    }
-  }
-  if (!alone) {
-    commitments.running_tokens = to_release_.tokens + in_release_.tokens;
-    commitments.running_runs = to_release_.runs + in_release_.runs;
-    for (const auto& running : running_) {
-      commitments.running_tokens += running->reserved_tokens;
-      commitments.running_runs += running->reserved_runs;
-      ++commitments.running_sequences;
-    }
-  }
-  Verdict verdict = Admit(capacity_, commitments, demand);
-  if (verdict.kind != Verdict::kAdmit || request.placement.automatic) return verdict;
-  // Shares are taken at their word: resident keys must fit beside all tails.
-  std::vector<SequenceShape> shapes;
-  if (!alone) shapes = RunningShapes();
-  shapes.push_back(ForeseenShape(capacity_.geometry, static_cast<int64_t>(request.prompt.size()),
-                                 FirstHorizon(request)));
-  const int64_t pool = capacity_.kv_pool_bytes -
-                       static_cast<int64_t>(shapes.size()) * capacity_.tail_bytes_per_sequence;
-  const int64_t resident = ResidentBytes(
-      capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes);
-  if (resident > pool) {
-    verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
-    verdict.reason =
-        absl::StrCat("the resident share takes ", resident,
-                     " bytes of device memory, the KV pool has ", pool, " beside tails");
-  }
-  return verdict;
-}
-
-bool Scheduler::PlacementFits(const Request& request) const {
-  for (const auto& running : running_) {
-    if (!running->ended() && !(running->request().placement == request.placement)) return false;
-  }
-  return true;
-}
-
-bool Scheduler::TryAdmit(Waiting& head, absl::Time now) {
-  const Request& request = *head.request;
-  const Session* const session = sessions_.Find(request.session_id);
-  if (session != nullptr && session->busy) {
-    const bool ending = std::any_of(running_.begin(), running_.end(), [&](const auto& running) {
-      return running->ended() && running->request().session_id == request.session_id;
-    });
-    if (ending) return false;  // it is free within a step
-    Refuse(head, SessionBusyError(request.session_id));
-    return true;
-  }
-  if (!PlacementFits(request)) return false;
-  Verdict verdict = Judge(request, session, /*alone=*/false);
-  if (verdict.kind == Verdict::kWait) return false;
-  if (verdict.kind == Verdict::kNever) {
-    Refuse(head, NeverFitsError(verdict.reason));
-    return true;
-  }
-  Begin(head, verdict, now);
-  return true;
-}
-
-void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) {
-  const Request& request = *waiting.request;
-  Sequence sequence;
-  int64_t cached_tokens = 0;
-  if (!request.session_id.empty()) {
-    absl::StatusOr<Session*> session = sessions_.FindOrMake(request.session_id, now);
-    if (!session.ok()) {
-      Refuse(waiting, NeverFitsError(session.status().message()));
-      return;
-    }
-    cached_tokens = CachedTokensFor(request, **session);
-    sequence = std::exchange((*session)->sequence, Sequence());
-    (*session)->busy = true;
-    (*session)->cache_salt = request.cache_salt;
-    if (sequence.sealed_tokens > cached_tokens ||
-        (!sequence.runs.empty() && sequence.runs.back().first_pos() >= cached_tokens)) {
-      Truncate(sequence, cached_tokens);
-      peers_->Truncate(sequence.id, cached_tokens);
-    }
-  }
-  if (sequence.id == 0) sequence.id = next_sequence_id_++;
-  {
-    MutexLock lock(&mutex_);
-    --num_waiting_;
-  }
-  auto running = std::make_unique<RunningRequest>(
-      std::move(waiting.request), std::move(waiting.sink), std::move(waiting.decoder),
-      std::move(sequence), cached_tokens);
-  running->reserved_tokens = verdict.reserved_tokens;
-  running->reserved_runs = verdict.reserved_runs;
-  running->explanation.set_device(facts()->worker.device());
-  running->Accept();
-  plan_.wanted_anew = true;
-  running_.push_back(std::move(running));
-}
-
-// The prompt's scores need every position computed, and keys of another salt are none of its
-// business.
-int64_t Scheduler::CachedTokensFor(const Request& request, const Session& session) {
-  if (request.bypass_prefix_cache || request.score_prompt ||
-      request.cache_salt != session.cache_salt) {
-    return 0;
-  }
-  return CachedTokens(session.sequence, request.prompt);
-}
-
-// Deterministic: nothing is planned anew on the way.
-int64_t Scheduler::FirstHorizon(const Request& request) {
-  if (request.deterministic) return request.end_pos();
-  return std::min(request.end_pos(), static_cast<int64_t>(request.prompt.size()) + kHorizonTokens);
-}
-
-std::vector<SequenceShape> Scheduler::RunningShapes() const {
-  std::vector<SequenceShape> shapes;
-  for (const auto& request : running_) {
-    if (!request->ended()) {
-      shapes.push_back(request->Shape(capacity_.geometry, request->horizon_tokens));
-    }
-  }
-  return shapes;
 }
 
 // ---------------------------------------------------------------- endings

@@ -127,38 +127,53 @@ class Scheduler {
   void OnLeased(uint64_t sequence_id, uint64_t connection, const absl::Status& status,
                 std::vector<v1::ExtentRun> runs);
   void MaintainCommits();
+  void OnCommitted(const std::vector<v1::SealedSequence>& sealed,
+                   const std::set<std::string>& sessions);
   void MaintainReleases();
-  void MaintainPlan();
-  void OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status);
   void UpdateServing();
 
-  // ---- Requests
-  void Tick();
-  void ExpireRequests(absl::Time now);
-  void Enqueue(Waiting waiting);
+  // ---- Admission and plan (scheduler_admission.cc)
   void AdmitFromQueue(absl::Time now);
   // Whether the head of the queue was taken out: admitted or refused.
   bool TryAdmit(Waiting& head, absl::Time now);
   void Begin(Waiting& waiting, const Verdict& verdict, absl::Time now);
+  // The session's sequence for the request, without what it cannot use; sets `cached_tokens`.
+  absl::StatusOr<Sequence> TakeSequence(const Request& request, absl::Time now,
+                                        int64_t* cached_tokens);
+  // `alone`: as if nothing else ran.
   Verdict Judge(const Request& request, const Session* session, bool alone) const;
+  Commitments CommitmentsBeside(bool alone) const;
+  Verdict JudgeShares(const Request& request, bool alone, Verdict verdict) const;
   bool PlacementFits(const Request& request) const;
+  // Salt and wishes respected.
+  static int64_t CachedTokensFor(const Request& request, const Session& session);
+  static int64_t FirstHorizon(const Request& request);
+  int64_t HorizonOf(const RunningRequest& request) const;
+  std::vector<SequenceShape> RunningShapes() const;
+  bool PlanOutgrown() const;
+  Placement PlaceRunning(const PlacementSpec& spec) const;
+  void MaintainPlan();
+  void OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status);
+
+  // ---- Sessions and status (scheduler_sessions.cc)
+  void MaintainSessions(absl::Time now);
+  void ReleaseLater(const Sequence& sequence);
+  v1::Session Describe(const Session& session) const;
+  v1::GetStatusResponse DescribeStatus() const;
+
+  // ---- The loop, beginnings and ends of requests
+  void Tick();
+  void ExpireRequests(absl::Time now);
+  void UpdateMayRun(absl::Time now);
+  void Enqueue(Waiting waiting);
   void Refuse(Waiting& waiting, const absl::Status& status,
               v1::FinishReason reason = v1::FINISH_REASON_UNSPECIFIED);
-  void UpdateMayRun(absl::Time now);
   void SweepEnded();
   // The worker has let go of the sequence: it goes back to its session, or its extents are freed.
   void LetGo(std::unique_ptr<RunningRequest> request);
   RunningRequest* FindRunning(uint64_t sequence_id);
   RunningRequest* FindRunning(const std::string& request_id);
   void ForgetId(const std::string& request_id);
-  void MaintainSessions(absl::Time now);
-  void ReleaseLater(const Sequence& sequence);
-  // Salt and wishes respected.
-  static int64_t CachedTokensFor(const Request& request, const Session& session);
-  static int64_t FirstHorizon(const Request& request);
-  std::vector<SequenceShape> RunningShapes() const;
-  v1::Session Describe(const Session& session) const;
-  v1::GetStatusResponse DescribeStatus() const;
 
   const SchedulerOptions options_;
   const std::function<void(bool)> on_serving_;

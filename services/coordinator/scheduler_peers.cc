@@ -1,5 +1,5 @@
 // The scheduler's dealings with worker and store: what they report, and what is asked of them
-// beside the steps: leases, commits, releases, plans.
+// beside the steps: leases, commits, releases.
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -17,13 +17,7 @@ namespace {
 
 // How long steps in flight may hold up the re-attachment of a store.
 constexpr absl::Duration kReattachPatience = absl::Seconds(30);
-// A plan is made anew this many tokens before a sequence outgrows it.
-constexpr int64_t kHorizonMargin = 256;
 constexpr int kMaxLeaseFailures = 3;
-
-bool MayPass(const absl::Status& status) {
-  return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
-}
 
 }  // namespace
 
@@ -222,7 +216,7 @@ void Scheduler::OnLeased(uint64_t sequence_id, uint64_t connection, const absl::
   }
   // Beside being full, a store may have been started anew a moment ago and know no model yet.
   request->lease_retry = absl::Now() + kRetryInterval;
-  if (MayPass(status) || connection != connections_ || reattach_) return;
+  if (MayPassAway(status) || connection != connections_ || reattach_) return;
   if (absl::IsResourceExhausted(status) || ++request->lease_failures >= kMaxLeaseFailures) {
     request->End(HostMemoryError(status), v1::FINISH_REASON_UNSPECIFIED);
   }
@@ -253,26 +247,30 @@ void Scheduler::MaintainCommits() {
         commit_in_flight_ = false;
         if (!status.ok()) {
           uncommitted_sessions_.insert(sessions.begin(), sessions.end());
-          if (!MayPass(status)) LogWarning(absl::StrCat("committing: ", status.message()));
+          if (!MayPassAway(status)) LogWarning(absl::StrCat("committing: ", status.message()));
           commit_retry_ = absl::Now() + kRetryInterval;
-          return;
-        }
-        if (connection != connections_) return;  // counts have been set anew since
-        for (const v1::SealedSequence& what : sealed) {
-          if (RunningRequest* const request = FindRunning(what.sequence_id())) {
-            request->Committed(what.sealed_tokens());
-          }
-        }
-        for (const std::string& id : sessions) {
-          Session* const session = sessions_.Find(id);
-          if (session == nullptr || session->busy) continue;
-          for (const v1::SealedSequence& what : sealed) {
-            if (what.sequence_id() != session->sequence.id) continue;
-            session->sequence.committed_tokens =
-                std::min(what.sealed_tokens(), session->sequence.sealed_tokens);
-          }
+        } else if (connection == connections_) {  // else counts have been set anew since
+          OnCommitted(sealed, sessions);
         }
       });
+}
+
+void Scheduler::OnCommitted(const std::vector<v1::SealedSequence>& sealed,
+                            const std::set<std::string>& sessions) {
+  for (const v1::SealedSequence& what : sealed) {
+    if (RunningRequest* const request = FindRunning(what.sequence_id())) {
+      request->Committed(what.sealed_tokens());
+    }
+  }
+  for (const std::string& id : sessions) {
+    Session* const session = sessions_.Find(id);
+    if (session == nullptr || session->busy) continue;
+    for (const v1::SealedSequence& what : sealed) {
+      if (what.sequence_id() != session->sequence.id) continue;
+      session->sequence.committed_tokens =
+          std::min(what.sealed_tokens(), session->sequence.sealed_tokens);
+    }
+  }
 }
 
 void Scheduler::MaintainReleases() {
@@ -295,75 +293,6 @@ void Scheduler::MaintainReleases() {
     to_release_ = std::move(released);
     release_retry_ = absl::Now() + kRetryInterval;
   });
-}
-
-// ---------------------------------------------------------------- the plan
-
-void Scheduler::MaintainPlan() {
-  if (!connected_ || plan_.preparing) return;
-  bool needed = plan_.ready_version == 0 || plan_.wanted_anew;
-  bool frozen = false;
-  const RunningRequest* first = nullptr;
-  for (const auto& request : running_) {
-    if (request->ended()) continue;
-    if (first == nullptr) first = request.get();
-    const SequenceProgress& progress = request->progress();
-    needed = needed || request->plan_version == 0 ||
-             (request->horizon_tokens < progress.end_pos &&
-              progress.known_tokens + kHorizonMargin > request->horizon_tokens);
-    frozen = frozen || (request->request().deterministic && request->plan_version != 0);
-  }
-  if (!needed || first == nullptr) return;
-  plan_.wanted_anew = false;
-  for (auto& request : running_) {
-    if (frozen && request->plan_version != 0) continue;
-    request->horizon_tokens = request->request().deterministic
-                                  ? request->progress().end_pos
-                                  : std::min(request->progress().end_pos,
-                                             request->progress().known_tokens + kHorizonTokens);
-  }
-  Placement placement = plan_.placement;
-  if (!frozen || placement.layers.empty()) {
-    const std::vector<SequenceShape> shapes = RunningShapes();
-    const PlacementSpec& spec = first->request().placement;
-    const int64_t tails = static_cast<int64_t>(running_.size()) * capacity_.tail_bytes_per_sequence;
-    placement = spec.automatic
-                    ? PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, shapes)
-                    : PlaceByShares(capacity_.geometry, spec, shapes);
-  }
-  const bool same = plan_.ready_version == plan_.version && placement == plan_.placement;
-  if (!same) {
-    ++plan_.version;
-    plan_.placement = std::move(placement);
-    plan_.preparing = true;
-    peers_->PreparePlan(
-        ToProto(plan_.placement, plan_.version),
-        [this, version = plan_.version, connection = connections_](const absl::Status& status) {
-          OnPlanPrepared(version, connection, status);
-        });
-  }
-  for (auto& request : running_) {
-    if (request->plan_version == 0) request->plan_version = plan_.version;
-    request->explanation.set_plan_version(plan_.version);
-  }
-}
-
-void Scheduler::OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status) {
-  plan_.preparing = false;
-  if (connection != connections_) return;  // asked for anew since
-  if (status.ok()) {
-    plan_.ready_version = version;
-    return;
-  }
-  LogWarning(absl::StrCat("preparing plan ", version, ": ", status.message()));
-  plan_.wanted_anew = true;
-  if (MayPass(status)) return;
-  // A plan that is refused would be refused again: those that wait for it cannot run.
-  for (auto& request : running_) {
-    if (request->plan_version >= version) {
-      request->End(status, v1::FINISH_REASON_UNSPECIFIED);
-    }
-  }
 }
 
 }  // namespace headroom::coordinator

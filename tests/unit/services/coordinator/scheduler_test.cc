@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -436,6 +438,75 @@ TEST_F(SchedulerTest, AResidentShareThatDoesNotFitIsRefusedWithTheNumbers) {
   auto outcome = Submit(std::move(request));
   ASSERT_TRUE(outcome->WaitForEnd());
   EXPECT_EQ(outcome->status().code(), absl::StatusCode::kResourceExhausted);
+}
+
+// ---------------------------------------------------------------- plans
+
+TEST_F(SchedulerTest, AutomaticPlansNeverPromiseMoreThanThePoolHolds) {
+  machine_->pool_tokens = 4 * kTailTokens + 700;
+  Start();
+  std::vector<std::shared_ptr<Outcome>> outcomes;
+  for (int i = 0; i < 6; ++i) outcomes.push_back(Submit(Prompt(100 + 150 * i, i), 1500));
+  for (auto& outcome : outcomes) {
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+  }
+  // Plays the steps again and counts what is resident.
+  const KvGeometry geometry = machine_->geometry;
+  std::map<uint64_t, v1::Plan> plans;
+  for (const v1::Plan& plan : Under(&FakeMachine::plans)) plans[plan.version()] = plan;
+  std::map<uint64_t, std::vector<v1::ExtentRun>> open;
+  int64_t most_resident = 0;
+  for (const v1::StepRequest& step : Under(&FakeMachine::sent)) {
+    for (const uint64_t id : step.close_sequence_ids()) open.erase(id);
+    for (const v1::OpenSequence& opening : step.open_sequences()) {
+      open[opening.sequence_id()] = {opening.runs().begin(), opening.runs().end()};
+    }
+    for (const v1::ExtentGrant& grant : step.grants()) {
+      open[grant.sequence_id()].push_back(grant.run());
+    }
+    if (step.sequences().empty()) continue;
+    int64_t resident = 0;
+    for (const v1::LayerPlan& layer : plans[step.plan_version()].layers()) {
+      for (const v1::LaneRange& range : layer.ranges()) {
+        if (range.lane() != v1::LANE_RESIDENT) continue;
+        for (const auto& [id, runs] : open) {
+          for (const v1::ExtentRun& run : runs) {
+            if (run.first_pos() < range.first_pos()) continue;
+            if (range.has_end_pos() && run.first_pos() >= range.end_pos()) continue;
+            resident += (range.kv_head_end() - range.kv_head_begin()) * run.capacity_tokens() *
+                        geometry.BytesPerTokenPerHead();
+          }
+        }
+      }
+    }
+    most_resident = std::max(most_resident, resident);
+    EXPECT_LE(resident + static_cast<int64_t>(open.size()) * kTailTokens * geometry.BytesPerToken(),
+              machine_->pool_tokens * geometry.BytesPerToken())
+        << "step " << step.number();
+  }
+  EXPECT_GT(most_resident, 600 * geometry.BytesPerToken()) << "what there is, is used";
+}
+
+TEST_F(SchedulerTest, ADeterministicRequestKeepsItsPlan) {
+  machine_->pool_tokens = 4 * kTailTokens + 700;
+  machine_->step_time = absl::Milliseconds(1);
+  Start();
+  auto request = MakeRequest(Prompt(500), 1400);
+  request->deterministic = true;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(outcome->WaitForTokens(10));
+  std::vector<std::shared_ptr<Outcome>> others;
+  for (int i = 0; i < 5; ++i) others.push_back(Submit(Prompt(300, i), 50));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  for (auto& other : others) ASSERT_TRUE(other->WaitForEnd());
+  std::set<uint64_t> versions;
+  for (const v1::StepRequest& step : Under(&FakeMachine::sent)) {
+    for (const v1::StepSequence& sequence : step.sequences()) {
+      if (sequence.sequence_id() == 1) versions.insert(step.plan_version());
+    }
+  }
+  EXPECT_EQ(versions.size(), 1u);
 }
 
 // ---------------------------------------------------------------- sessions

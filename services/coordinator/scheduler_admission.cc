@@ -1,0 +1,256 @@
+// Who may begin, and under which plan.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/log.h"
+#include "common/status.h"
+#include "services/coordinator/errors.h"
+#include "services/coordinator/placement/predict.h"
+#include "services/coordinator/plan_proto.h"
+#include "services/coordinator/scheduler.h"
+
+namespace headroom::coordinator {
+namespace {
+
+// A plan is made anew this many tokens before a sequence outgrows it.
+constexpr int64_t kHorizonMargin = 256;
+
+}  // namespace
+
+// ---------------------------------------------------------------- admission
+
+void Scheduler::AdmitFromQueue(absl::Time now) {
+  while (connected_ && !reattach_ && !queue_.empty() && TryAdmit(queue_.front(), now)) {
+    queue_.pop_front();
+  }
+}
+
+Commitments Scheduler::CommitmentsBeside(bool alone) const {
+  Commitments commitments;
+  commitments.idle_tokens = sessions_.idle_capacity_tokens();
+  commitments.idle_runs = sessions_.idle_runs();
+  if (alone) return commitments;
+  commitments.running_tokens = to_release_.tokens + in_release_.tokens;
+  commitments.running_runs = to_release_.runs + in_release_.runs;
+  for (const auto& running : running_) {
+    commitments.running_tokens += running->reserved_tokens;
+    commitments.running_runs += running->reserved_runs;
+    ++commitments.running_sequences;
+  }
+  return commitments;
+}
+
+Verdict Scheduler::Judge(const Request& request, const Session* session, bool alone) const {
+  Commitments commitments = CommitmentsBeside(alone);
+  Demand demand;
+  demand.final_tokens = request.end_pos();
+  if (session != nullptr && !session->busy) {
+    // What the session has is given up or taken over; it is counted once.
+    commitments.idle_tokens -= session->sequence.capacity_tokens();
+    commitments.idle_runs -= static_cast<int64_t>(session->sequence.runs.size());
+    const int64_t cached = CachedTokensFor(request, *session);
+    for (const v1::ExtentRun& run : session->sequence.runs) {
+      if (run.first_pos() >= cached) break;
+      demand.kept_tokens = run.first_pos() + run.capacity_tokens();
+      ++demand.kept_runs;
+    }
+  }
+  Verdict verdict = Admit(capacity_, commitments, demand);
+  if (verdict.kind != Verdict::kAdmit || request.placement.automatic) return verdict;
+  return JudgeShares(request, alone, std::move(verdict));
+}
+
+// Shares are taken at their word: resident keys must fit beside all tails.
+Verdict Scheduler::JudgeShares(const Request& request, bool alone, Verdict verdict) const {
+  std::vector<SequenceShape> shapes;
+  if (!alone) shapes = RunningShapes();
+  shapes.push_back(ForeseenShape(capacity_.geometry, static_cast<int64_t>(request.prompt.size()),
+                                 FirstHorizon(request)));
+  const int64_t pool = capacity_.kv_pool_bytes -
+                       static_cast<int64_t>(shapes.size()) * capacity_.tail_bytes_per_sequence;
+  const int64_t resident = ResidentBytes(
+      capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes);
+  if (resident <= pool) return verdict;
+  verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
+  verdict.reason = absl::StrCat("the resident share takes ", resident,
+                                " bytes of device memory, the KV pool has ", pool, " beside tails");
+  return verdict;
+}
+
+bool Scheduler::PlacementFits(const Request& request) const {
+  for (const auto& running : running_) {
+    if (!running->ended() && !(running->request().placement == request.placement)) return false;
+  }
+  return true;
+}
+
+bool Scheduler::TryAdmit(Waiting& head, absl::Time now) {
+  const Request& request = *head.request;
+  const Session* const session = sessions_.Find(request.session_id);
+  if (session != nullptr && session->busy) {
+    const bool ending = std::any_of(running_.begin(), running_.end(), [&](const auto& running) {
+      return running->ended() && running->request().session_id == request.session_id;
+    });
+    if (ending) return false;  // it is free within a step
+    Refuse(head, SessionBusyError(request.session_id));
+    return true;
+  }
+  if (!PlacementFits(request)) return false;
+  Verdict verdict = Judge(request, session, /*alone=*/false);
+  if (verdict.kind == Verdict::kWait) return false;
+  if (verdict.kind == Verdict::kNever) {
+    Refuse(head, NeverFitsError(verdict.reason));
+    return true;
+  }
+  Begin(head, verdict, now);
+  return true;
+}
+
+absl::StatusOr<Sequence> Scheduler::TakeSequence(const Request& request, absl::Time now,
+                                                 int64_t* cached_tokens) {
+  Sequence sequence;
+  *cached_tokens = 0;
+  if (!request.session_id.empty()) {
+    HEADROOM_ASSIGN_OR_RETURN(Session* const session,
+                              sessions_.FindOrMake(request.session_id, now));
+    *cached_tokens = CachedTokensFor(request, *session);
+    sequence = std::exchange(session->sequence, Sequence());
+    session->busy = true;
+    session->cache_salt = request.cache_salt;
+    if (sequence.sealed_tokens > *cached_tokens ||
+        (!sequence.runs.empty() && sequence.runs.back().first_pos() >= *cached_tokens)) {
+      Truncate(sequence, *cached_tokens);
+      peers_->Truncate(sequence.id, *cached_tokens);
+    }
+  }
+  if (sequence.id == 0) sequence.id = next_sequence_id_++;
+  return sequence;
+}
+
+void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) {
+  int64_t cached_tokens = 0;
+  absl::StatusOr<Sequence> sequence = TakeSequence(*waiting.request, now, &cached_tokens);
+  if (!sequence.ok()) {
+    Refuse(waiting, NeverFitsError(sequence.status().message()));
+    return;
+  }
+  {
+    MutexLock lock(&mutex_);
+    --num_waiting_;
+  }
+  auto running = std::make_unique<RunningRequest>(
+      std::move(waiting.request), std::move(waiting.sink), std::move(waiting.decoder),
+      *std::move(sequence), cached_tokens);
+  running->reserved_tokens = verdict.reserved_tokens;
+  running->reserved_runs = verdict.reserved_runs;
+  running->explanation.set_device(facts()->worker.device());
+  running->Accept();
+  plan_.wanted_anew = true;
+  running_.push_back(std::move(running));
+}
+
+// The prompt's scores need every position computed, and keys of another salt are none of its
+// business.
+int64_t Scheduler::CachedTokensFor(const Request& request, const Session& session) {
+  if (request.bypass_prefix_cache || request.score_prompt ||
+      request.cache_salt != session.cache_salt) {
+    return 0;
+  }
+  return CachedTokens(session.sequence, request.prompt);
+}
+
+// Deterministic: nothing is planned anew on the way.
+int64_t Scheduler::FirstHorizon(const Request& request) {
+  if (request.deterministic) return request.end_pos();
+  return std::min(request.end_pos(), static_cast<int64_t>(request.prompt.size()) + kHorizonTokens);
+}
+
+std::vector<SequenceShape> Scheduler::RunningShapes() const {
+  std::vector<SequenceShape> shapes;
+  for (const auto& request : running_) {
+    if (!request->ended()) {
+      shapes.push_back(request->Shape(capacity_.geometry, request->horizon_tokens));
+    }
+  }
+  return shapes;
+}
+
+// ---------------------------------------------------------------- the plan
+
+int64_t Scheduler::HorizonOf(const RunningRequest& request) const {
+  const SequenceProgress& progress = request.progress();
+  // Deterministic: nothing is planned anew on the way.
+  if (request.request().deterministic) return progress.end_pos;
+  return std::min(progress.end_pos, progress.known_tokens + kHorizonTokens);
+}
+
+// Whether the running requests want another plan than the one in force was made for.
+bool Scheduler::PlanOutgrown() const {
+  if (plan_.ready_version == 0 || plan_.wanted_anew) return true;
+  return std::any_of(running_.begin(), running_.end(), [](const auto& request) {
+    const SequenceProgress& progress = request->progress();
+    const bool outgrown = request->horizon_tokens < progress.end_pos &&
+                          progress.known_tokens + kHorizonMargin > request->horizon_tokens;
+    return !request->ended() && (request->plan_version == 0 || outgrown);
+  });
+}
+
+void Scheduler::MaintainPlan() {
+  const auto first = std::find_if(running_.begin(), running_.end(),
+                                  [](const auto& request) { return !request->ended(); });
+  if (!connected_ || plan_.preparing || first == running_.end() || !PlanOutgrown()) return;
+  plan_.wanted_anew = false;
+  // Under a deterministic request shares stay as they are; who joins takes them as they are.
+  const bool frozen =
+      !plan_.placement.layers.empty() &&
+      std::any_of(running_.begin(), running_.end(), [](const auto& request) {
+        return !request->ended() && request->request().deterministic && request->plan_version != 0;
+      });
+  for (auto& request : running_) {
+    if (!frozen || request->plan_version == 0) request->horizon_tokens = HorizonOf(*request);
+  }
+  Placement placement = frozen ? plan_.placement : PlaceRunning((*first)->request().placement);
+  if (plan_.ready_version != plan_.version || placement != plan_.placement) {
+    ++plan_.version;
+    plan_.placement = std::move(placement);
+    plan_.preparing = true;
+    peers_->PreparePlan(
+        ToProto(plan_.placement, plan_.version),
+        [this, version = plan_.version, connection = connections_](const absl::Status& status) {
+          OnPlanPrepared(version, connection, status);
+        });
+  }
+  for (auto& request : running_) {
+    if (request->plan_version == 0) request->plan_version = plan_.version;
+    request->explanation.set_plan_version(plan_.version);
+  }
+}
+
+Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
+  const std::vector<SequenceShape> shapes = RunningShapes();
+  if (!spec.automatic) return PlaceByShares(capacity_.geometry, spec, shapes);
+  const int64_t tails = static_cast<int64_t>(running_.size()) * capacity_.tail_bytes_per_sequence;
+  return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, shapes);
+}
+
+void Scheduler::OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status) {
+  plan_.preparing = false;
+  if (connection != connections_) return;  // asked for anew since
+  if (status.ok()) {
+    plan_.ready_version = version;
+    return;
+  }
+  LogWarning(absl::StrCat("preparing plan ", version, ": ", status.message()));
+  plan_.wanted_anew = true;
+  if (MayPassAway(status)) return;
+  // A plan that is refused would be refused again: those that wait for it cannot run.
+  for (auto& request : running_) {
+    if (request->plan_version >= version) {
+      request->End(status, v1::FINISH_REASON_UNSPECIFIED);
+    }
+  }
+}
+
+}  // namespace headroom::coordinator
