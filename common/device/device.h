@@ -112,8 +112,8 @@ class Device {
   // The event fires when everything enqueued on `stream` so far has run. Recording again moves it.
   virtual absl::Status Record(StreamId stream, EventId event) = 0;
   // Later work of `stream` runs after the latest Record() of `event` before this call. An event that
-  // was never recorded does not block.
-  virtual absl::Status Wait(StreamId stream, EventId event) = 0;
+  // was never recorded does not block. `account`, if given, receives the time that the stream waited.
+  virtual absl::Status Wait(StreamId stream, EventId event, OpAccount* account = nullptr) = 0;
   // Blocks the calling host thread until the event's latest record has fired. DEADLINE_EXCEEDED.
   virtual absl::Status Synchronize(EventId event, absl::Duration timeout) = 0;
   // Whether the event's latest record has fired.

@@ -1,6 +1,5 @@
 #include "common/segment_format.h"
 
-#define XXH_INLINE_ALL
 #include <xxhash.h>
 
 namespace headroom {

@@ -15,7 +15,7 @@ namespace {
 
 // tokenizer_config.json lists every added token in older models: Llama 3's has 51 KB, others 1 MB.
 constexpr int64_t kMaxConfigBytes = int64_t{16} << 20;
-constexpr int64_t kMaxTemplateBytes = int64_t{1} << 20;  // the longest of today have 30 KB
+constexpr int64_t kMaxTemplateBytes = int64_t{128} << 10;  // the longest of today have 30 KB
 
 // The file's JSON object, or an empty one if there is no such file.
 absl::StatusOr<Json> ReadConfig(const std::string& path) {

@@ -38,7 +38,7 @@ class ChatTemplate {
   // special_tokens_map.json. Errors name the file. NOT_FOUND: the model has no chat template;
   // INVALID_ARGUMENT: a file or the template cannot be used.
   static absl::StatusOr<std::unique_ptr<ChatTemplate>> FromModelDir(const std::string& model_dir);
-  // From the template's source (at most 1 MiB); errors begin with `name`.
+  // From the template's source (at most 128 KiB); errors begin with `name`.
   static absl::StatusOr<std::unique_ptr<ChatTemplate>> FromSource(absl::string_view source,
                                                                   absl::string_view name,
                                                                   SpecialTokens special_tokens);

@@ -39,13 +39,13 @@ struct RandomRopeScaling {
 // peaked that bfloat16's rounding shows more. o and down make attention outweigh the MLP.
 struct RandomModelGains {
   double embed = 2.5;  // the residual stream starts at 2.5 / sqrt(hidden)
-  double q = 1.42;
-  double k = 1.42;
+  double q = 1.4;
+  double k = 1.4;
   double v = 1.0;
   double o = 3.0;
   double gate = 1.0;
   double up = 1.0;
-  double down = 0.7;
+  double down = 0.6;
   double lm_head = 2.5;  // the standard deviation of the logits (embed's where embeddings are tied)
 };
 

@@ -1,5 +1,8 @@
 #include "kernels/attention.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -104,6 +107,13 @@ class Batch {
     item.finish = finish;
     for (const Place* place : places) spans_.push_back(place->span());
     items_.push_back(item);
+  }
+
+  void AddSpan(int64_t row_begin, int64_t rows, int64_t first_pos, bool reset, bool finish,
+               const KvSpan& span) {
+    Add(row_begin, rows, first_pos, reset, finish, {});
+    spans_.push_back(span);
+    items_.back().span_count = 1;
   }
 
   AttendArgs Args() {
@@ -439,6 +449,33 @@ TEST(Attend, KeysAfterARowLeaveNoTrace) {
                          std::vector<float>(clean.begin(), clean.begin() + seen)));
     EXPECT_TRUE(std::isnan(out[seen]));
   }
+}
+
+// 96 of 128 rows of K and of V, each 4 pages long: the fourth page of both cannot be read.
+TEST(Attend, ReadsNoRowPastTheCount) {
+  constexpr int64_t kPage = 4096;
+  ASSERT_EQ(sysconf(_SC_PAGESIZE), kPage);
+  void* const memory =
+      mmap(nullptr, 8 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  const Sequence sequence({1, 3, 64}, 96, 36);
+  const Place place(sequence, 0, 96, 0, 128, 0, 1);
+  std::memcpy(memory, place.span().base, 8 * kPage);
+  KvSpan span = place.span();
+  span.base = static_cast<uint8_t*>(memory);
+  ASSERT_EQ(mprotect(span.base + 3 * kPage, kPage, PROT_NONE), 0);
+  ASSERT_EQ(mprotect(span.base + 7 * kPage, kPage, PROT_NONE), 0);
+  CpuTeam team(1);
+  for (const cpu::KernelTable* kernels : AllKernels()) {
+    for (const int64_t rows : {1, 30, 96}) {
+      Batch batch(sequence.shape, rows);
+      batch.SetRows(sequence, 0, 96 - rows, rows);
+      batch.AddSpan(0, rows, 96 - rows, true, true, span);
+      batch.Launch(*kernels, team);
+      EXPECT_TRUE(SameBits(batch.out(), Plain(sequence, 96, rows, *kernels, team)));
+    }
+  }
+  munmap(memory, 8 * kPage);
 }
 
 TEST(Attend, ANanInAVisibleKeyReachesTheOutput) {

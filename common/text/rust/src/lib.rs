@@ -43,6 +43,11 @@ fn panic_text(payload: &(dyn Any + Send)) -> String {
     format!("panic in the text library: {text}")
 }
 
+/// The tokenizers crate cuts some spellings at byte positions, and such a text can be in an error.
+fn whole_utf8(text: String) -> Vec<u8> {
+    String::from_utf8_lossy(text.as_bytes()).into_owned().into_bytes()
+}
+
 /// Runs `body`, puts its bytes or the text of its error into `out`, and returns the code.
 ///
 /// # Safety
@@ -50,8 +55,8 @@ fn panic_text(payload: &(dyn Any + Send)) -> String {
 unsafe fn at_border(out: *mut Buffer, body: impl FnOnce() -> Result<Vec<u8>, String>) -> i32 {
     let (code, bytes) = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(bytes)) => (OK, bytes),
-        Ok(Err(error)) => (INVALID, error.into_bytes()),
-        Err(payload) => (PANICKED, panic_text(&*payload).into_bytes()),
+        Ok(Err(error)) => (INVALID, whole_utf8(error)),
+        Err(payload) => (PANICKED, whole_utf8(panic_text(&*payload))),
     };
     *out = Buffer::from_vec(bytes);
     code

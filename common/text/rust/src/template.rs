@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::ValueKind;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 use regex::Regex;
@@ -12,9 +11,15 @@ use regex::Regex;
 use crate::python_json;
 
 /// A template is code from a model folder, so its work is bounded: about this many instructions, and
-/// 64 bytes of text made for each. Templates of today use under 200 a message; 2^22 take about a
-/// second, and allow 256 MiB.
+/// 64 bytes of text made for each. Templates of today use under 200 a message and make about five
+/// copies of its text; 2^22 take half a second, and allow 256 MiB. What is not bounded is the engine's
+/// work on lists that a template nests in itself over and over; no template has a use for that.
 const FUEL: u64 = 1 << 22;
+/// The compiler recurses once for each operator of a chain like 1+1+1: at worst, a sign per byte of
+/// source, 70 MB of stack for the 128 KiB that the C++ side lets through. Only what is used is taken.
+const COMPILER_STACK_BYTES: usize = 256 << 20;
+/// In a format string, digits of a width or precision.
+const MAX_WIDTH_DIGITS: usize = 4;
 const NAME: &str = "chat template";
 
 pub struct ChatTemplate {
@@ -35,9 +40,17 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(call_method);
         environment.add_filter("tojson", python_json::to_json);
         environment.add_function("raise_exception", raise_exception);
-        environment
-            .add_template_owned(NAME, without_generation_tags(source)?)
-            .map_err(|error| describe(&error))?;
+        let source = without_generation_tags(source)?;
+        let compile = move || {
+            let added = environment.add_template_owned(NAME, source);
+            added.map(|()| environment).map_err(|error| describe(&error))
+        };
+        let environment = std::thread::Builder::new()
+            .stack_size(COMPILER_STACK_BYTES)
+            .spawn(compile)
+            .map_err(|error| format!("a thread to compile the chat template: {error}"))?
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(ChatTemplate { environment })
     }
 
@@ -59,7 +72,8 @@ impl ChatTemplate {
 /// The tags {% generation %} and {% endgeneration %}, with which transformers finds the assistant's
 /// text in training data, stand for a block with a scope of its own.
 fn without_generation_tags(source: &str) -> Result<String, String> {
-    let tag = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").map_err(|e| e.to_string())?;
+    let tag =
+        Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").map_err(|e| e.to_string())?;
     Ok(tag
         .replace_all(source, |found: &regex::Captures| {
             let keyword = if found.get(2).is_some() { "endwith" } else { "with" };
@@ -127,14 +141,36 @@ fn call_method(
     method: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
-    if value.kind() == ValueKind::String {
-        if let (Some(text), [argument, ..]) = (value.as_str(), args) {
+    if let Some(text) = value.as_str() {
+        check_cost(state, text, method, args)?;
+        if let [argument, ..] = args {
             if let Some(result) = call_string_method(text, method, argument, &args[1..]) {
                 return Ok(result);
             }
         }
     }
     pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// The engine charges for what a method returned; these can take far more memory than their text has
+/// before they return.
+fn check_cost(state: &State, text: &str, method: &str, args: &[Value]) -> Result<(), Error> {
+    match (method, args.first().and_then(Value::as_str)) {
+        ("split" | "rsplit", Some(separator)) if !separator.is_empty() => {
+            state.consume_fuel(text.matches(separator).count() as u64)
+        }
+        ("split" | "rsplit" | "splitlines", _) => {
+            state.consume_fuel(text.chars().filter(|c| c.is_whitespace()).count() as u64)
+        }
+        ("format", _) => {
+            let too_wide = |part: &str| part.len() > MAX_WIDTH_DIGITS;
+            if text.split(|c: char| !c.is_ascii_digit()).any(too_wide) {
+                return Err(Error::new(ErrorKind::InvalidOperation, "format: too wide"));
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn call_string_method(text: &str, method: &str, argument: &Value, more: &[Value]) -> Option<Value> {
@@ -155,7 +191,8 @@ fn call_string_method(text: &str, method: &str, argument: &Value, more: &[Value]
             Some(list(&text.split(argument).collect::<Vec<_>>()))
         }
         ("rsplit", [limit]) if !argument.is_empty() => {
-            let parts = usize::try_from(limit.as_i64()?).map_or(usize::MAX, |n| n.saturating_add(1));
+            let parts =
+                usize::try_from(limit.as_i64()?).map_or(usize::MAX, |n| n.saturating_add(1));
             let mut parts: Vec<&str> = text.rsplitn(parts, argument).collect();
             parts.reverse();
             Some(list(&parts))

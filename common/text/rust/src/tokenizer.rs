@@ -96,7 +96,9 @@ impl TextTokenizer {
             Some(DecoderWrapper::ByteFallback(_)) => BytesOf::ByteFallback,
             Some(DecoderWrapper::Sequence(sequence)) => match sequence.get_decoders() {
                 [DecoderWrapper::ByteLevel(_)] => BytesOf::ByteLevel,
-                decoders if decoders.iter().any(|d| matches!(d, DecoderWrapper::ByteFallback(_))) => {
+                decoders
+                    if decoders.iter().any(|d| matches!(d, DecoderWrapper::ByteFallback(_))) =>
+                {
                     BytesOf::ByteFallback
                 }
                 _ => BytesOf::Nothing,
@@ -110,7 +112,10 @@ fn token_bytes(spelling: &str, bytes_of: &BytesOf) -> Option<Vec<u8>> {
     match bytes_of {
         // A token with a character that stands for no byte (an added token, say with a space) is text.
         BytesOf::ByteLevel => Some(
-            spelling.chars().map(byte_of_char).collect::<Option<Vec<u8>>>()
+            spelling
+                .chars()
+                .map(byte_of_char)
+                .collect::<Option<Vec<u8>>>()
                 .unwrap_or_else(|| spelling.as_bytes().to_vec()),
         ),
         BytesOf::ByteFallback => {

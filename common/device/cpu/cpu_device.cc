@@ -1,0 +1,447 @@
+#include "common/device/cpu/cpu_device.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/device/arena.h"
+#include "common/device/cpu/cpu_stream.h"
+#include "common/futex.h"
+#include "common/mutex.h"
+#include "common/status.h"
+#include "kernels/cpu/kernel_table.h"
+
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void __tsan_read_range(void* address, unsigned long bytes);
+void __tsan_write_range(void* address, unsigned long bytes);
+}
+#endif
+
+namespace headroom {
+namespace {
+
+using kernels::Access;
+
+constexpr int kMaxStreams = 16;
+constexpr int kMaxEvents = 4096;
+
+// Counts of Record() and of records that have run; a stream waits for the count it saw.
+struct Event {
+  std::atomic<uint32_t> recorded{0};
+  std::atomic<uint32_t> fired{0};
+  std::atomic<int32_t> stream{-1};
+};
+
+void AwaitFired(const Event& event, uint32_t target) {
+  for (;;) {
+    const uint32_t fired = event.fired.load(std::memory_order_acquire);
+    if (static_cast<int32_t>(fired - target) >= 0) return;
+    FutexWait(event.fired, fired, absl::Seconds(1));
+  }
+}
+
+struct RecordEventArgs {
+  Event* event;
+  uint32_t value;
+};
+struct WaitEventArgs {
+  const Event* event;
+  uint32_t target;
+};
+struct ReplayArgs {
+  const std::vector<CpuOp>* ops;
+};
+
+template <typename F>
+void ForEachRange(const CopyArgs& a, F&& f) {
+  for (int64_t row = 0; row < a.height; ++row) {
+    f(static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes, Access::kRead);
+    f(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes, a.width_bytes, Access::kWrite);
+  }
+}
+
+// Tells ThreadSanitizer what the operation reads and writes, in whatever way it does so.
+template <typename Args>
+void TouchRanges([[maybe_unused]] const Args& args) {
+#if defined(__SANITIZE_THREAD__)
+  ForEachRange(args, [](const void* data, int64_t bytes, Access access) {
+    void* const at = const_cast<void*>(data);
+    if (access == Access::kRead) {
+      __tsan_read_range(at, static_cast<unsigned long>(bytes));
+    } else {
+      __tsan_write_range(at, static_cast<unsigned long>(bytes));
+    }
+  });
+#endif
+}
+
+void RunCopy(const CopyArgs& a) {
+  if (a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes) {
+    std::memcpy(a.dst, a.src, static_cast<size_t>(a.width_bytes * a.height));
+    return;
+  }
+  for (int64_t row = 0; row < a.height; ++row) {
+    std::memcpy(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes,
+                static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes,
+                static_cast<size_t>(a.width_bytes));
+  }
+}
+
+void RunAwait(const AwaitArgs& a) {
+  const absl::Time deadline = absl::Now() + absl::Microseconds(a.deadline_us);
+  for (int64_t polls = 0; a.status->load(std::memory_order_acquire) == 0; ++polls) {
+    if (a.doorbell->load(std::memory_order_acquire) >= a.expected) return;
+    if (polls > 1000) absl::SleepFor(absl::Microseconds(20));
+    if (polls % 64 == 0 && absl::Now() > deadline) {
+      a.status->store(static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded),
+                      std::memory_order_release);
+    }
+  }
+}
+
+int64_t KvBytesRead(const kernels::AttendArgs& a) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < a.items.count; ++i) {
+    const kernels::AttendItem& item = a.items.device[i];
+    int64_t tokens = 0;
+    for (int32_t s = 0; s < item.span_count; ++s) {
+      tokens += a.spans.device[item.span_begin + s].count;
+    }
+    bytes += tokens * (item.kv_head_end - item.kv_head_begin) * 2 * a.head_dim * kKvElementBytes;
+  }
+  return bytes;
+}
+
+int64_t KvBytesRead(const kernels::CopyKvRowsArgs& a) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < a.items.count; ++i) {
+    const kernels::KvSpan& to = a.items.device[i].to;
+    bytes += int64_t{to.count} * (to.kv_head_end - to.kv_head_begin) * 2 * a.head_dim *
+             kKvElementBytes;
+  }
+  return bytes;
+}
+
+class CpuDevice : public Device {
+ public:
+  CpuDevice(uint8_t* memory, const CpuDeviceOptions& options)
+      : options_(options), arena_(memory, options.arena_bytes), events_(new Event[kMaxEvents]) {}
+
+  ~CpuDevice() override {
+    for (auto& stream : streams_) stream.reset();
+    munmap(arena_.base(), static_cast<size_t>(arena_.capacity_bytes()));
+  }
+
+  absl::string_view name() const override { return "cpu"; }
+
+  absl::StatusOr<uint8_t*> Allocate(int64_t bytes, absl::string_view what) override {
+    MutexLock lock(&mutex_);
+    return arena_.Allocate(bytes, what);
+  }
+  ArenaUse arena_use() const override {
+    MutexLock lock(&mutex_);
+    return {arena_.capacity_bytes(), arena_.used_bytes(), arena_.used_bytes()};
+  }
+
+  absl::Status RegisterHost(void* data, int64_t bytes) override {
+    MutexLock lock(&mutex_);
+    for (const auto& range : host_ranges_) {
+      if (range.base() == data) return absl::AlreadyExistsError("host range registered twice");
+    }
+    host_ranges_.emplace_back(static_cast<uint8_t*>(data), bytes);
+    return absl::OkStatus();
+  }
+  absl::Status UnregisterHost(void* data) override {
+    MutexLock lock(&mutex_);
+    const auto at = std::find_if(host_ranges_.begin(), host_ranges_.end(),
+                                 [&](const Arena& range) { return range.base() == data; });
+    if (at == host_ranges_.end()) return absl::NotFoundError("host range is not registered");
+    host_ranges_.erase(at);
+    return absl::OkStatus();
+  }
+
+  int64_t PackedBytes(int64_t n, int64_t k) const override {
+    return kernels::PackedWeightBytes(n, k);
+  }
+  absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
+                              int64_t n, int64_t k, uint8_t* packed) override {
+    if (!arena_.Contains(packed, PackedBytes(n, k))) return Foreign("LoadWeightRows", packed);
+    kernels::cpu::PackWeightRows(rows_data, row_begin, rows, n, k,
+                                 reinterpret_cast<kernels::BFloat16*>(packed));
+    return absl::OkStatus();
+  }
+  absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
+    if (!arena_.Contains(dst, bytes)) return Foreign("Upload", dst);
+    std::memcpy(dst, src, static_cast<size_t>(bytes));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<StreamId> CreateStream(absl::string_view name) override {
+    MutexLock lock(&mutex_);
+    const int index = num_streams_;
+    if (index == kMaxStreams) return absl::ResourceExhaustedError("too many streams");
+    std::optional<uint64_t> seed = options_.delay_seed;
+    if (seed.has_value()) *seed = *seed * 1000003 + static_cast<uint64_t>(index);
+    streams_[index] = std::make_unique<CpuStream>(
+        std::string(name), name == "compute" ? options_.compute_threads : 1, seed);
+    ++num_streams_;
+    return StreamId{index};
+  }
+  absl::StatusOr<EventId> CreateEvent() override {
+    MutexLock lock(&mutex_);
+    if (num_events_ == kMaxEvents) return absl::ResourceExhaustedError("too many events");
+    return EventId{num_events_++};
+  }
+
+  absl::Status Record(StreamId stream, EventId id) override {
+    Event& event = events_[id.index];
+    int32_t owner = -1;
+    if (!event.stream.compare_exchange_strong(owner, stream.index) && owner != stream.index) {
+      return absl::InternalError("an event is recorded on two streams");
+    }
+    if (Recording* recording = recording_of(stream)) recording->recorded.push_back(id.index);
+    const uint32_t value = event.recorded.fetch_add(1, std::memory_order_relaxed) + 1;
+    return Enqueue(stream, RecordEventArgs{&event, value}, nullptr,
+                   [](const void* args, kernels::CpuTeam&, OpAccount*) {
+                     const auto& a = *static_cast<const RecordEventArgs*>(args);
+                     a.event->fired.store(a.value, std::memory_order_release);
+                     FutexWakeAll(a.event->fired);
+                   });
+  }
+
+  absl::Status Wait(StreamId stream, EventId id, OpAccount* account) override {
+    Event& event = events_[id.index];
+    if (const Recording* recording = recording_of(stream)) {
+      if (std::find(recording->recorded.begin(), recording->recorded.end(), id.index) ==
+          recording->recorded.end()) {
+        return absl::FailedPreconditionError("a recording waits for an event outside of it");
+      }
+      return absl::OkStatus();  // recorded on the same stream: in order already
+    }
+    const uint32_t target = event.recorded.load(std::memory_order_relaxed);
+    if (target == 0) return absl::OkStatus();
+    return Enqueue(stream, WaitEventArgs{&event, target}, account,
+                   [](const void* args, kernels::CpuTeam&, OpAccount*) {
+                     const auto& a = *static_cast<const WaitEventArgs*>(args);
+                     AwaitFired(*a.event, a.target);
+                   });
+  }
+
+  absl::Status Synchronize(EventId id, absl::Duration timeout) override {
+    if (recording_streams_.load() != 0) {
+      return absl::FailedPreconditionError("Synchronize while a stream is recording");
+    }
+    const Event& event = events_[id.index];
+    const uint32_t target = event.recorded.load(std::memory_order_relaxed);
+    const absl::Time deadline = absl::Now() + timeout;
+    for (;;) {
+      const uint32_t fired = event.fired.load(std::memory_order_acquire);
+      if (static_cast<int32_t>(fired - target) >= 0) return absl::OkStatus();
+      const absl::Duration left = deadline - absl::Now();
+      if (left <= absl::ZeroDuration()) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("the device has not ended its work within ", absl::FormatDuration(timeout)));
+      }
+      FutexWait(event.fired, fired, std::min(left, absl::Seconds(1)));
+    }
+  }
+  bool Done(EventId id) override {
+    const Event& event = events_[id.index];
+    return static_cast<int32_t>(event.fired.load(std::memory_order_acquire) -
+                                event.recorded.load(std::memory_order_relaxed)) >= 0;
+  }
+
+  absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(Check("Copy", args, /*host_too=*/true));
+    return Enqueue(stream, args, account,
+                   [](const void* a, kernels::CpuTeam&, OpAccount* account) {
+                     const auto& args = *static_cast<const CopyArgs*>(a);
+                     TouchRanges(args);
+                     RunCopy(args);
+                     if (account != nullptr) account->bytes += args.width_bytes * args.height;
+                   });
+  }
+
+  absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
+    if (!InHost(args.doorbell, sizeof(*args.doorbell)) || !InHost(args.status, sizeof(*args.status))) {
+      return Foreign("AwaitPartials", args.doorbell);
+    }
+    return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
+      RunAwait(*static_cast<const AwaitArgs*>(a));
+    });
+  }
+
+  absl::Status Embed(StreamId s, const kernels::EmbedArgs& a) override {
+    return Launch<&kernels::cpu::Embed>(s, "Embed", a);
+  }
+  absl::Status RmsNorm(StreamId s, const kernels::RmsNormArgs& a) override {
+    return Launch<&kernels::cpu::RmsNorm>(s, "RmsNorm", a);
+  }
+  absl::Status Gemm(StreamId s, const kernels::GemmArgs& a) override {
+    return Launch<&kernels::cpu::Gemm>(s, "Gemm", a);
+  }
+  absl::Status SwiGlu(StreamId s, const kernels::SwiGluArgs& a) override {
+    return Launch<&kernels::cpu::SwiGlu>(s, "SwiGlu", a);
+  }
+  absl::Status RopeTable(StreamId s, const kernels::RopeTableArgs& a) override {
+    return Launch<&kernels::cpu::RopeTable>(s, "RopeTable", a);
+  }
+  absl::Status RopeAppend(StreamId s, const kernels::RopeAppendArgs& a) override {
+    return Launch<&kernels::cpu::RopeAppend>(s, "RopeAppend", a);
+  }
+  absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
+    return Launch<&kernels::cpu::Attend>(s, "Attend", a, account);
+  }
+  absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
+                          OpAccount* account) override {
+    return Launch<&kernels::cpu::CopyKvRows>(s, "CopyKvRows", a, account, /*host_too=*/true);
+  }
+  absl::Status Sample(StreamId s, const kernels::SampleArgs& a) override {
+    return Launch<&kernels::cpu::Sample>(s, "Sample", a);
+  }
+
+  absl::Status BeginRecording(StreamId stream) override {
+    MutexLock lock(&mutex_);
+    if (active_[stream.index] != nullptr) {
+      return absl::FailedPreconditionError("the stream is recording already");
+    }
+    recordings_.push_back(std::make_unique<Recording>());
+    active_[stream.index] = recordings_.back().get();
+    recording_streams_.fetch_add(1);
+    return absl::OkStatus();
+  }
+  absl::StatusOr<RecordingId> EndRecording(StreamId stream) override {
+    MutexLock lock(&mutex_);
+    if (active_[stream.index] == nullptr) {
+      return absl::FailedPreconditionError("the stream is not recording");
+    }
+    for (size_t i = 0; i < recordings_.size(); ++i) {
+      if (recordings_[i].get() != active_[stream.index]) continue;
+      active_[stream.index] = nullptr;
+      recording_streams_.fetch_sub(1);
+      return RecordingId{static_cast<int32_t>(i)};
+    }
+    return absl::InternalError("a recording is lost");
+  }
+  absl::Status Replay(StreamId stream, RecordingId id) override {
+    const std::vector<CpuOp>* ops;
+    {
+      MutexLock lock(&mutex_);
+      ops = &recordings_[id.index]->ops;
+    }
+    return Enqueue(stream, ReplayArgs{ops}, nullptr,
+                   [](const void* args, kernels::CpuTeam& team, OpAccount*) {
+                     for (const CpuOp& op : *static_cast<const ReplayArgs*>(args)->ops) {
+                       op.run(op.storage, team, op.account);
+                     }
+                   });
+  }
+
+  // Nothing on this device fails after its launch has been checked.
+  absl::Status status() const override { return absl::OkStatus(); }
+
+ private:
+  struct Recording {
+    std::vector<CpuOp> ops;
+    std::vector<int32_t> recorded;  // events
+  };
+
+  static absl::Status Foreign(absl::string_view op, const void* data) {
+    return absl::InternalError(absl::StrCat(
+        op, ": address ", absl::Hex(reinterpret_cast<uintptr_t>(data)),
+        " lies neither in the device's arena nor, where that is allowed, in registered host memory"));
+  }
+
+  bool InHost(const void* data, int64_t bytes) const {
+    MutexLock lock(&mutex_);
+    return std::any_of(host_ranges_.begin(), host_ranges_.end(),
+                       [&](const Arena& range) { return range.Contains(data, bytes); });
+  }
+
+  template <typename Args>
+  absl::Status Check(absl::string_view op, const Args& args, bool host_too) const {
+    const void* wrong = nullptr;
+    bool ok = true;
+    ForEachRange(args, [&](const void* data, int64_t bytes, Access) {
+      if (bytes == 0 || arena_.Contains(data, bytes) || (host_too && InHost(data, bytes))) return;
+      ok = false;
+      wrong = data;
+    });
+    return ok ? absl::OkStatus() : Foreign(op, wrong);
+  }
+
+  Recording* recording_of(StreamId stream) { return active_[stream.index]; }
+
+  template <typename Args>
+  absl::Status Enqueue(StreamId stream, const Args& args, OpAccount* account, CpuOp::Run run) {
+    static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= CpuOp::kStorageBytes);
+    CpuOp op;
+    op.run = run;
+    op.account = account;
+    new (op.storage) Args(args);
+    if (Recording* recording = recording_of(stream)) {
+      recording->ops.push_back(op);
+      return absl::OkStatus();
+    }
+    return streams_[stream.index]->Push(op);
+  }
+
+  template <auto kKernel, typename Args>
+  absl::Status Launch(StreamId stream, absl::string_view name, const Args& args,
+                      OpAccount* account = nullptr, bool host_too = false) {
+    HEADROOM_RETURN_IF_ERROR(Check(name, args, host_too));
+    return Enqueue(stream, args, account,
+                   [](const void* a, kernels::CpuTeam& team, OpAccount* account) {
+                     const auto& args = *static_cast<const Args*>(a);
+                     TouchRanges(args);
+                     kKernel(args, team);
+                     if constexpr (requires { KvBytesRead(args); }) {
+                       if (account != nullptr) account->bytes += KvBytesRead(args);
+                     }
+                   });
+  }
+
+  const CpuDeviceOptions options_;
+
+  mutable Mutex mutex_;
+  Arena arena_;                     // its bounds are const; allocation under mutex_
+  std::vector<Arena> host_ranges_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Recording>> recordings_ ABSL_GUARDED_BY(mutex_);
+
+  // Each stream is fed by one thread at a time, which alone looks at its recording.
+  std::unique_ptr<CpuStream> streams_[kMaxStreams];
+  Recording* active_[kMaxStreams] = {};
+  std::atomic<int> recording_streams_{0};
+  int num_streams_ = 0;
+  std::unique_ptr<Event[]> events_;
+  int num_events_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> CreateCpuDevice(const CpuDeviceOptions& options) {
+  if (!kernels::cpu::HasAvx2()) {
+    return absl::UnimplementedError("the CPU device needs a processor with AVX2 and FMA");
+  }
+  void* const memory = mmap(nullptr, static_cast<size_t>(options.arena_bytes),
+                            PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    return absl::ResourceExhaustedError(absl::StrCat("an arena of ", options.arena_bytes,
+                                                     " bytes: ", std::strerror(errno)));
+  }
+  // Large pages halve the TLB misses of streaming the weights; where they are not to be had, 4 KiB
+  // pages do.
+  madvise(memory, static_cast<size_t>(options.arena_bytes), MADV_HUGEPAGE);
+  return std::unique_ptr<Device>(
+      std::make_unique<CpuDevice>(static_cast<uint8_t*>(memory), options));
+}
+
+}  // namespace headroom

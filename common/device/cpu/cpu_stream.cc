@@ -1,0 +1,107 @@
+#include "common/device/cpu/cpu_stream.h"
+
+#include <pthread.h>
+
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/futex.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace headroom {
+namespace {
+
+// Some 30 us: between two operations of a step the queue is rarely empty for longer, and an idle
+// device must not burn a core.
+constexpr int kSpins = 1000;
+constexpr absl::Duration kFullTimeout = absl::Minutes(10);
+constexpr uint64_t kMaxDelayUs = 5000;
+
+void Pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+uint64_t NextRandom(uint64_t& state) {
+  uint64_t z = (state += 0x9E3779B97F4A7C15ull);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+}  // namespace
+
+CpuStream::CpuStream(std::string name, int threads, std::optional<uint64_t> delay_seed)
+    : name_(std::move(name)),
+      delay_seed_(delay_seed),
+      ops_(new CpuOp[kCapacity]),
+      team_(threads),
+      thread_([this] { Loop(); }) {}
+
+CpuStream::~CpuStream() {
+  stop_.store(true, std::memory_order_release);
+  pushed_.fetch_add(0, std::memory_order_release);
+  FutexWakeAll(pushed_);
+  thread_.join();
+}
+
+absl::Status CpuStream::Push(const CpuOp& op) {
+  const uint32_t at = pushed_.load(std::memory_order_relaxed);
+  uint32_t popped = popped_.load(std::memory_order_acquire);
+  if (at - popped == kCapacity) {
+    const absl::Time deadline = absl::Now() + kFullTimeout;
+    while (at - popped == kCapacity) {
+      FutexWait(popped_, popped, absl::Seconds(1));
+      popped = popped_.load(std::memory_order_acquire);
+      if (absl::Now() > deadline) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("stream ", name_, " has made no progress"));
+      }
+    }
+  }
+  ops_[at % kCapacity] = op;
+  pushed_.store(at + 1, std::memory_order_release);
+  FutexWakeAll(pushed_);
+  return absl::OkStatus();
+}
+
+void CpuStream::Loop() {
+  pthread_setname_np(pthread_self(), name_.substr(0, 15).c_str());
+  uint64_t random = delay_seed_.value_or(0);
+  for (uint32_t at = 0;; ++at) {
+    for (int spin = 0;; ++spin) {
+      if (pushed_.load(std::memory_order_acquire) != at) break;
+      if (stop_.load(std::memory_order_acquire)) return;
+      if (spin < kSpins) {
+        Pause();
+      } else {
+        FutexWait(pushed_, at, absl::Milliseconds(500));
+      }
+    }
+    CpuOp& op = ops_[at % kCapacity];
+    if (delay_seed_.has_value()) {
+      std::this_thread::sleep_for(
+          std::chrono::microseconds(NextRandom(random) % (kMaxDelayUs + 1)));
+    }
+    if (op.account == nullptr) {
+      op.run(op.storage, team_, nullptr);
+    } else {
+      const auto begin = std::chrono::steady_clock::now();
+      op.run(op.storage, team_, op.account);
+      op.account->busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                        std::chrono::steady_clock::now() - begin)
+                                        .count(),
+                                    std::memory_order_relaxed);
+    }
+    popped_.store(at + 1, std::memory_order_release);
+    FutexWakeAll(popped_);
+  }
+}
+
+}  // namespace headroom

@@ -1,0 +1,61 @@
+// A stream of the CPU device: a thread that runs a bounded queue of operations in order.
+//
+// One thread pushes at a time (Device's rule); the stream's own thread pops. Neither allocates.
+#ifndef HEADROOM_COMMON_DEVICE_CPU_CPU_STREAM_H_
+#define HEADROOM_COMMON_DEVICE_CPU_CPU_STREAM_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "common/device/device.h"
+#include "kernels/cpu/team.h"
+
+namespace headroom {
+
+// One operation by value: what to run and its arguments.
+struct CpuOp {
+  static constexpr size_t kStorageBytes = 232;
+
+  using Run = void (*)(const void* args, kernels::CpuTeam& team, OpAccount* account);
+
+  Run run = nullptr;
+  OpAccount* account = nullptr;  // may be null
+  alignas(8) std::byte storage[kStorageBytes];
+};
+
+class CpuStream {
+ public:
+  // Work enqueued ahead; Push() blocks beyond.
+  static constexpr uint32_t kCapacity = 512;
+
+  CpuStream(std::string name, int threads, std::optional<uint64_t> delay_seed);
+  // Runs what is enqueued, then ends.
+  ~CpuStream();
+
+  // DEADLINE_EXCEEDED if the queue stays full for too long: the stream hangs.
+  absl::Status Push(const CpuOp& op);
+
+  const std::string& name() const { return name_; }
+
+ private:
+  void Loop();
+
+  const std::string name_;
+  const std::optional<uint64_t> delay_seed_;
+  const std::unique_ptr<CpuOp[]> ops_;
+  std::atomic<uint32_t> pushed_{0};  // futex words; difference = operations waiting
+  std::atomic<uint32_t> popped_{0};
+  std::atomic<bool> stop_{false};
+  kernels::CpuTeam team_;
+  std::thread thread_;
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_COMMON_DEVICE_CPU_CPU_STREAM_H_

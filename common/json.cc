@@ -1,0 +1,208 @@
+#include "common/json.h"
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+constexpr int kMaxDepth = 64;
+
+// Builds the tree from the parser's events, so that depth and duplicates are checked while reading
+// and not after a hostile document has been expanded.
+class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  bool null() override { return Add(Json()); }
+  bool boolean(bool value) override { return Add(Json(value)); }
+  bool number_integer(number_integer_t value) override { return Add(Json(int64_t{value})); }
+  bool number_unsigned(number_unsigned_t value) override {
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+      return Fail("an integer beyond 64 bits");
+    }
+    return Add(Json(static_cast<int64_t>(value)));
+  }
+  bool number_float(number_float_t value, const string_t&) override { return Add(Json(value)); }
+  bool string(string_t& value) override { return Add(Json(std::move(value))); }
+  bool binary(binary_t&) override { return Fail("binary data"); }
+  bool start_object(std::size_t) override { return Open(Frame{.is_object = true}); }
+  bool end_object() override { return Close(); }
+  bool start_array(std::size_t) override { return Open(Frame{.is_object = false}); }
+  bool end_array() override { return Close(); }
+  bool key(string_t& name) override {
+    if (!frames_.back().names.insert(name).second) {
+      return Fail(absl::StrCat("member '", name, "' twice in one object"));
+    }
+    frames_.back().key = std::move(name);
+    return true;
+  }
+  bool parse_error(std::size_t position, const std::string&,
+                   const nlohmann::json::exception&) override {
+    if (error_.empty()) error_ = absl::StrCat("not valid JSON at byte ", position);
+    return false;
+  }
+
+  const std::string& error() const { return error_; }
+  Json Take() { return std::move(root_); }
+
+ private:
+  struct Frame {
+    bool is_object = false;
+    Json::Array array = {};
+    Json::Object object = {};
+    std::set<std::string> names = {};
+    std::string key = {};
+  };
+
+  bool Fail(std::string what) {
+    error_ = std::move(what);
+    return false;
+  }
+  bool Open(Frame frame) {
+    if (static_cast<int>(frames_.size()) >= kMaxDepth) {
+      return Fail(absl::StrCat("nested deeper than ", kMaxDepth));
+    }
+    frames_.push_back(std::move(frame));
+    return true;
+  }
+  bool Close() {
+    Frame frame = std::move(frames_.back());
+    frames_.pop_back();
+    return Add(frame.is_object ? Json(std::move(frame.object)) : Json(std::move(frame.array)));
+  }
+  bool Add(Json value) {
+    if (frames_.empty()) {
+      root_ = std::move(value);
+    } else if (frames_.back().is_object) {
+      frames_.back().object.emplace_back(std::move(frames_.back().key), std::move(value));
+    } else {
+      frames_.back().array.push_back(std::move(value));
+    }
+    return true;
+  }
+
+  std::vector<Frame> frames_;
+  Json root_;
+  std::string error_;
+};
+
+nlohmann::ordered_json ToLibrary(const Json& json) {
+  if (json.is_null()) return nullptr;
+  if (json.is_bool()) return json.as_bool();
+  if (json.is_int()) return json.as_int();
+  if (json.is_number()) return json.as_number();
+  if (json.is_string()) return json.as_string();
+  if (json.is_array()) {
+    auto array = nlohmann::ordered_json::array();
+    for (const Json& element : json.as_array()) array.push_back(ToLibrary(element));
+    return array;
+  }
+  auto object = nlohmann::ordered_json::object();
+  for (const auto& [name, value] : json.as_object()) object[name] = ToLibrary(value);
+  return object;
+}
+
+}  // namespace
+
+absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
+  if (static_cast<int64_t>(text.size()) > max_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(text.size(), " bytes of JSON, at most ", max_bytes, " are read"));
+  }
+  TreeBuilder builder;
+  if (!nlohmann::json::sax_parse(text.begin(), text.end(), &builder)) {
+    return absl::InvalidArgumentError(builder.error());
+  }
+  return builder.Take();
+}
+
+absl::StatusOr<Json> Json::ParseFile(const std::string& path, int64_t max_bytes) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
+  std::string text;
+  char buffer[1 << 16];
+  while (file.read(buffer, sizeof(buffer)) || file.gcount() > 0) {
+    text.append(buffer, static_cast<size_t>(file.gcount()));
+    if (static_cast<int64_t>(text.size()) > max_bytes) break;
+  }
+  absl::StatusOr<Json> json = Parse(text, max_bytes);
+  if (!json.ok()) return Annotate(json.status(), path);
+  return json;
+}
+
+const Json* Json::Find(absl::string_view name) const {
+  if (!is_object()) return nullptr;
+  for (const auto& [member, value] : as_object()) {
+    if (member == name) return value.is_null() ? nullptr : &value;
+  }
+  return nullptr;
+}
+
+std::string Json::Dump(int indent) const {
+  return ToLibrary(*this).dump(indent, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+absl::Status JsonReader::Wrong(absl::string_view name, absl::string_view expected) const {
+  const Json* found = object_.Find(name);
+  std::string text = found == nullptr ? "nothing" : found->Dump();
+  if (text.size() > 80) text = text.substr(0, 80) + "...";
+  return absl::InvalidArgumentError(
+      absl::StrCat(where_, ": '", name, "' is ", text, ", expected ", expected));
+}
+
+absl::StatusOr<int64_t> JsonReader::Int(absl::string_view name, int64_t low, int64_t high) const {
+  const Json* found = object_.Find(name);
+  if (found == nullptr || !found->is_int() || found->as_int() < low || found->as_int() > high) {
+    return Wrong(name, absl::StrCat("an integer from ", low, " to ", high));
+  }
+  return found->as_int();
+}
+
+absl::StatusOr<int64_t> JsonReader::IntOr(absl::string_view name, int64_t otherwise, int64_t low,
+                                          int64_t high) const {
+  if (object_.Find(name) == nullptr) return otherwise;
+  return Int(name, low, high);
+}
+
+absl::StatusOr<double> JsonReader::Number(absl::string_view name, double low, double high) const {
+  const Json* found = object_.Find(name);
+  if (found == nullptr || !found->is_number() || !(found->as_number() >= low) ||
+      !(found->as_number() <= high)) {
+    return Wrong(name, absl::StrFormat("a number from %g to %g", low, high));
+  }
+  return found->as_number();
+}
+
+absl::StatusOr<double> JsonReader::NumberOr(absl::string_view name, double otherwise, double low,
+                                            double high) const {
+  if (object_.Find(name) == nullptr) return otherwise;
+  return Number(name, low, high);
+}
+
+absl::StatusOr<std::string> JsonReader::String(absl::string_view name) const {
+  const Json* found = object_.Find(name);
+  if (found == nullptr || !found->is_string()) return Wrong(name, "a string");
+  return found->as_string();
+}
+
+absl::StatusOr<std::string> JsonReader::StringOr(absl::string_view name,
+                                                 std::string otherwise) const {
+  if (object_.Find(name) == nullptr) return otherwise;
+  return String(name);
+}
+
+absl::StatusOr<bool> JsonReader::BoolOr(absl::string_view name, bool otherwise) const {
+  const Json* found = object_.Find(name);
+  if (found == nullptr) return otherwise;
+  if (!found->is_bool()) return Wrong(name, "true or false");
+  return found->as_bool();
+}
+
+}  // namespace headroom

@@ -1,0 +1,97 @@
+#include "services/worker/device_budget.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_format.h"
+#include "kernels/attention.h"
+#include "kernels/sample.h"
+#include "kernels/types.h"
+
+namespace headroom {
+namespace {
+
+constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kAlignSlack = 64 * 256;  // what aligning a few dozen buffers may cost
+
+// Tables of one step: rows, and per layer and head the spans of the longest context.
+int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_tokens) {
+  const int64_t extents = max_context_tokens / config.kv_geometry().MaxExtentTokens() + 16;
+  const int64_t spans = extents * config.num_layers * config.num_kv_heads;
+  return 512 * 1024 + 64 * rows + 2 * spans * static_cast<int64_t>(sizeof(kernels::KvSpan));
+}
+
+}  // namespace
+
+int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, int64_t mlp_slice_rows) {
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t row_floats = config.hidden + config.qkv_width() + q_width +
+                             config.num_q_heads * kernels::AttentionStateFloats(config.head_dim);
+  const int64_t mlp_floats = std::min(rows, mlp_slice_rows) * 3 * config.intermediate;
+  const int64_t logit_floats = kLogitSliceRows * (config.vocab + config.hidden) +
+                               kSampleSliceRows * kernels::SampleScratchFloats(config.vocab);
+  return (rows * row_floats + mlp_floats + logit_floats + kernels::kMinAttendScratchFloats) *
+             kFloat +
+         kAlignSlack;
+}
+
+int64_t ContextBytes(const ModelConfig& config, int64_t rows) {
+  return rows * (config.hidden + config.head_dim) * kFloat +
+         kStepsInFlight * kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult)) +
+         kAlignSlack;
+}
+
+int64_t ChunkBufferBytes(const ModelConfig& config, int64_t rows) {
+  return 2 * (rows + kTailTokens) * config.kv_geometry().BytesPerTokenPerLayer();
+}
+
+absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t weights_bytes,
+                                          int64_t budget_bytes, int64_t chunk_limit,
+                                          int64_t max_context_tokens) {
+  const KvGeometry geometry = config.kv_geometry();
+  DeviceBudget budget;
+  budget.budget_bytes = budget_bytes;
+  budget.weights_bytes = weights_bytes;
+  budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
+  const int64_t rest = budget_bytes - weights_bytes;
+  budget.mlp_slice_rows = kMinChunkTokens;
+  while (budget.mlp_slice_rows < kMaxMlpSliceRows &&
+         2 * budget.mlp_slice_rows * 3 * config.intermediate * kFloat <= rest / 16) {
+    budget.mlp_slice_rows *= 2;
+  }
+  const auto activations = [&](int64_t chunk) {
+    const int64_t tables = TableBytes(config, chunk, max_context_tokens);
+    return WorkspaceBytes(config, chunk, budget.mlp_slice_rows) + ContextBytes(config, chunk) +
+           ContextBytes(config, kMaxDecodeRows) + ChunkBufferBytes(config, chunk) +
+           kNumContexts * kStepsInFlight * tables;
+  };
+  // A tile holds at least one head of a full-size extent, a partition two tiles.
+  const int64_t least_tile = geometry.MaxExtentTokens() * geometry.BytesPerTokenPerHead();
+  const int64_t least_ring = kNumContexts * 2 * least_tile;
+  const int64_t least_beside =
+      activations(kMinChunkTokens) + budget.tail_bytes_per_sequence;
+  if (rest < least_ring + least_beside) {
+    const auto mib = [](int64_t bytes) { return (bytes + kMiB - 1) / kMiB; };
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "--gpu-memory %d MiB is too small: this model needs at least %d MiB (weights %d, staging "
+        "ring %d, activations %d, tail of one sequence %d MiB)",
+        budget_bytes / kMiB, mib(weights_bytes + least_ring + least_beside), mib(weights_bytes),
+        mib(least_ring), mib(activations(kMinChunkTokens)), mib(budget.tail_bytes_per_sequence)));
+  }
+  budget.max_chunk_tokens = kMinChunkTokens;
+  while (2 * budget.max_chunk_tokens <= std::min(chunk_limit, kMaxChunkTokens) &&
+         activations(2 * budget.max_chunk_tokens) <= rest / 3) {
+    budget.max_chunk_tokens *= 2;
+  }
+  budget.table_bytes = TableBytes(config, budget.max_chunk_tokens, max_context_tokens);
+  budget.activation_bytes = activations(budget.max_chunk_tokens);
+  const int64_t most_ring =
+      rest - budget.activation_bytes - budget.tail_bytes_per_sequence;
+  budget.ring_bytes =
+      std::max(least_ring, std::min({kMaxRingBytes, rest / 4, most_ring})) / 4096 * 4096;
+  budget.max_tile_bytes = budget.ring_bytes / kNumContexts / 2;
+  budget.kv_pool_bytes = rest - budget.ring_bytes - budget.activation_bytes;
+  return budget;
+}
+
+}  // namespace headroom

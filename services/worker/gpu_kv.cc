@@ -1,0 +1,233 @@
+#include "services/worker/gpu_kv.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "absl/strings/str_cat.h"
+#include "common/checked_math.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+// Runs that a sequence may have without reallocating its tables: doubling from 64 tokens, then
+// full-size extents of some thousand tokens.
+constexpr int kReservedRuns = 64;
+
+int64_t GranuleBytes(const KvGeometry& geometry) {
+  return kBlockTokens * geometry.BytesPerTokenPerHead();
+}
+
+}  // namespace
+
+GpuKv::GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences)
+    : geometry_(geometry),
+      tail_layer_bytes_(kTailTokens * geometry.BytesPerTokenPerLayer()),
+      pool_(pool, pool_bytes, GranuleBytes(geometry)) {
+  sequences_.reserve(max_sequences);
+  for (int32_t slot = max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
+}
+
+absl::Status GpuKv::CheckRun(const Sequence& sequence, const Run& run) const {
+  const auto wrong = [&](absl::string_view what) {
+    return absl::InvalidArgumentError(absl::StrCat("sequence ", sequence.id, ", run at position ",
+                                                   run.first_pos, ": ", what));
+  };
+  if (run.first_pos != sequence.capacity_tokens()) {
+    return wrong(absl::StrCat("expected at position ", sequence.capacity_tokens()));
+  }
+  if (run.capacity_tokens < kBlockTokens || run.capacity_tokens > geometry_.MaxExtentTokens() ||
+      !std::has_single_bit(static_cast<uint64_t>(run.capacity_tokens))) {
+    return wrong(absl::StrCat("capacity ", run.capacity_tokens, ", expected a power of two from ",
+                              kBlockTokens, " to ", geometry_.MaxExtentTokens()));
+  }
+  if (!CheckedAdd(run.first_pos, run.capacity_tokens).has_value()) return wrong("too far");
+  if (static_cast<int32_t>(run.data_offsets.size()) != geometry_.num_layers) {
+    return wrong(absl::StrCat(run.data_offsets.size(), " extents, expected one for each of ",
+                              geometry_.num_layers, " layers"));
+  }
+  const int64_t bytes = run.capacity_tokens * geometry_.BytesPerTokenPerLayer();
+  for (const int64_t offset : run.data_offsets) {
+    if (!RangeFits(offset, bytes, segment_.bytes) || offset % 64 != 0) {
+      return wrong(absl::StrCat("extent at byte ", offset, " of ", bytes,
+                                " bytes leaves the segment of ", segment_.bytes));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void GpuKv::AddRun(Sequence& sequence, const Run& run) {
+  sequence.runs.push_back(run);
+  sequence.residents.resize(
+      sequence.runs.size() * geometry_.num_layers * geometry_.num_kv_heads, nullptr);
+}
+
+absl::Status GpuKv::Open(const OpenSequence& open) {
+  if (Find(open.sequence_id) != nullptr) {
+    return absl::AlreadyExistsError(absl::StrCat("sequence ", open.sequence_id, " is open"));
+  }
+  if (free_slots_.empty()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("all ", sequences_.size(), " sequence slots are in use"));
+  }
+  auto sequence = std::make_unique<Sequence>();
+  sequence->id = open.sequence_id;
+  sequence->runs.reserve(kReservedRuns);
+  sequence->residents.reserve(size_t{kReservedRuns} * geometry_.num_layers *
+                              geometry_.num_kv_heads);
+  for (const Run& run : open.runs) {
+    HEADROOM_RETURN_IF_ERROR(CheckRun(*sequence, run));
+    AddRun(*sequence, run);
+  }
+  if (open.sealed_tokens < 0 || open.sealed_tokens % kBlockTokens != 0 ||
+      open.sealed_tokens > sequence->capacity_tokens()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sequence ", open.sequence_id, ": sealed_tokens ", open.sealed_tokens,
+                     ", expected a multiple of 64 up to ", sequence->capacity_tokens()));
+  }
+  sequence->sealed_tokens = open.sealed_tokens;
+  while (static_cast<int32_t>(sequence->tails.size()) < geometry_.num_layers) {
+    uint8_t* const tail = pool_.Allocate(tail_layer_bytes_);
+    if (tail != nullptr) {
+      sequence->tails.push_back(tail);
+    } else if (!EvictOne()) {
+      for (uint8_t* taken : sequence->tails) pool_.Free(taken, tail_layer_bytes_);
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "no device memory for the tail of another sequence: it takes ",
+          tail_layer_bytes_ * geometry_.num_layers, " bytes, the pool of ",
+          pool_.capacity_bytes(), " has ", pool_.free_bytes(), " left"));
+    }
+  }
+  sequence->slot = free_slots_.back();
+  free_slots_.pop_back();
+  sequences_.push_back(std::move(sequence));
+  return absl::OkStatus();
+}
+
+absl::Status GpuKv::Grant(const RunGrant& grant) {
+  Sequence* const sequence = Find(grant.sequence_id);
+  if (sequence == nullptr) {
+    return absl::NotFoundError(absl::StrCat("sequence ", grant.sequence_id, " is not open"));
+  }
+  HEADROOM_RETURN_IF_ERROR(CheckRun(*sequence, grant.run));
+  AddRun(*sequence, grant.run);
+  return absl::OkStatus();
+}
+
+void GpuKv::Close(uint64_t sequence_id) {
+  const auto at =
+      std::find_if(sequences_.begin(), sequences_.end(),
+                   [&](const auto& sequence) { return sequence->id == sequence_id; });
+  if (at == sequences_.end()) return;
+  Sequence& sequence = **at;
+  for (int run = 0; run < static_cast<int>(sequence.runs.size()); ++run) {
+    for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+      for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+        DropResident(sequence, run, layer, head);
+      }
+    }
+  }
+  for (uint8_t* const tail : sequence.tails) pool_.Free(tail, tail_layer_bytes_);
+  freed_ = true;
+  free_slots_.push_back(sequence.slot);
+  sequences_.erase(at);
+}
+
+void GpuKv::CloseAll() {
+  while (!sequences_.empty()) Close(sequences_.back()->id);
+}
+
+GpuKv::Sequence* GpuKv::Find(uint64_t sequence_id) {
+  for (const auto& sequence : sequences_) {
+    if (sequence->id == sequence_id) return sequence.get();
+  }
+  return nullptr;
+}
+
+uint8_t*& GpuKv::ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const {
+  return sequence.residents[(size_t{static_cast<size_t>(run)} * geometry_.num_layers + layer) *
+                                geometry_.num_kv_heads +
+                            kv_head];
+}
+
+void GpuKv::DropResident(Sequence& sequence, int run, int32_t layer, int32_t kv_head) {
+  uint8_t*& copy = ResidentSlot(sequence, run, layer, kv_head);
+  if (copy == nullptr) return;
+  pool_.Free(copy, sequence.runs[run].capacity_tokens * geometry_.BytesPerTokenPerHead());
+  copy = nullptr;
+  freed_ = true;
+}
+
+bool GpuKv::EvictOne() {
+  for (int run = 0;; ++run) {
+    bool any_run = false;
+    for (const auto& sequence : sequences_) {
+      if (run >= static_cast<int>(sequence->runs.size())) continue;
+      any_run = true;
+      for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+        for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+          if (ResidentSlot(*sequence, run, layer, head) == nullptr) continue;
+          DropResident(*sequence, run, layer, head);
+          return true;
+        }
+      }
+    }
+    if (!any_run) return false;
+  }
+}
+
+void GpuKv::ApplyPlan(
+    const Plan& plan,
+    const std::function<void(const Sequence&, int, int32_t, int32_t)>& promote) {
+  // First drop, then take: what one copy gives up another may use.
+  for (const bool drop : {true, false}) {
+    for (const auto& sequence : sequences_) {
+      for (int run = 0; run < static_cast<int>(sequence->runs.size()); ++run) {
+        for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+          for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+            const Run& where = sequence->runs[run];
+            uint8_t*& copy = ResidentSlot(*sequence, run, layer, head);
+            const bool wanted =
+                plan.LaneOf(layer, head, where.first_pos) == Lane::kResident;
+            if (drop && !wanted) DropResident(*sequence, run, layer, head);
+            if (drop || !wanted || copy != nullptr) continue;
+            copy = pool_.Allocate(where.capacity_tokens * geometry_.BytesPerTokenPerHead());
+            if (copy != nullptr) promote(*sequence, run, layer, head);
+          }
+        }
+      }
+    }
+  }
+}
+
+kernels::KvSpan GpuKv::Tail(const Sequence& sequence, int32_t layer) const {
+  kernels::KvSpan span;
+  span.base = sequence.tails[layer];
+  span.capacity = kTailTokens;
+  span.kv_head_end = geometry_.num_kv_heads;
+  return span;
+}
+
+kernels::KvSpan GpuKv::Extent(const Sequence& sequence, int run, int32_t layer) const {
+  const Run& where = sequence.runs[run];
+  kernels::KvSpan span;
+  span.base = segment_.data + where.data_offsets[layer];
+  span.origin_pos = span.first_pos = where.first_pos;
+  span.capacity = span.count = static_cast<int32_t>(where.capacity_tokens);
+  span.kv_head_end = geometry_.num_kv_heads;
+  return span;
+}
+
+kernels::KvSpan GpuKv::Resident(const Sequence& sequence, int run, int32_t layer,
+                                int32_t kv_head) const {
+  const Run& where = sequence.runs[run];
+  kernels::KvSpan span;
+  span.base = ResidentSlot(const_cast<Sequence&>(sequence), run, layer, kv_head);
+  span.origin_pos = span.first_pos = where.first_pos;
+  span.capacity = span.count = static_cast<int32_t>(where.capacity_tokens);
+  span.kv_head_begin = kv_head;
+  span.kv_head_end = kv_head + 1;
+  return span;
+}
+
+}  // namespace headroom

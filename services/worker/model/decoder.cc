@@ -1,0 +1,176 @@
+#include "services/worker/model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+// `count` entries of `table` from `begin` on.
+template <typename T>
+kernels::Table<T> Slice(const kernels::Table<T>& table, int64_t begin, int64_t count) {
+  return {table.device + begin, table.host + begin, static_cast<int32_t>(count)};
+}
+
+}  // namespace
+
+absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const ModelConfig& config,
+                                        const ModelWeights& weights, const DeviceBudget& budget) {
+  Decoder decoder(device, stream, config, weights);
+  const int64_t rows = std::max(budget.max_chunk_tokens, kMaxDecodeRows);
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  decoder.mlp_slice_rows_ = std::min(rows, budget.mlp_slice_rows);
+  const struct {
+    float** buffer;
+    int64_t floats;
+  } buffers[] = {
+      {&decoder.normed_, rows * config.hidden},
+      {&decoder.qkv_, rows * config.qkv_width()},
+      {&decoder.attention_, rows * q_width},
+      {&decoder.attention_state_,
+       rows * config.num_q_heads * kernels::AttentionStateFloats(config.head_dim)},
+      {&decoder.attend_scratch_, kernels::kMinAttendScratchFloats},
+      {&decoder.gate_up_, decoder.mlp_slice_rows_ * 2 * config.intermediate},
+      {&decoder.activated_, decoder.mlp_slice_rows_ * config.intermediate},
+      {&decoder.logits_, kLogitSliceRows * config.vocab},
+      {&decoder.sampled_, kLogitSliceRows * config.hidden},
+      {&decoder.sample_scratch_, kSampleSliceRows * kernels::SampleScratchFloats(config.vocab)},
+  };
+  for (const auto& [buffer, floats] : buffers) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        uint8_t* const data,
+        device.Allocate(floats * static_cast<int64_t>(sizeof(float)), "activations"));
+    *buffer = reinterpret_cast<float*>(data);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(
+      uint8_t* const tokens,
+      device.Allocate(kMaxSequences * static_cast<int64_t>(sizeof(int32_t)), "activations"));
+  decoder.last_tokens_ = reinterpret_cast<int32_t*>(tokens);
+  return decoder;
+}
+
+absl::Status Decoder::Begin(const kernels::Table<kernels::EmbedRow>& tokens,
+                            const kernels::Table<int64_t>& positions, float* x, float* cos_sin) {
+  kernels::EmbedArgs embed;
+  embed.table = weights_.embedding;
+  embed.rows = tokens;
+  embed.last_tokens = last_tokens_;
+  embed.num_slots = kMaxSequences;
+  embed.out = x;
+  HEADROOM_RETURN_IF_ERROR(device_.Embed(stream_, embed));
+  kernels::RopeTableArgs rope;
+  rope.positions = positions;
+  rope.inverse_frequency = weights_.inverse_frequency;
+  rope.cos_sin = cos_sin;
+  rope.head_dim = config_.head_dim;
+  return device_.RopeTable(stream_, rope);
+}
+
+absl::Status Decoder::AttentionInput(int32_t layer, const float* x, const float* cos_sin,
+                                     int64_t rows,
+                                     const kernels::Table<kernels::AppendItem>& items) {
+  const LayerWeights& w = weights_.layers[layer];
+  HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.attention_norm, normed_, rows));
+  HEADROOM_RETURN_IF_ERROR(Linear(normed_, w.qkv, qkv_, rows, /*accumulate=*/false));
+  kernels::RopeAppendArgs rope;
+  rope.qkv = qkv_;
+  rope.cos_sin = cos_sin;
+  rope.items = items;
+  rope.rows = rows;
+  rope.num_q_heads = config_.num_q_heads;
+  rope.num_kv_heads = config_.num_kv_heads;
+  rope.head_dim = config_.head_dim;
+  return device_.RopeAppend(stream_, rope);
+}
+
+kernels::AttendArgs Decoder::Attention(int64_t rows) const {
+  kernels::AttendArgs attend;
+  attend.q = qkv_;
+  attend.q_stride = config_.qkv_width();
+  attend.state = attention_state_;
+  attend.out = attention_;
+  attend.rows = rows;
+  attend.scratch = attend_scratch_;
+  attend.scratch_floats = kernels::kMinAttendScratchFloats;
+  attend.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  attend.num_q_heads = config_.num_q_heads;
+  attend.num_kv_heads = config_.num_kv_heads;
+  attend.head_dim = config_.head_dim;
+  return attend;
+}
+
+absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows) {
+  const LayerWeights& w = weights_.layers[layer];
+  HEADROOM_RETURN_IF_ERROR(Linear(attention_, w.output, x, rows, /*accumulate=*/true));
+  HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.mlp_norm, normed_, rows));
+  for (int64_t row = 0; row < rows; row += mlp_slice_rows_) {
+    const int64_t count = std::min(mlp_slice_rows_, rows - row);
+    HEADROOM_RETURN_IF_ERROR(
+        Linear(normed_ + row * config_.hidden, w.gate_up, gate_up_, count, false));
+    kernels::SwiGluArgs swiglu;
+    swiglu.gate_up = gate_up_;
+    swiglu.out = activated_;
+    swiglu.rows = count;
+    swiglu.width = config_.intermediate;
+    HEADROOM_RETURN_IF_ERROR(device_.SwiGlu(stream_, swiglu));
+    HEADROOM_RETURN_IF_ERROR(
+        Linear(activated_, w.down, x + row * config_.hidden, count, /*accumulate=*/true));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::Sample(const float* x, int64_t x_rows,
+                             const kernels::Table<int32_t>& row_index,
+                             const kernels::Table<kernels::SampleRow>& rows,
+                             kernels::SampleResult* results) {
+  for (int64_t begin = 0; begin < rows.count; begin += kLogitSliceRows) {
+    const int64_t count = std::min<int64_t>(kLogitSliceRows, rows.count - begin);
+    HEADROOM_RETURN_IF_ERROR(Norm(x, x_rows, weights_.final_norm, sampled_, count,
+                                  Slice(row_index, begin, count)));
+    HEADROOM_RETURN_IF_ERROR(Linear(sampled_, weights_.lm_head, logits_, count, false));
+    for (int64_t at = 0; at < count; at += kSampleSliceRows) {
+      kernels::SampleArgs sample;
+      sample.logits = logits_ + at * config_.vocab;
+      sample.rows = Slice(rows, begin + at, std::min(kSampleSliceRows, count - at));
+      sample.results = results;
+      sample.num_results = kMaxResults;
+      sample.last_tokens = last_tokens_;
+      sample.num_slots = kMaxSequences;
+      sample.vocab = config_.vocab;
+      sample.scratch = sample_scratch_;
+      HEADROOM_RETURN_IF_ERROR(device_.Sample(stream_, sample));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight,
+                           float* out, int64_t rows, const kernels::Table<int32_t>& row_index) {
+  kernels::RmsNormArgs norm;
+  norm.x = x;
+  norm.x_rows = x_rows;
+  norm.weight = weight;
+  norm.out = out;
+  norm.rows = rows;
+  norm.hidden = config_.hidden;
+  norm.epsilon = static_cast<float>(config_.rms_norm_epsilon);
+  norm.row_index = row_index;
+  return device_.RmsNorm(stream_, norm);
+}
+
+absl::Status Decoder::Linear(const float* a, const kernels::PackedWeight& w, float* c, int64_t rows,
+                             bool accumulate) {
+  kernels::GemmArgs gemm;
+  gemm.a = a;
+  gemm.a_stride = w.k;
+  gemm.w = w;
+  gemm.c = c;
+  gemm.c_stride = w.n;
+  gemm.m = rows;
+  gemm.accumulate = accumulate;
+  return device_.Gemm(stream_, gemm);
+}
+
+}  // namespace headroom

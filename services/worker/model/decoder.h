@@ -1,0 +1,77 @@
+// The linear parts of a decoder-only transformer, enqueued on one stream: everything of a step but
+// attention, which is where keys lie (step_executor.cc).
+//
+// The workspace holds what lives within one layer of one step; contexts share it, because they take
+// turns on one stream. What outlives a layer is the caller's: the residual stream x.
+#ifndef HEADROOM_SERVICES_WORKER_MODEL_DECODER_H_
+#define HEADROOM_SERVICES_WORKER_MODEL_DECODER_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+#include "services/worker/device_budget.h"
+#include "services/worker/model/model_config.h"
+#include "services/worker/model/weights.h"
+
+namespace headroom {
+
+class Decoder {
+ public:
+  // Allocates the workspace for up to budget.max_chunk_tokens rows.
+  static absl::StatusOr<Decoder> Create(Device& device, StreamId stream, const ModelConfig& config,
+                                        const ModelWeights& weights, const DeviceBudget& budget);
+
+  // x[rows, hidden] = embedding of the tokens; cos_sin[rows, head_dim] = their rotations.
+  absl::Status Begin(const kernels::Table<kernels::EmbedRow>& tokens,
+                     const kernels::Table<int64_t>& positions, float* x, float* cos_sin);
+  // Norm, q, k and v of one layer, rotation; keys and values go where `items` say.
+  absl::Status AttentionInput(int32_t layer, const float* x, const float* cos_sin, int64_t rows,
+                              const kernels::Table<kernels::AppendItem>& items);
+  // The arguments of this layer's attention, but for items and spans: q, state and out.
+  kernels::AttendArgs Attention(int64_t rows) const;
+  // x += output projection of the attention; x += MLP(x).
+  absl::Status LayerOutput(int32_t layer, float* x, int64_t rows);
+  // Final norm, logits and sampling of the rows of x that `row_index` names, result by result.
+  absl::Status Sample(const float* x, int64_t x_rows, const kernels::Table<int32_t>& row_index,
+                      const kernels::Table<kernels::SampleRow>& rows,
+                      kernels::SampleResult* results);
+
+  const ModelConfig& config() const { return config_; }
+  int32_t* last_tokens() { return last_tokens_; }
+
+  // The most sequences that may be open: slots of last_tokens.
+  static constexpr int32_t kMaxSequences = 64;
+
+ private:
+  Decoder(Device& device, StreamId stream, const ModelConfig& config, const ModelWeights& weights)
+      : device_(device), stream_(stream), config_(config), weights_(weights) {}
+
+  absl::Status Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight, float* out,
+                    int64_t rows, const kernels::Table<int32_t>& row_index = {});
+  absl::Status Linear(const float* a, const kernels::PackedWeight& w, float* c, int64_t rows,
+                      bool accumulate);
+
+  Device& device_;
+  const StreamId stream_;
+  const ModelConfig& config_;
+  const ModelWeights& weights_;
+
+  int64_t mlp_slice_rows_ = 0;
+  float* normed_ = nullptr;          // [rows, hidden]
+  float* qkv_ = nullptr;             // [rows, qkv_width]
+  float* attention_ = nullptr;       // [rows, q heads * head_dim]
+  float* attention_state_ = nullptr; // [rows, q heads, AttentionStateFloats]
+  float* attend_scratch_ = nullptr;  // [kMinAttendScratchFloats]
+  float* gate_up_ = nullptr;         // [mlp_slice_rows, 2 * intermediate]
+  float* activated_ = nullptr;       // [mlp_slice_rows, intermediate]
+  float* logits_ = nullptr;          // [kLogitSliceRows, vocab]
+  float* sampled_ = nullptr;         // [kLogitSliceRows, hidden]
+  float* sample_scratch_ = nullptr;  // [kSampleSliceRows, SampleScratchFloats]
+  int32_t* last_tokens_ = nullptr;   // [kMaxSequences]
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_MODEL_DECODER_H_

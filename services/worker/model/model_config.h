@@ -1,0 +1,52 @@
+// What a Hugging Face config.json says of a decoder, checked.
+#ifndef HEADROOM_SERVICES_WORKER_MODEL_MODEL_CONFIG_H_
+#define HEADROOM_SERVICES_WORKER_MODEL_MODEL_CONFIG_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/kv_layout.h"
+
+namespace headroom {
+
+// Llama-3's stretching of the low RoPE frequencies.
+struct Llama3RopeScaling {
+  double factor = 1;
+  double low_freq_factor = 1;
+  double high_freq_factor = 4;
+  double original_max_position_tokens = 8192;
+};
+
+struct ModelConfig {
+  std::string architecture;
+  int32_t num_layers = 0;
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+  int64_t hidden = 0;
+  int64_t intermediate = 0;
+  int64_t vocab = 0;
+  int64_t max_position_tokens = 0;
+  double rms_norm_epsilon = 1e-5;
+  double rope_theta = 10000;
+  std::optional<Llama3RopeScaling> rope_scaling;
+  bool tied_embeddings = false;
+
+  KvGeometry kv_geometry() const { return {num_layers, num_kv_heads, head_dim}; }
+  int64_t qkv_width() const { return int64_t{num_q_heads + 2 * num_kv_heads} * head_dim; }
+  // Radians per position of each of the head_dim / 2 pairs, rounded to float32 where Hugging Face
+  // rounds them.
+  std::vector<float> InverseFrequencies() const;
+};
+
+// Reads `model_dir`/config.json. INVALID_ARGUMENT names the member and what was expected; an
+// architecture or an option that changes the maths and is not implemented is refused by name
+// (UNIMPLEMENTED), never ignored.
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_MODEL_MODEL_CONFIG_H_

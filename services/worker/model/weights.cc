@@ -1,0 +1,209 @@
+#include "services/worker/model/weights.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status.h"
+#include "services/worker/model/safetensors.h"
+
+namespace headroom {
+namespace {
+
+using kernels::BFloat16;
+using kernels::PackedWeight;
+
+constexpr int64_t kPieceBytes = 8 << 20;
+
+// Loads tensors one after the other, hashing what passes.
+class Loader {
+ public:
+  Loader(const SafetensorsReader& reader, Device& device, int64_t total_bytes,
+         const std::function<void(double)>& progress)
+      : reader_(reader),
+        device_(device),
+        total_bytes_(total_bytes),
+        progress_(progress),
+        piece_(kPieceBytes / sizeof(BFloat16)),
+        hash_(XXH3_createState(), &XXH3_freeState) {
+    XXH3_128bits_reset(hash_.get());
+  }
+
+  void HashNumber(double value) { XXH3_128bits_update(hash_.get(), &value, sizeof(value)); }
+
+  // One matrix made of several tensors, one below the other.
+  absl::StatusOr<PackedWeight> Matrix(
+      absl::string_view what, const std::vector<std::pair<std::string, int64_t>>& parts,
+      int64_t k) {
+    int64_t n = 0;
+    for (const auto& part : parts) n += part.second;
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
+                              device_.Allocate(device_.PackedBytes(n, k), what));
+    int64_t row = 0;
+    for (const auto& [name, rows] : parts) {
+      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
+                                reader_.Expect(name, "BF16", {rows, k}));
+      HashName(name, *tensor);
+      const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
+      const int64_t rows_a_piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
+      if (rows_a_piece * k > static_cast<int64_t>(piece_.size())) piece_.resize(rows_a_piece * k);
+      for (int64_t done = 0; done < rows; done += rows_a_piece) {
+        const int64_t count = std::min(rows_a_piece, rows - done);
+        HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, done * row_bytes, count * row_bytes));
+        HEADROOM_RETURN_IF_ERROR(
+            device_.LoadWeightRows(piece_.data(), row + done, count, n, k, packed));
+      }
+      row += rows;
+    }
+    return PackedWeight{reinterpret_cast<const BFloat16*>(packed), n, k};
+  }
+
+  absl::StatusOr<const BFloat16*> Vector(const std::string& name, int64_t size) {
+    HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor, reader_.Expect(name, "BF16", {size}));
+    HashName(name, *tensor);
+    HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, 0, tensor->size_bytes));
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(tensor->size_bytes, name));
+    HEADROOM_RETURN_IF_ERROR(device_.Upload(data, piece_.data(), tensor->size_bytes));
+    return reinterpret_cast<const BFloat16*>(data);
+  }
+
+  std::array<uint8_t, 16> Fingerprint() const {
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(hash_.get()));
+    std::array<uint8_t, 16> bytes;
+    std::copy(std::begin(canonical.digest), std::end(canonical.digest), bytes.begin());
+    return bytes;
+  }
+
+ private:
+  void HashName(const std::string& name, const TensorInfo& tensor) {
+    XXH3_128bits_update(hash_.get(), name.data(), name.size());
+    XXH3_128bits_update(hash_.get(), tensor.shape.data(), tensor.shape.size() * sizeof(int64_t));
+  }
+
+  absl::Status ReadPiece(const TensorInfo& tensor, int64_t offset, int64_t bytes) {
+    if (bytes > static_cast<int64_t>(piece_.size() * sizeof(BFloat16))) {
+      piece_.resize(static_cast<size_t>(bytes) / sizeof(BFloat16));
+    }
+    HEADROOM_RETURN_IF_ERROR(reader_.Read(tensor, offset, bytes, piece_.data()));
+    XXH3_128bits_update(hash_.get(), piece_.data(), static_cast<size_t>(bytes));
+    done_bytes_ += bytes;
+    if (progress_) progress_(static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_));
+    return absl::OkStatus();
+  }
+
+  const SafetensorsReader& reader_;
+  Device& device_;
+  const int64_t total_bytes_;
+  const std::function<void(double)>& progress_;
+  std::vector<BFloat16> piece_;
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_;
+  int64_t done_bytes_ = 0;
+};
+
+// Tensors that the decoder does not use: a wrong guess about the architecture must not pass silently.
+absl::Status CheckNoneLeftOver(const SafetensorsReader& reader, const ModelConfig& config) {
+  int64_t expected = 2 + 9 * int64_t{config.num_layers} + (config.tied_embeddings ? 0 : 1);
+  for (const auto& [name, tensor] : reader.tensors()) {
+    const bool is_tied_copy = config.tied_embeddings && name == "lm_head.weight";
+    const bool is_rotary = name.size() > 19 && name.ends_with(".rotary_emb.inv_freq");
+    if (is_tied_copy || is_rotary) ++expected;
+  }
+  if (static_cast<int64_t>(reader.tensors().size()) == expected) return absl::OkStatus();
+  for (const auto& [name, tensor] : reader.tensors()) {
+    if (name.ends_with(".bias") || name.find("_norm.weight") != std::string::npos) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(reader.file_name(tensor), ": tensor '", name, "' is not part of ",
+                       config.architecture));
+    }
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat(reader.file_name(reader.tensors().begin()->second), ": ",
+                   reader.tensors().size(), " tensors, expected ", expected, " for ",
+                   config.architecture, " with ", config.num_layers, " layers"));
+}
+
+absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config, int32_t layer) {
+  const std::string prefix = absl::StrCat("model.layers.", layer, ".");
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
+  LayerWeights weights;
+  HEADROOM_ASSIGN_OR_RETURN(weights.attention_norm,
+                            loader.Vector(prefix + "input_layernorm.weight", config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.qkv, loader.Matrix("weights",
+                                 {{prefix + "self_attn.q_proj.weight", q_width},
+                                  {prefix + "self_attn.k_proj.weight", kv_width},
+                                  {prefix + "self_attn.v_proj.weight", kv_width}},
+                                 config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.output,
+      loader.Matrix("weights", {{prefix + "self_attn.o_proj.weight", config.hidden}}, q_width));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.mlp_norm, loader.Vector(prefix + "post_attention_layernorm.weight", config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.gate_up, loader.Matrix("weights",
+                                     {{prefix + "mlp.gate_proj.weight", config.intermediate},
+                                      {prefix + "mlp.up_proj.weight", config.intermediate}},
+                                     config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.down,
+      loader.Matrix("weights", {{prefix + "mlp.down_proj.weight", config.hidden}},
+                    config.intermediate));
+  return weights;
+}
+
+}  // namespace
+
+int64_t WeightBytes(const ModelConfig& config, const Device& device) {
+  constexpr int64_t kAlign = 256;
+  const auto aligned = [](int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t norm = aligned(config.hidden * static_cast<int64_t>(sizeof(BFloat16)));
+  const auto packed = [&](int64_t n, int64_t k) { return aligned(device.PackedBytes(n, k)); };
+  const int64_t layer = 2 * norm + packed(config.qkv_width(), config.hidden) +
+                        packed(config.hidden, q_width) +
+                        packed(2 * config.intermediate, config.hidden) +
+                        packed(config.hidden, config.intermediate);
+  const int64_t vocab_matrices = config.tied_embeddings ? 1 : 2;
+  return config.num_layers * layer + vocab_matrices * packed(config.vocab, config.hidden) + norm +
+         aligned(config.head_dim / 2 * static_cast<int64_t>(sizeof(float)));
+}
+
+absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const ModelConfig& config,
+                                         Device& device,
+                                         const std::function<void(double)>& progress) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsReader> reader,
+                            SafetensorsReader::Open(model_dir));
+  Loader loader(*reader, device, WeightBytes(config, device), progress);
+  ModelWeights weights;
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.embedding,
+      loader.Matrix("weights", {{"model.embed_tokens.weight", config.vocab}}, config.hidden));
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    HEADROOM_ASSIGN_OR_RETURN(LayerWeights layer_weights, LoadLayer(loader, config, layer));
+    weights.layers.push_back(layer_weights);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(weights.final_norm, loader.Vector("model.norm.weight", config.hidden));
+  if (config.tied_embeddings) {
+    weights.lm_head = weights.embedding;
+  } else {
+    HEADROOM_ASSIGN_OR_RETURN(
+        weights.lm_head,
+        loader.Matrix("weights", {{"lm_head.weight", config.vocab}}, config.hidden));
+  }
+  HEADROOM_RETURN_IF_ERROR(CheckNoneLeftOver(*reader, config));
+  const std::vector<float> frequencies = config.InverseFrequencies();
+  for (const float frequency : frequencies) loader.HashNumber(frequency);
+  const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device.Allocate(bytes, "weights"));
+  HEADROOM_RETURN_IF_ERROR(device.Upload(data, frequencies.data(), bytes));
+  weights.inverse_frequency = reinterpret_cast<const float*>(data);
+  weights.fingerprint = loader.Fingerprint();
+  return weights;
+}
+
+}  // namespace headroom

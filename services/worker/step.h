@@ -1,0 +1,126 @@
+// A step as the executor sees it: plain data, made from the coordinator's message and back.
+#ifndef HEADROOM_SERVICES_WORKER_STEP_H_
+#define HEADROOM_SERVICES_WORKER_STEP_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/kv_layout.h"
+#include "kernels/sample.h"
+
+namespace headroom {
+
+enum class Lane : uint8_t { kResident, kFetched, kInPlace };
+inline constexpr int kNumLanes = 3;
+
+// A rectangle of KV heads and positions of one layer that is attended in one lane.
+struct LaneRange {
+  Lane lane = Lane::kFetched;
+  int32_t kv_head_begin = 0;
+  int32_t kv_head_end = 0;
+  int64_t first_pos = 0;
+  int64_t end_pos = std::numeric_limits<int64_t>::max();
+};
+
+// A versioned placement: per layer, ranges that cover every head and position once.
+struct Plan {
+  uint64_t version = 0;
+  std::vector<std::vector<LaneRange>> layers;
+
+  // The lane of the extent of `kv_head` in `layer` that begins at `pos`.
+  Lane LaneOf(int32_t layer, int32_t kv_head, int64_t pos) const {
+    for (const LaneRange& range : layers[layer]) {
+      if (kv_head >= range.kv_head_begin && kv_head < range.kv_head_end &&
+          pos >= range.first_pos && pos < range.end_pos) {
+        return range.lane;
+      }
+    }
+    return Lane::kFetched;
+  }
+};
+
+// The extents of all layers for one run of positions.
+struct Run {
+  int64_t first_pos = 0;
+  int64_t capacity_tokens = 0;
+  std::vector<int64_t> data_offsets;  // per layer, into the segment's data file
+};
+
+struct OpenSequence {
+  uint64_t sequence_id = 0;
+  std::vector<Run> runs;
+  int64_t sealed_tokens = 0;
+};
+
+struct RunGrant {
+  uint64_t sequence_id = 0;
+  Run run;
+};
+
+// What one sequence does in a step: its positions [first_pos, first_pos + num_tokens()).
+struct StepSequence {
+  uint64_t sequence_id = 0;
+  int64_t first_pos = 0;
+  std::vector<int32_t> token_ids;  // empty: one token, the last that was drawn
+  int64_t sealed_tokens = 0;       // keys below are attended in lanes
+  bool draw = false;               // draw a token after the last position
+  kernels::SampleRow sampling;     // seed, temperature, ...; where `draw`
+  int32_t num_top_logprobs = 0;
+  std::vector<int32_t> score_token_ids;  // of token i: the log-probability of this id after it
+
+  int64_t num_tokens() const {
+    return token_ids.empty() ? 1 : static_cast<int64_t>(token_ids.size());
+  }
+  int64_t end_pos() const { return first_pos + num_tokens(); }
+  int64_t num_results() const {
+    return static_cast<int64_t>(score_token_ids.size()) + (draw ? 1 : 0);
+  }
+};
+
+struct LaneAccount {
+  double kv_heads = 0;  // mean per layer
+  int64_t bytes = 0;
+  int64_t busy_ns = 0;
+  int64_t idle_ns = 0;
+};
+
+struct StepResult {
+  absl::Status status;
+  // Scored tokens, then the drawn one, for each sequence in the order of the step.
+  std::vector<kernels::SampleResult> tokens;
+  LaneAccount lanes[kNumLanes];
+  int64_t duration_ns = 0;
+  int64_t fetch_wait_ns = 0;
+  int64_t sealed_bytes = 0;
+};
+
+struct Step {
+  uint64_t number = 0;
+  uint32_t attempt = 0;
+  uint64_t plan_version = 0;
+  std::vector<uint64_t> close;
+  std::vector<OpenSequence> open;
+  std::vector<RunGrant> grants;
+  std::vector<StepSequence> sequences;
+
+  StepResult result;
+
+  int64_t num_rows() const {
+    int64_t rows = 0;
+    for (const StepSequence& sequence : sequences) rows += sequence.num_tokens();
+    return rows;
+  }
+  // Steps with a chunk run in the prefill context, the others in the decode context.
+  bool has_chunk() const {
+    return std::any_of(sequences.begin(), sequences.end(),
+                       [](const StepSequence& s) { return s.num_tokens() > 1; });
+  }
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_STEP_H_

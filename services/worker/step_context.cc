@@ -1,0 +1,413 @@
+#include "services/worker/step_context.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+using kernels::AttendItem;
+using kernels::CopyKvItem;
+using kernels::KvSpan;
+
+enum MoveKind { kPrelude, kSeal, kKeep };
+enum LaunchKind { kLocal, kTile, kLast };
+
+// The span with only positions [begin, end).
+KvSpan Clip(KvSpan span, int64_t begin, int64_t end) {
+  const int64_t last = std::min(span.first_pos + span.count, end);
+  span.first_pos = std::max(span.first_pos, begin);
+  span.count = static_cast<int32_t>(std::max<int64_t>(0, last - span.first_pos));
+  return span;
+}
+
+}  // namespace
+
+StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
+                         std::unique_ptr<FetchPipeline> pipeline)
+    : config_(config),
+      geometry_(config.kv_geometry()),
+      max_rows_(max_rows),
+      kv_(kv),
+      pipeline_(std::move(pipeline)),
+      layers_(config.num_layers),
+      progress_(config.num_kv_heads) {
+  parts_.reserve(kMaxDecodeRows);
+  tile_launches_.reserve(4096);
+  embed_scratch_.reserve(max_rows);
+  position_scratch_.reserve(max_rows);
+  row_scratch_.reserve(kMaxResults);
+  sample_scratch_.reserve(kMaxResults);
+  append_scratch_.reserve(kMaxDecodeRows);
+  for (auto& scratch : copy_scratch_) scratch.reserve(4096);
+  for (auto& scratch : item_scratch_) scratch.reserve(4096);
+  for (auto& scratch : span_scratch_) scratch.reserve(16384);
+  tile_scratch_.reserve(4096);
+}
+
+int64_t StepContext::StagingBytes(const DeviceBudget& budget) {
+  return kStepsInFlight *
+         (budget.table_bytes + kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult)));
+}
+
+absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
+    Device& device, const ModelConfig& config, const DeviceBudget& budget, int64_t max_rows,
+    bool has_chunks, GpuKv& kv, std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging) {
+  auto context = std::unique_ptr<StepContext>(
+      new StepContext(config, max_rows, kv, std::move(pipeline)));
+  constexpr int64_t kFloat = sizeof(float);
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const x,
+                            device.Allocate(max_rows * config.hidden * kFloat, "activations"));
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const cos_sin,
+                            device.Allocate(max_rows * config.head_dim * kFloat, "activations"));
+  context->x_ = reinterpret_cast<float*>(x);
+  context->cos_sin_ = reinterpret_cast<float*>(cos_sin);
+  if (has_chunks) {
+    context->chunk_buffer_bytes_ = ChunkBufferBytes(config, max_rows) / 2;
+    for (uint8_t*& buffer : context->chunk_buffers_) {
+      HEADROOM_ASSIGN_OR_RETURN(buffer,
+                                device.Allocate(context->chunk_buffer_bytes_, "activations"));
+    }
+  }
+  constexpr int64_t kResultBytes = kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult));
+  for (Flight& flight : context->flights_) {
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const tables,
+                              device.Allocate(budget.table_bytes, "activations"));
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const results, device.Allocate(kResultBytes, "activations"));
+    flight.tables = StepTables(staging, tables, budget.table_bytes);
+    staging += budget.table_bytes;
+    flight.results = reinterpret_cast<kernels::SampleResult*>(results);
+    flight.host_results = reinterpret_cast<kernels::SampleResult*>(staging);
+    staging += kResultBytes;
+    HEADROOM_ASSIGN_OR_RETURN(flight.done, device.CreateEvent());
+    HEADROOM_ASSIGN_OR_RETURN(flight.sealed_done, device.CreateEvent());
+  }
+  for (int parity = 0; parity < 2; ++parity) {
+    HEADROOM_ASSIGN_OR_RETURN(context->appended[parity], device.CreateEvent());
+    HEADROOM_ASSIGN_OR_RETURN(context->sealed[parity], device.CreateEvent());
+  }
+  HEADROOM_ASSIGN_OR_RETURN(context->all_sealed, device.CreateEvent());
+  return context;
+}
+
+absl::Status StepContext::AddPart(const StepSequence& sequence) {
+  const auto wrong = [&](absl::string_view what) {
+    return absl::InvalidArgumentError(absl::StrCat("sequence ", sequence.sequence_id, ": ", what));
+  };
+  Part part;
+  part.what = &sequence;
+  part.kv = kv_.Find(sequence.sequence_id);
+  if (part.kv == nullptr) {
+    return absl::NotFoundError(absl::StrCat("sequence ", sequence.sequence_id, " is not open"));
+  }
+  for (const Part& other : parts_) {
+    if (other.kv == part.kv) return wrong("twice in one step");
+  }
+  const int64_t end = sequence.end_pos();
+  const int64_t sealed = sequence.sealed_tokens;
+  if (sealed < 0 || sealed % kBlockTokens != 0 || sealed > part.kv->sealed_tokens ||
+      sealed > sequence.first_pos) {
+    return wrong(absl::StrCat("sealed_tokens ", sealed, ", expected a multiple of 64 up to ",
+                              std::min(part.kv->sealed_tokens, sequence.first_pos)));
+  }
+  if (FloorToBlock(end) > part.kv->capacity_tokens()) {
+    return wrong(absl::StrCat("positions to ", end, " and extents for ",
+                              part.kv->capacity_tokens()));
+  }
+  if (rows_ + sequence.num_tokens() > max_rows_) {
+    return wrong(absl::StrCat("more than ", max_rows_, " new tokens in one step"));
+  }
+  for (const auto* ids : {&sequence.token_ids, &sequence.score_token_ids}) {
+    for (const int32_t id : *ids) {
+      if (id < 0 || id >= config_.vocab) {
+        return wrong(absl::StrCat("token id ", id, " of a vocabulary of ", config_.vocab));
+      }
+    }
+  }
+  if (sequence.score_token_ids.size() > static_cast<size_t>(sequence.num_tokens())) {
+    return wrong("more tokens to score than new tokens");
+  }
+  part.first_own_pos = sealed;
+  part.in_tail = end - sealed <= kTailTokens;
+  if (!part.in_tail) {
+    if (sequence.first_pos - sealed >= kTailTokens) {
+      return wrong(absl::StrCat(sequence.first_pos - sealed, " unsealed tokens, the tail holds ",
+                                kTailTokens));
+    }
+    part.chunk_offset_bytes = chunk_bytes_;
+    chunk_bytes_ += CeilToBlock(end - sealed) * geometry_.BytesPerTokenPerLayer();
+    if (chunk_bytes_ > chunk_buffer_bytes_) return wrong("the step's chunks are too long together");
+  }
+  part.row_begin = static_cast<int32_t>(rows_);
+  rows_ += sequence.num_tokens();
+  parts_.push_back(part);
+  return absl::OkStatus();
+}
+
+absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
+  Flight& flight = flights_[index];
+  flight.tables.Clear();
+  for (OpAccount& account : flight.accounts) {
+    account.bytes = 0;
+    account.busy_ns = 0;
+  }
+  flight.sealed.bytes = 0;
+  flight.fetch_wait.busy_ns = 0;
+  std::fill(std::begin(flight.kv_heads), std::end(flight.kv_heads), 0.0);
+  parts_.clear();
+  tile_launches_.clear();
+  rows_ = chunk_bytes_ = 0;
+  seals_ = false;
+  flight.step = std::move(step);
+  const Step& s = *flight.step;
+  tiling_ = s.has_chunk() ? Tiling::kPrefill : Tiling::kDecode;
+  for (const StepSequence& sequence : s.sequences) HEADROOM_RETURN_IF_ERROR(AddPart(sequence));
+  BuildRows(flight.tables);
+  HEADROOM_RETURN_IF_ERROR(BuildResults(s, flight.tables));
+  flight.num_results = sample_rows_.count;
+  pipeline_->BeginStep(&flight.accounts[static_cast<int>(Lane::kFetched)], &flight.fetch_wait);
+  for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+    BuildLayer(layer, flight.tables, flight);
+  }
+  flight.seals = seals_;
+  for (const Part& part : parts_) {
+    const int64_t end = FloorToBlock(part.what->end_pos());
+    part.kv->sealed_tokens = std::max(part.kv->sealed_tokens, end);
+  }
+  return absl::OkStatus();
+}
+
+void StepContext::BuildRows(StepTables& tables) {
+  embed_scratch_.clear();
+  position_scratch_.clear();
+  for (const Part& part : parts_) {
+    for (int64_t i = 0; i < part.what->num_tokens(); ++i) {
+      const int32_t id = part.what->token_ids.empty() ? -1 : part.what->token_ids[i];
+      embed_scratch_.push_back({id, part.kv->slot});
+      position_scratch_.push_back(part.what->first_pos + i);
+    }
+  }
+  tokens_ = tables.Add(embed_scratch_);
+  positions_ = tables.Add(position_scratch_);
+}
+
+absl::Status StepContext::BuildResults(const Step& step, StepTables& tables) {
+  row_scratch_.clear();
+  sample_scratch_.clear();
+  for (const Part& part : parts_) {
+    const StepSequence& s = *part.what;
+    for (size_t i = 0; i < s.score_token_ids.size(); ++i) {
+      kernels::SampleRow row;
+      row.forced_token = s.score_token_ids[i];
+      row.num_top_logprobs = s.num_top_logprobs;
+      row.result_index = static_cast<int32_t>(sample_scratch_.size());
+      row_scratch_.push_back(part.row_begin + static_cast<int32_t>(i));
+      sample_scratch_.push_back(row);
+    }
+    if (!s.draw) continue;
+    kernels::SampleRow row = s.sampling;
+    row.counter = static_cast<uint64_t>(s.end_pos());
+    row.num_top_logprobs = s.num_top_logprobs;
+    row.slot = part.kv->slot;
+    row.result_index = static_cast<int32_t>(sample_scratch_.size());
+    row_scratch_.push_back(part.row_begin + static_cast<int32_t>(s.num_tokens()) - 1);
+    sample_scratch_.push_back(row);
+  }
+  if (static_cast<int64_t>(sample_scratch_.size()) > kMaxResults) {
+    return absl::InvalidArgumentError(absl::StrCat("step ", step.number, " asks for ",
+                                                   sample_scratch_.size(), " results, at most ",
+                                                   kMaxResults));
+  }
+  result_rows_ = tables.Add(row_scratch_);
+  sample_rows_ = tables.Add(sample_scratch_);
+  return absl::OkStatus();
+}
+
+KvSpan StepContext::OwnKeys(const Part& part, int32_t layer) const {
+  const int64_t end = part.what->end_pos();
+  KvSpan span = kv_.Tail(*part.kv, layer);
+  if (!part.in_tail) {
+    span.base = chunk_buffers_[layer % 2] + part.chunk_offset_bytes;
+    span.origin_pos = part.first_own_pos;
+    span.capacity = static_cast<int32_t>(CeilToBlock(end - part.first_own_pos));
+  }
+  span.first_pos = part.first_own_pos;
+  span.count = static_cast<int32_t>(end - part.first_own_pos);
+  return span;
+}
+
+int StepContext::SealedRuns(const Part& part) const {
+  int runs = 0;
+  while (runs < static_cast<int>(part.kv->runs.size()) &&
+         part.kv->runs[runs].first_pos < part.what->sealed_tokens) {
+    ++runs;
+  }
+  return runs;
+}
+
+KvSpan StepContext::LocalSpan(const Part& part, int run, int32_t layer, int32_t head) const {
+  return Clip(kv_.Resident(*part.kv, run, layer, head), 0, part.what->sealed_tokens);
+}
+
+bool StepContext::IsLocal(const Part& part, int run, int32_t layer, int32_t head) const {
+  return kv_.Resident(*part.kv, run, layer, head).base != nullptr;
+}
+
+void StepContext::BuildLayer(int32_t layer, StepTables& tables, Flight& flight) {
+  BuildMoves(layer, tables);
+  BuildAttention(layer, tables);
+  // Lanes by heads: the share of each head's sealed keys, averaged over sequences and layers.
+  for (const Part& part : parts_) {
+    const double weight =
+        1.0 / static_cast<double>(parts_.size()) / static_cast<double>(geometry_.num_layers);
+    const int64_t sealed = part.what->sealed_tokens;
+    for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+      int64_t local = 0;
+      for (int run = 0; run < SealedRuns(part); ++run) {
+        if (IsLocal(part, run, layer, head)) local += LocalSpan(part, run, layer, head).count;
+      }
+      const double share =
+          sealed == 0 ? 1 : static_cast<double>(local) / static_cast<double>(sealed);
+      flight.kv_heads[static_cast<int>(Lane::kResident)] += weight * share;
+      flight.kv_heads[static_cast<int>(Lane::kFetched)] += weight * (1 - share);
+    }
+  }
+}
+
+void StepContext::BuildMoves(int32_t layer, StepTables& tables) {
+  for (auto& scratch : copy_scratch_) scratch.clear();
+  append_scratch_.clear();
+  for (const Part& part : parts_) {
+    const int64_t first = part.what->first_pos;
+    const int64_t end = part.what->end_pos();
+    const KvSpan own = OwnKeys(part, layer);
+    const KvSpan tail = kv_.Tail(*part.kv, layer);
+    append_scratch_.push_back({part.row_begin, Clip(own, first, end)});
+    if (!part.in_tail && first > part.first_own_pos) {
+      KvSpan from = tail;
+      from.first_pos = part.first_own_pos;
+      from.count = static_cast<int32_t>(first - part.first_own_pos);
+      copy_scratch_[kPrelude].push_back({from, Clip(own, part.first_own_pos, first)});
+    }
+    const int64_t seal_begin = FloorToBlock(first);
+    const int64_t seal_end = FloorToBlock(end);
+    if (!part.in_tail && end > seal_end) {
+      KvSpan to = tail;
+      to.first_pos = seal_end;
+      to.count = static_cast<int32_t>(end - seal_end);
+      copy_scratch_[kKeep].push_back({own, to});
+    }
+    for (int run = 0; seal_begin < seal_end && run < static_cast<int>(part.kv->runs.size());
+         ++run) {
+      const KvSpan to = Clip(kv_.Extent(*part.kv, run, layer), seal_begin, seal_end);
+      if (to.count <= 0) continue;
+      copy_scratch_[kSeal].push_back({own, to});
+      for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+        const KvSpan copy =
+            Clip(kv_.Resident(*part.kv, run, layer, head), seal_begin, seal_end);
+        if (copy.base != nullptr) copy_scratch_[kSeal].push_back({own, copy});
+      }
+    }
+  }
+  LayerWork& work = layers_[layer];
+  work.append = tables.Add(append_scratch_);
+  work.prelude = tables.Add(copy_scratch_[kPrelude]);
+  work.seal = tables.Add(copy_scratch_[kSeal]);
+  work.keep = tables.Add(copy_scratch_[kKeep]);
+  seals_ = seals_ || work.seal.count > 0;
+}
+
+void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
+  LayerWork& work = layers_[layer];
+  for (const int kind : {kLocal, kLast}) {
+    item_scratch_[kind].clear();
+    span_scratch_[kind].clear();
+  }
+  work.tile_begin = static_cast<int32_t>(tile_launches_.size());
+  for (const Part& part : parts_) {
+    // Neighbouring heads whose runs lie alike go together.
+    const int runs = SealedRuns(part);
+    const auto alike = [&](int32_t a, int32_t b) {
+      for (int run = 0; run < runs; ++run) {
+        if (IsLocal(part, run, layer, a) != IsLocal(part, run, layer, b)) return false;
+      }
+      return true;
+    };
+    for (int32_t begin = 0, end; begin < geometry_.num_kv_heads; begin = end) {
+      end = begin + 1;
+      while (end < geometry_.num_kv_heads && alike(begin, end)) ++end;
+      AttendHeads(part, layer, begin, end, tables);
+    }
+  }
+  work.tile_end = static_cast<int32_t>(tile_launches_.size());
+  work.local = {tables.Add(item_scratch_[kLocal]), tables.Add(span_scratch_[kLocal])};
+  work.last = {tables.Add(item_scratch_[kLast]), tables.Add(span_scratch_[kLast])};
+}
+
+// Heads [head_begin, head_end) of one sequence, whose runs are local or fetched alike: the fetched
+// ones become tiles, and each launch takes the keys since the one before, in order of position.
+void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begin,
+                              int32_t head_end, StepTables& tables) {
+  const int64_t sealed = part.what->sealed_tokens;
+  const int runs = SealedRuns(part);
+  std::fill(progress_.begin(), progress_.end(), 0);
+  // Adds an item of `kind` with the local keys of [progress of the head, pos) and then `more`.
+  const auto add = [&](LaunchKind kind, int32_t begin, int32_t end, int64_t pos,
+                       const KvSpan& more, bool finish) {
+    AttendItem item;
+    item.row_begin = part.row_begin;
+    item.row_count = static_cast<int32_t>(part.what->num_tokens());
+    item.first_pos = part.what->first_pos;
+    item.kv_head_begin = begin;
+    item.kv_head_end = end;
+    item.span_begin = static_cast<int32_t>(span_scratch_[kind].size());
+    item.reset = progress_[begin] == 0 ? 1 : 0;
+    item.finish = finish ? 1 : 0;
+    for (int run = 0; run < runs && progress_[begin] < pos; ++run) {
+      const KvSpan span =
+          Clip(kv_.Resident(*part.kv, run, layer, begin), progress_[begin], pos);
+      if (span.base != nullptr && span.count > 0) span_scratch_[kind].push_back(span);
+    }
+    span_scratch_[kind].push_back(more);
+    item.span_count = static_cast<int32_t>(span_scratch_[kind].size()) - item.span_begin;
+    item_scratch_[kind].push_back(item);
+  };
+  // Resident copies lie apart, head by head; without any, all heads are one item.
+  const auto add_heads = [&](LaunchKind kind, int32_t begin, int32_t end, int64_t pos,
+                             const KvSpan& more, bool finish) {
+    if (progress_[begin] >= pos) {
+      add(kind, begin, end, pos, more, finish);
+    } else {
+      for (int32_t head = begin; head < end; ++head) add(kind, head, head + 1, pos, more, finish);
+    }
+  };
+
+  tile_scratch_.clear();
+  for (int run = 0; run < runs; ++run) {
+    if (IsLocal(part, run, layer, head_begin)) continue;
+    const int first_run = run;
+    while (run + 1 < runs && !IsLocal(part, run + 1, layer, head_begin)) ++run;
+    const Run& last = part.kv->runs[run];
+    CutIntoTiles(tiling_, geometry_,
+                 {head_begin, head_end, part.kv->runs[first_run].first_pos,
+                  std::min(last.first_pos + last.capacity_tokens, sealed)},
+                 pipeline_->max_tile_bytes(), tile_scratch_);
+  }
+  for (const Rectangle& rectangle : tile_scratch_) {
+    item_scratch_[kTile].clear();
+    span_scratch_[kTile].clear();
+    const int tile = pipeline_->AddTile(*part.kv, layer, rectangle);
+    add_heads(kTile, rectangle.kv_head_begin, rectangle.kv_head_end, rectangle.first_pos,
+              pipeline_->SpanOf(tile), /*finish=*/false);
+    for (int32_t head = rectangle.kv_head_begin; head < rectangle.kv_head_end; ++head) {
+      progress_[head] = rectangle.end_pos;
+    }
+    tile_launches_.push_back({tables.Add(item_scratch_[kTile]), tables.Add(span_scratch_[kTile])});
+  }
+  add_heads(tile_scratch_.empty() ? kLocal : kLast, head_begin, head_end, sealed,
+            OwnKeys(part, layer), /*finish=*/true);
+}
+
+}  // namespace headroom

@@ -1,0 +1,161 @@
+// One of the executor's two contexts (prefill, decode): its own residual stream, tables, results and
+// part of the ring, so that a chunk and the steps of other sequences can take turns at layer borders.
+//
+// BeginStep() derives everything that a step will enqueue, for all layers, from the step, the plan
+// and where keys lie: which rows, which spans of keys per launch, which tiles, what is sealed. The
+// executor then only walks through it.
+#ifndef HEADROOM_SERVICES_WORKER_STEP_CONTEXT_H_
+#define HEADROOM_SERVICES_WORKER_STEP_CONTEXT_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+#include "services/worker/device_budget.h"
+#include "services/worker/fetch_pipeline.h"
+#include "services/worker/gpu_kv.h"
+#include "services/worker/model/model_config.h"
+#include "services/worker/step.h"
+#include "services/worker/step_tables.h"
+
+namespace headroom {
+
+// One launch of Attend.
+struct AttendLaunch {
+  kernels::Table<kernels::AttendItem> items;
+  kernels::Table<kernels::KvSpan> spans;
+};
+
+// What one layer of a step enqueues around its linear parts.
+struct LayerWork {
+  kernels::Table<kernels::CopyKvItem> prelude;  // tail rows in front of the chunk's own
+  kernels::Table<kernels::AppendItem> append;   // where new keys and values go
+  AttendLaunch local;                           // heads with no fetched key: all their keys
+  int32_t tile_begin = 0;                       // tiles [tile_begin, tile_end) and their launches
+  int32_t tile_end = 0;
+  AttendLaunch last;                         // heads with fetched keys: the keys after the last tile
+  kernels::Table<kernels::CopyKvItem> seal;  // finished blocks into extents and resident copies
+  kernels::Table<kernels::CopyKvItem> keep;  // what is left of a chunk, into the tail
+};
+
+class StepContext {
+ public:
+  // What one step in flight holds until it has run.
+  struct Flight {
+    StepTables tables;
+    OpAccount accounts[kNumLanes];
+    OpAccount sealed;
+    kernels::SampleResult* results = nullptr;       // arena, [kMaxResults]
+    kernels::SampleResult* host_results = nullptr;  // registered host memory
+    int32_t num_results = 0;
+    EventId done;         // on the compute stream
+    EventId sealed_done;  // on the sealing stream, if `seals`
+    bool seals = false;
+    OpAccount fetch_wait;
+    absl::Status status;
+    int64_t enqueued_ns = 0;
+    double kv_heads[kNumLanes] = {};
+    std::unique_ptr<Step> step;
+  };
+
+  // `max_rows` rows; `staging` is registered host memory of StagingBytes().
+  static absl::StatusOr<std::unique_ptr<StepContext>> Create(
+      Device& device, const ModelConfig& config, const DeviceBudget& budget, int64_t max_rows,
+      bool has_chunks, GpuKv& kv, std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging);
+  static int64_t StagingBytes(const DeviceBudget& budget);
+
+  // Derives the step's work into flight `index`. An error leaves nothing enqueued, and names what is
+  // wrong with the step (INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED).
+  // REQUIRES: the flight's step before has run and been taken.
+  absl::Status BeginStep(std::unique_ptr<Step> step, int index);
+
+  Flight& flight(int index) { return flights_[index]; }
+  FetchPipeline& pipeline() { return *pipeline_; }
+  const LayerWork& layer_work(int32_t layer) const { return layers_[layer]; }
+  const AttendLaunch& tile_launch(int tile) const { return tile_launches_[tile]; }
+  const kernels::Table<kernels::EmbedRow>& tokens() const { return tokens_; }
+  const kernels::Table<int64_t>& positions() const { return positions_; }
+  const kernels::Table<int32_t>& result_rows() const { return result_rows_; }
+  const kernels::Table<kernels::SampleRow>& sample_rows() const { return sample_rows_; }
+  int64_t rows() const { return rows_; }
+  bool seals() const { return seals_; }
+  float* x() { return x_; }
+  float* cos_sin() { return cos_sin_; }
+
+  // Events of the hand-over to the sealing stream, by layer parity (chunk buffers alternate).
+  EventId appended[2];
+  EventId sealed[2];
+  // All sealing of the latest step that sealed anything.
+  EventId all_sealed;
+
+ private:
+  // A sequence of the step, with where its new keys go.
+  struct Part {
+    const StepSequence* what = nullptr;
+    GpuKv::Sequence* kv = nullptr;
+    int32_t row_begin = 0;
+    bool in_tail = true;              // else in the chunk buffer, from chunk_offset on
+    int64_t chunk_offset_bytes = 0;
+    int64_t first_own_pos = 0;        // own keys are [first_own_pos, end): unsealed and new ones
+  };
+
+  StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
+              std::unique_ptr<FetchPipeline> pipeline);
+
+  absl::Status AddPart(const StepSequence& sequence);
+  void BuildRows(StepTables& tables);
+  absl::Status BuildResults(const Step& step, StepTables& tables);
+  void BuildLayer(int32_t layer, StepTables& tables, Flight& flight);
+  void BuildMoves(int32_t layer, StepTables& tables);
+  void BuildAttention(int32_t layer, StepTables& tables);
+  void AttendHeads(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end,
+                   StepTables& tables);
+  kernels::KvSpan OwnKeys(const Part& part, int32_t layer) const;
+  // The local copy of one head of a run, clipped to what is sealed; base == nullptr: none.
+  kernels::KvSpan LocalSpan(const Part& part, int run, int32_t layer, int32_t head) const;
+  bool IsLocal(const Part& part, int run, int32_t layer, int32_t head) const;
+  int SealedRuns(const Part& part) const;
+
+  const ModelConfig& config_;
+  const KvGeometry geometry_;
+  const int64_t max_rows_;
+  GpuKv& kv_;
+  const std::unique_ptr<FetchPipeline> pipeline_;
+  Flight flights_[kStepsInFlight];
+  float* x_ = nullptr;        // [max_rows, hidden]
+  float* cos_sin_ = nullptr;  // [max_rows, head_dim]
+  uint8_t* chunk_buffers_[2] = {};
+  int64_t chunk_buffer_bytes_ = 0;
+
+  // The step whose work this is.
+  std::vector<Part> parts_;
+  std::vector<LayerWork> layers_;
+  std::vector<AttendLaunch> tile_launches_;
+  kernels::Table<kernels::EmbedRow> tokens_;
+  kernels::Table<int64_t> positions_;
+  kernels::Table<int32_t> result_rows_;
+  kernels::Table<kernels::SampleRow> sample_rows_;
+  int64_t rows_ = 0;
+  int64_t chunk_bytes_ = 0;
+  bool seals_ = false;
+  Tiling tiling_ = Tiling::kDecode;
+
+  // Scratch of BeginStep, kept for its capacity.
+  std::vector<kernels::EmbedRow> embed_scratch_;
+  std::vector<int64_t> position_scratch_;
+  std::vector<int32_t> row_scratch_;
+  std::vector<kernels::SampleRow> sample_scratch_;
+  std::vector<kernels::AppendItem> append_scratch_;
+  std::vector<kernels::CopyKvItem> copy_scratch_[3];  // prelude, seal, keep
+  std::vector<kernels::AttendItem> item_scratch_[3];  // local, tile, last
+  std::vector<kernels::KvSpan> span_scratch_[3];
+  std::vector<Rectangle> tile_scratch_;
+  std::vector<int64_t> progress_;  // per head: keys below are in launches already
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_STEP_CONTEXT_H_

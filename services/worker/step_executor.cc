@@ -1,0 +1,550 @@
+#include "services/worker/step_executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+constexpr size_t kMaxPlans = 16;
+
+int64_t NowNs() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+bool SharesSequence(const Step& a, const Step& b) {
+  for (const StepSequence& one : a.sequences) {
+    for (const StepSequence& other : b.sequences) {
+      if (one.sequence_id == other.sequence_id) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- construction
+
+absl::StatusOr<std::unique_ptr<StepExecutor>> StepExecutor::Create(
+    Device& device, const ModelConfig& config, const ModelWeights& weights,
+    const DeviceBudget& budget, const StepExecutorOptions& options, DoneCallback done) {
+  auto executor = std::unique_ptr<StepExecutor>(
+      new StepExecutor(device, config, budget, options, std::move(done)));
+  HEADROOM_RETURN_IF_ERROR(executor->Init(weights));
+  return executor;
+}
+
+StepExecutor::StepExecutor(Device& device, const ModelConfig& config, const DeviceBudget& budget,
+                           const StepExecutorOptions& options, DoneCallback done)
+    : device_(device),
+      config_(config),
+      budget_(budget),
+      options_(options),
+      done_(std::move(done)) {}
+
+absl::Status StepExecutor::Init(const ModelWeights& weights) {
+  HEADROOM_ASSIGN_OR_RETURN(compute_, device_.CreateStream("compute"));
+  HEADROOM_ASSIGN_OR_RETURN(copy_, device_.CreateStream("copy"));
+  HEADROOM_ASSIGN_OR_RETURN(seal_, device_.CreateStream("seal"));
+  for (EventId& event : barriers_) {
+    HEADROOM_ASSIGN_OR_RETURN(event, device_.CreateEvent());
+  }
+  HEADROOM_ASSIGN_OR_RETURN(promoted_, device_.CreateEvent());
+  HEADROOM_ASSIGN_OR_RETURN(Decoder decoder,
+                            Decoder::Create(device_, compute_, config_, weights, budget_));
+  decoder_ = std::make_unique<Decoder>(std::move(decoder));
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const ring, device_.Allocate(budget_.ring_bytes, "ring"));
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const pool,
+                            device_.Allocate(budget_.kv_pool_bytes, "KV pool"));
+  kv_ = std::make_unique<GpuKv>(config_.kv_geometry(), pool, budget_.kv_pool_bytes,
+                                std::min(options_.max_sequences, Decoder::kMaxSequences));
+  staging_bytes_ = kNumContexts * StepContext::StagingBytes(budget_);
+  staging_ = std::make_unique<uint8_t[]>(staging_bytes_);
+  HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(staging_.get(), staging_bytes_));
+  const int64_t part = budget_.ring_bytes / kNumContexts;
+  Context* const contexts[kNumContexts] = {&prefill_, &decode_};
+  for (int i = 0; i < kNumContexts; ++i) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        std::unique_ptr<FetchPipeline> pipeline,
+        FetchPipeline::Create(device_, copy_, compute_, *kv_, ring + i * part, part));
+    const bool chunks = contexts[i] == &prefill_;
+    HEADROOM_ASSIGN_OR_RETURN(
+        contexts[i]->state,
+        StepContext::Create(device_, config_, budget_,
+                            chunks ? budget_.max_chunk_tokens : kMaxDecodeRows, chunks, *kv_,
+                            std::move(pipeline),
+                            staging_.get() + i * StepContext::StagingBytes(budget_)));
+    for (EventId& event : contexts[i]->layer_done) {
+      HEADROOM_ASSIGN_OR_RETURN(event, device_.CreateEvent());
+    }
+  }
+  executor_ = std::thread([this] { ExecutorLoop(); });
+  completions_[0] = std::thread([this] { CompletionLoop(prefill_); });
+  completions_[1] = std::thread([this] { CompletionLoop(decode_); });
+  return absl::OkStatus();
+}
+
+StepExecutor::~StepExecutor() {
+  {
+    MutexLock lock(&mutex_);
+    stop_ = true;
+    ++events_;
+    work_.SignalAll();
+    enqueued_.SignalAll();
+  }
+  if (executor_.joinable()) executor_.join();
+  for (std::thread& thread : completions_) {
+    if (thread.joinable()) thread.join();
+  }
+  if (staging_ != nullptr) device_.UnregisterHost(staging_.get()).IgnoreError();
+}
+
+// ---------------------------------------------------------------- messages
+
+absl::Status StepExecutor::PreparePlan(Plan plan) {
+  const auto wrong = [&](int layer, absl::string_view what) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("plan ", plan.version, ", layer ", layer, ": ", what));
+  };
+  if (static_cast<int32_t>(plan.layers.size()) != config_.num_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("plan ", plan.version, " has ",
+                                                   plan.layers.size(), " layers, the model ",
+                                                   config_.num_layers));
+  }
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    for (int32_t head = 0; head < config_.num_kv_heads; ++head) {
+      // The head's ranges, in order of position, must follow each other from 0 to the end.
+      int64_t next = 0;
+      for (bool found = true; found && next < std::numeric_limits<int64_t>::max();) {
+        found = false;
+        for (const LaneRange& range : plan.layers[layer]) {
+          if (head < range.kv_head_begin || head >= range.kv_head_end) continue;
+          if (range.first_pos != next || range.end_pos <= next) continue;
+          next = range.end_pos;
+          found = true;
+          break;
+        }
+      }
+      if (next != std::numeric_limits<int64_t>::max()) {
+        return wrong(layer, absl::StrCat("KV head ", head, " has no lane from position ", next));
+      }
+    }
+  }
+  MutexLock lock(&mutex_);
+  while (plans_.size() >= kMaxPlans) plans_.erase(plans_.begin());
+  plans_[plan.version] = std::move(plan);
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::Submit(std::unique_ptr<Step> step) {
+  MutexLock lock(&mutex_);
+  if (inbox_.full()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("step ", step->number, ": ", inbox_.size(), " steps wait already"));
+  }
+  inbox_.push_back(std::move(step));
+  ++events_;
+  work_.Signal();
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::AttachSegment(const SegmentView& segment) {
+  return RunBetweenSteps([this, segment] {
+    kv_->CloseAll();
+    kv_->SetSegment(segment);
+    return absl::OkStatus();
+  });
+}
+
+absl::Status StepExecutor::CloseAll() {
+  return RunBetweenSteps([this] {
+    kv_->CloseAll();
+    return absl::OkStatus();
+  });
+}
+
+absl::Status StepExecutor::RunBetweenSteps(std::function<absl::Status()> work) {
+  Errand errand{std::move(work), absl::OkStatus(), false};
+  MutexLock lock(&mutex_);
+  const absl::Time deadline = absl::Now() + options_.step_timeout;
+  while (errand_ != nullptr && absl::Now() < deadline) {
+    errand_done_.WaitFor(&mutex_, absl::Seconds(1));
+  }
+  if (errand_ != nullptr || stop_) return absl::UnavailableError("the executor does not respond");
+  errand_ = &errand;
+  ++events_;
+  work_.Signal();
+  while (!errand.done && !stop_) errand_done_.WaitFor(&mutex_, absl::Seconds(1));
+  errand_ = nullptr;
+  errand_done_.SignalAll();
+  return errand.done ? errand.status : absl::UnavailableError("the executor is stopping");
+}
+
+StepExecutor::Memory StepExecutor::memory() const {
+  MutexLock lock(&mutex_);
+  return {kv_->pool().capacity_bytes(), kv_pool_high_water_, device_.arena_use()};
+}
+
+// ---------------------------------------------------------------- the executor's loop
+
+void StepExecutor::ExecutorLoop() {
+  for (;;) {
+    TakeInbox();
+    uint64_t seen;
+    {
+      MutexLock lock(&mutex_);
+      seen = events_;
+      const bool drained = Idle() && prefill_.running.empty() && decode_.running.empty();
+      if (drained && errand_ != nullptr && !errand_->done) {
+        errand_->status = errand_->work();
+        errand_->done = true;
+        errand_done_.SignalAll();
+        continue;
+      }
+      if (stop_ && prefill_.next_layer < 0 && decode_.next_layer < 0) {
+        executor_ended_ = true;
+        enqueued_.SignalAll();
+        return;
+      }
+    }
+    // One whole decode step, then one layer of the chunk.
+    bool progress = TryBegin(decode_);
+    while (decode_.next_layer >= 0) EnqueueNextLayer(decode_);
+    progress = TryBegin(prefill_) || progress;
+    if (prefill_.next_layer >= 0) {
+      if (MayEnqueueAhead(prefill_)) EnqueueNextLayer(prefill_);
+      progress = true;  // MayEnqueueAhead() has waited
+    }
+    if (progress) continue;
+    MutexLock lock(&mutex_);
+    if (events_ == seen) work_.WaitFor(&mutex_, absl::Seconds(1));
+  }
+}
+
+void StepExecutor::TakeInbox() {
+  MutexLock lock(&mutex_);
+  while (!inbox_.empty()) {
+    Context& context = inbox_.front()->has_chunk() ? prefill_ : decode_;
+    if (context.waiting.full()) return;
+    context.waiting.push_back(inbox_.pop_front());
+  }
+}
+
+bool StepExecutor::Idle() const {
+  return prefill_.next_layer < 0 && decode_.next_layer < 0 && prefill_.waiting.empty() &&
+         decode_.waiting.empty();
+}
+
+// A step must not overtake one that it depends on, nor pull memory from under one whose layers are
+// still being enqueued.
+bool StepExecutor::MayBegin(const Context& context, const Step& step) const {
+  const Context& other = &context == &prefill_ ? decode_ : prefill_;
+  if (context.next_layer >= 0) return false;
+  for (size_t i = 0; i < other.waiting.size(); ++i) {
+    const Step& earlier = *other.waiting[i];
+    if (earlier.number >= step.number) continue;
+    if (!earlier.open.empty() || !earlier.close.empty() || !earlier.grants.empty() ||
+        earlier.plan_version != plan_.version || SharesSequence(earlier, step)) {
+      return false;
+    }
+  }
+  if (other.next_layer < 0) return true;
+  if (!step.open.empty() || !step.close.empty() || step.plan_version != plan_.version) return false;
+  return !SharesSequence(*other.state->flight(other.active_flight).step, step);
+}
+
+bool StepExecutor::TryBegin(Context& context) {
+  if (context.waiting.empty() || !MayBegin(context, *context.waiting.front())) return false;
+  const int flight = context.next_flight;
+  {
+    MutexLock lock(&mutex_);
+    if (context.flight_busy[flight]) return false;
+    context.flight_busy[flight] = true;
+  }
+  std::unique_ptr<Step> step = context.waiting.pop_front();
+  context.next_flight = (flight + 1) % kStepsInFlight;
+  context.active_flight = flight;
+  StepContext::Flight& at = context.state->flight(flight);
+  at.num_results = 0;
+  absl::Status status = Begin(context, std::move(step), flight);
+  if (!status.ok() || at.step->sequences.empty()) {
+    at.num_results = 0;
+    Finish(context, status);
+  }
+  return true;
+}
+
+absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, int flight) {
+  StepContext& state = *context.state;
+  StepContext::Flight& at = state.flight(flight);
+  at.enqueued_ns = NowNs();
+  at.seals = false;
+  at.status = absl::OkStatus();
+  at.step = std::move(step);
+  const Step& s = *at.step;
+  HEADROOM_RETURN_IF_ERROR(ApplyMembership(s));
+  if (s.sequences.empty()) return absl::OkStatus();
+  if (runs_changed_ || s.plan_version != plan_.version) {
+    HEADROOM_RETURN_IF_ERROR(ApplyPlan(s.plan_version));
+  }
+  HEADROOM_RETURN_IF_ERROR(OrderAfterEarlierSteps());
+  HEADROOM_RETURN_IF_ERROR(EnqueuePromotions());
+  HEADROOM_RETURN_IF_ERROR(state.BeginStep(std::move(at.step), flight));
+  HEADROOM_RETURN_IF_ERROR(at.tables.Upload(device_, compute_));
+  HEADROOM_RETURN_IF_ERROR(state.pipeline().Advance());
+  HEADROOM_RETURN_IF_ERROR(
+      decoder_->Begin(state.tokens(), state.positions(), state.x(), state.cos_sin()));
+  context.next_layer = 0;
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::ApplyMembership(const Step& step) {
+  for (const uint64_t id : step.close) kv_->Close(id);
+  runs_changed_ = runs_changed_ || !step.open.empty() || !step.grants.empty();
+  for (const OpenSequence& open : step.open) HEADROOM_RETURN_IF_ERROR(kv_->Open(open));
+  for (const RunGrant& grant : step.grants) HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::ApplyPlan(uint64_t version) {
+  if (version != plan_.version) {
+    MutexLock lock(&mutex_);
+    const auto found = plans_.find(version);
+    if (found == plans_.end()) {
+      return absl::FailedPreconditionError(absl::StrCat("plan ", version, " was not prepared"));
+    }
+    plan_ = found->second;
+  }
+  runs_changed_ = false;
+  kv_->ApplyPlan(plan_, [this](const GpuKv::Sequence& sequence, int run, int32_t layer,
+                               int32_t kv_head) {
+    const kernels::KvSpan to = kv_->Resident(sequence, run, layer, kv_head);
+    const kernels::KvSpan from = kv_->Extent(sequence, run, layer);
+    const KvLayout layout{to.capacity, config_.head_dim};
+    const int64_t rows = std::min<int64_t>(sequence.sealed_tokens - to.first_pos, to.capacity);
+    if (rows <= 0) return;
+    CopyArgs copy;
+    copy.dst = to.base;
+    copy.src = from.base + layout.KeyOffset(kv_head, 0);
+    copy.dst_pitch_bytes = copy.src_pitch_bytes = layout.HeadBytes() / 2;
+    copy.width_bytes = rows * layout.RowBytes();
+    copy.height = 2;
+    promotions_.push_back(copy);
+  });
+  MutexLock lock(&mutex_);
+  kv_pool_high_water_ = kv_->pool().high_water_bytes();
+  return absl::OkStatus();
+}
+
+// What earlier steps sealed is read, and memory that sequences and copies have given up is reused,
+// only after the work that was enqueued with it.
+absl::Status StepExecutor::OrderAfterEarlierSteps() {
+  for (Context* sealer : {&prefill_, &decode_}) {
+    if (!sealer->sealed_once) continue;
+    HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, sealer->state->all_sealed));
+    HEADROOM_RETURN_IF_ERROR(device_.Wait(copy_, sealer->state->all_sealed));
+  }
+  if (!kv_->TakeFreed()) return absl::OkStatus();
+  const StreamId streams[] = {compute_, copy_, seal_};
+  for (int i = 0; i < 3; ++i) HEADROOM_RETURN_IF_ERROR(device_.Record(streams[i], barriers_[i]));
+  for (const StreamId stream : streams) {
+    for (const EventId barrier : barriers_) HEADROOM_RETURN_IF_ERROR(device_.Wait(stream, barrier));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::EnqueuePromotions() {
+  if (promotions_.empty()) return absl::OkStatus();
+  for (const CopyArgs& copy : promotions_) HEADROOM_RETURN_IF_ERROR(device_.Copy(copy_, copy));
+  promotions_.clear();
+  HEADROOM_RETURN_IF_ERROR(device_.Record(copy_, promoted_));
+  HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, promoted_));
+  return device_.Wait(seal_, promoted_);
+}
+
+// ---------------------------------------------------------------- the layers of a step
+
+// A chunk's layer takes long (27 ms on two CPU cores, 30 ms on a GPU at 128K): at most two are
+// enqueued, so that a decode step that arrives now runs after them.
+bool StepExecutor::MayEnqueueAhead(Context& context) {
+  if (context.next_layer < 2) return true;
+  return device_.Synchronize(context.layer_done[context.next_layer % 2], absl::Milliseconds(2)).ok() ||
+         !device_.status().ok();
+}
+
+void StepExecutor::EnqueueNextLayer(Context& context) {
+  const int32_t layer = context.next_layer;
+  absl::Status status = EnqueueLayer(context, layer);
+  if (status.ok() && layer + 1 < config_.num_layers) {
+    context.next_layer = layer + 1;
+    return;
+  }
+  if (status.ok()) status = EnqueueEnd(context);
+  Finish(context, status);
+}
+
+absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
+  StepContext& state = *context.state;
+  const LayerWork& work = state.layer_work(layer);
+  const int parity = layer % 2;
+  if (layer >= 2 && state.seals()) {
+    HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, state.sealed[parity]));  // chunk buffer's reuse
+  }
+  HEADROOM_RETURN_IF_ERROR(Move(compute_, work.prelude, nullptr));
+  HEADROOM_RETURN_IF_ERROR(
+      decoder_->AttentionInput(layer, state.x(), state.cos_sin(), state.rows(), work.append));
+  HEADROOM_RETURN_IF_ERROR(EnqueueSealing(context, layer));
+  HEADROOM_RETURN_IF_ERROR(EnqueueAttention(context, layer));
+  HEADROOM_RETURN_IF_ERROR(Move(compute_, work.keep, nullptr));
+  HEADROOM_RETURN_IF_ERROR(decoder_->LayerOutput(layer, state.x(), state.rows()));
+  return device_.Record(compute_, context.layer_done[parity]);
+}
+
+absl::Status StepExecutor::Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
+                                OpAccount* account) {
+  if (items.count == 0) return absl::OkStatus();
+  kernels::CopyKvRowsArgs args;
+  args.items = items;
+  args.head_dim = config_.head_dim;
+  return device_.CopyKvRows(stream, args, account);
+}
+
+// Finished blocks go to their extents, and to resident copies, on a stream of their own.
+absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
+  StepContext& state = *context.state;
+  const LayerWork& work = state.layer_work(layer);
+  if (work.seal.count == 0) return absl::OkStatus();
+  const int parity = layer % 2;
+  HEADROOM_RETURN_IF_ERROR(device_.Record(compute_, state.appended[parity]));
+  HEADROOM_RETURN_IF_ERROR(device_.Wait(seal_, state.appended[parity]));
+  HEADROOM_RETURN_IF_ERROR(
+      Move(seal_, work.seal, &state.flight(context.active_flight).sealed));
+  return device_.Record(seal_, state.sealed[parity]);
+}
+
+// Resident keys and the tail first, then tile by tile as copies arrive, then what follows the tiles:
+// for every head in ascending order of position.
+absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
+  StepContext& state = *context.state;
+  const LayerWork& work = state.layer_work(layer);
+  OpAccount& resident =
+      state.flight(context.active_flight).accounts[static_cast<int>(Lane::kResident)];
+  const auto attend = [&](const AttendLaunch& launch, OpAccount* account) -> absl::Status {
+    if (launch.items.count == 0) return absl::OkStatus();
+    kernels::AttendArgs args = decoder_->Attention(state.rows());
+    args.items = launch.items;
+    args.spans = launch.spans;
+    return device_.Attend(compute_, args, account);
+  };
+  HEADROOM_RETURN_IF_ERROR(attend(work.local, &resident));
+  for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
+    HEADROOM_RETURN_IF_ERROR(state.pipeline().BeginConsume(tile));
+    HEADROOM_RETURN_IF_ERROR(attend(state.tile_launch(tile), nullptr));
+    HEADROOM_RETURN_IF_ERROR(state.pipeline().EndConsume(tile));
+  }
+  return attend(work.last, &resident);
+}
+
+absl::Status StepExecutor::EnqueueEnd(Context& context) {
+  StepContext& state = *context.state;
+  StepContext::Flight& flight = state.flight(context.active_flight);
+  HEADROOM_RETURN_IF_ERROR(decoder_->Sample(state.x(), state.rows(), state.result_rows(),
+                                            state.sample_rows(), flight.results));
+  if (flight.num_results > 0) {
+    CopyArgs copy;
+    copy.dst = flight.host_results;
+    copy.src = flight.results;
+    copy.width_bytes = copy.dst_pitch_bytes = copy.src_pitch_bytes =
+        flight.num_results * static_cast<int64_t>(sizeof(kernels::SampleResult));
+    HEADROOM_RETURN_IF_ERROR(device_.Copy(compute_, copy));
+  }
+  if (!flight.seals) return absl::OkStatus();
+  context.sealed_once = true;
+  HEADROOM_RETURN_IF_ERROR(device_.Record(seal_, flight.sealed_done));
+  return device_.Record(seal_, state.all_sealed);
+}
+
+void StepExecutor::Finish(Context& context, const absl::Status& status) {
+  StepContext::Flight& flight = context.state->flight(context.active_flight);
+  flight.status = status;
+  if (!status.ok()) {
+    context.state->pipeline().Abandon().IgnoreError();
+    flight.num_results = 0;
+    flight.seals = false;
+  }
+  if (absl::Status recorded = device_.Record(compute_, flight.done); !recorded.ok()) {
+    flight.status = recorded;
+  }
+  context.next_layer = -1;
+  MutexLock lock(&mutex_);
+  context.running.push_back(context.active_flight);
+  enqueued_.SignalAll();
+}
+
+// ---------------------------------------------------------------- completion
+
+void StepExecutor::CompletionLoop(Context& context) {
+  int64_t last_done_ns = 0;
+  for (;;) {
+    int index;
+    {
+      MutexLock lock(&mutex_);
+      while (context.running.empty()) {
+        if (executor_ended_) return;
+        enqueued_.WaitFor(&mutex_, absl::Seconds(1));
+      }
+      index = context.running.front();
+    }
+    StepContext::Flight& flight = context.state->flight(index);
+    absl::Status waited = device_.Synchronize(flight.done, options_.step_timeout);
+    if (waited.ok() && flight.seals) {
+      waited = device_.Synchronize(flight.sealed_done, options_.step_timeout);
+    }
+    if (flight.status.ok()) flight.status = waited;
+    if (flight.status.ok()) flight.status = device_.status();
+    std::unique_ptr<Step> step =
+        Complete(flight, std::max(flight.enqueued_ns, last_done_ns));
+    last_done_ns = NowNs();
+    {
+      MutexLock lock(&mutex_);
+      context.running.pop_front();
+      context.flight_busy[index] = false;
+      ++events_;
+      work_.Signal();
+    }
+    done_(std::move(step));
+  }
+}
+
+std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_t begun_ns) {
+  std::unique_ptr<Step> step = std::move(flight.step);
+  StepResult& result = step->result;
+  result.status = flight.status;
+  result.tokens.assign(flight.host_results, flight.host_results + flight.num_results);
+  for (const kernels::SampleResult& token : result.tokens) {
+    if (token.non_finite != 0 && result.status.ok()) {
+      result.status = absl::DataLossError(
+          "the model's logits are not finite: weights or keys are damaged");
+    }
+  }
+  result.duration_ns = NowNs() - begun_ns;
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    LaneAccount& account = result.lanes[lane];
+    account.kv_heads = flight.kv_heads[lane];
+    account.bytes = flight.accounts[lane].bytes;
+    account.busy_ns = flight.accounts[lane].busy_ns;
+    account.idle_ns =
+        account.bytes > 0 ? std::max<int64_t>(0, result.duration_ns - account.busy_ns) : 0;
+  }
+  result.fetch_wait_ns = flight.fetch_wait.busy_ns;
+  result.sealed_bytes = flight.sealed.bytes;
+  return step;
+}
+
+}  // namespace headroom

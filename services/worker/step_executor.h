@@ -1,0 +1,170 @@
+// Runs steps on a device: the layer loop.
+//
+// Threads. One executor thread enqueues everything (Device streams are fed by one thread); one
+// completion thread per context waits for steps to end and hands them back. Callers of Submit() and
+// the others only pass messages. Steps with a chunk run in the prefill context, steps of single tokens
+// in the decode context; the executor takes turns between them at layer borders: one whole decode
+// step, then one layer of the chunk, which is never enqueued more than two layers ahead of the device.
+//
+// Steady decode allocates nothing on the executor, completion and stream threads.
+#ifndef HEADROOM_SERVICES_WORKER_STEP_EXECUTOR_H_
+#define HEADROOM_SERVICES_WORKER_STEP_EXECUTOR_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/bounded_queue.h"
+#include "common/device/device.h"
+#include "common/mutex.h"
+#include "services/worker/device_budget.h"
+#include "services/worker/gpu_kv.h"
+#include "services/worker/model/decoder.h"
+#include "services/worker/model/model_config.h"
+#include "services/worker/model/weights.h"
+#include "services/worker/step.h"
+#include "services/worker/step_context.h"
+
+namespace headroom {
+
+struct StepExecutorOptions {
+  int32_t max_sequences = 16;
+  // A step that takes longer than this fails: every wait has a deadline.
+  absl::Duration step_timeout = absl::Minutes(10);
+};
+
+class StepExecutor {
+ public:
+  // Called on a completion thread (or on the executor's, for a step that could not begin) with the
+  // step and its result; takes the step over.
+  using DoneCallback = std::function<void(std::unique_ptr<Step>)>;
+
+  // `device`, `config` and `weights` outlive the executor.
+  static absl::StatusOr<std::unique_ptr<StepExecutor>> Create(Device& device,
+                                                              const ModelConfig& config,
+                                                              const ModelWeights& weights,
+                                                              const DeviceBudget& budget,
+                                                              const StepExecutorOptions& options,
+                                                              DoneCallback done);
+  // Waits for what is in flight.
+  ~StepExecutor();
+
+  // Keeps a plan for steps to name. INVALID_ARGUMENT if its ranges do not cover each KV head of each
+  // layer from position 0 on exactly once.
+  absl::Status PreparePlan(Plan plan);
+  // Replaces the mapped segment between steps. All sequences must be opened anew.
+  absl::Status AttachSegment(const SegmentView& segment);
+  // Drops every sequence, after what is in flight.
+  absl::Status CloseAll();
+  // RESOURCE_EXHAUSTED if more steps wait than the protocol allows.
+  absl::Status Submit(std::unique_ptr<Step> step);
+
+  struct Memory {
+    int64_t kv_pool_bytes = 0;
+    int64_t kv_pool_high_water_bytes = 0;
+    ArenaUse arena;
+  };
+  Memory memory() const;
+
+ private:
+  static constexpr size_t kMaxWaitingSteps = 8;
+
+  // One context and what it has begun.
+  struct Context {
+    std::unique_ptr<StepContext> state;
+    BoundedQueue<std::unique_ptr<Step>, kMaxWaitingSteps> waiting;  // executor thread only
+    int next_flight = 0;                        // executor thread only
+    int32_t next_layer = -1;                    // of the step being enqueued; -1: none
+    int active_flight = 0;
+    EventId layer_done[2];                      // by layer parity
+    bool sealed_once = false;                   // whether state->all_sealed was ever recorded
+    // Flights whose steps are enqueued, oldest first; guarded by mutex_.
+    BoundedQueue<int, kStepsInFlight> running;
+    bool flight_busy[kStepsInFlight] = {};
+  };
+
+  StepExecutor(Device& device, const ModelConfig& config, const DeviceBudget& budget,
+               const StepExecutorOptions& options, DoneCallback done);
+  absl::Status Init(const ModelWeights& weights);
+
+  // ---- Executor thread.
+  void ExecutorLoop();
+  void TakeInbox();
+  bool Idle() const;
+  // Begins the context's next step if it may; true if it did.
+  bool TryBegin(Context& context);
+  bool MayBegin(const Context& context, const Step& step) const;
+  absl::Status Begin(Context& context, std::unique_ptr<Step> step, int flight);
+  absl::Status ApplyMembership(const Step& step);
+  absl::Status ApplyPlan(uint64_t version);
+  absl::Status OrderAfterEarlierSteps();
+  absl::Status EnqueuePromotions();
+  // One layer of the context's step, and what comes before the first and after the last.
+  void EnqueueNextLayer(Context& context);
+  absl::Status EnqueueLayer(Context& context, int32_t layer);
+  absl::Status EnqueueAttention(Context& context, int32_t layer);
+  absl::Status EnqueueSealing(Context& context, int32_t layer);
+  absl::Status Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
+                    OpAccount* account);
+  absl::Status EnqueueEnd(Context& context);
+  void Finish(Context& context, const absl::Status& status);
+  bool MayEnqueueAhead(Context& context);
+  absl::Status RunBetweenSteps(std::function<absl::Status()> work);
+
+  // ---- Completion threads.
+  void CompletionLoop(Context& context);
+  // The step of a flight that has run, with its result.
+  std::unique_ptr<Step> Complete(StepContext::Flight& flight, int64_t begun_ns);
+
+  Device& device_;
+  const ModelConfig& config_;
+  const DeviceBudget budget_;
+  const StepExecutorOptions options_;
+  const DoneCallback done_;
+
+  StreamId compute_;
+  StreamId copy_;
+  StreamId seal_;
+  EventId barriers_[3];
+  std::unique_ptr<GpuKv> kv_;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<uint8_t[]> staging_;
+  int64_t staging_bytes_ = 0;
+  Context prefill_;
+  Context decode_;
+  // Executor thread only.
+  Plan plan_;                   // in force
+  bool runs_changed_ = false;   // since the plan was last applied
+  std::vector<CopyArgs> promotions_;  // new resident copies to be filled
+  EventId promoted_;
+
+  mutable Mutex mutex_;
+  CondVar work_;      // inbox, stop, or a flight has ended
+  CondVar enqueued_;  // a context's running is not empty, or stop
+  BoundedQueue<std::unique_ptr<Step>, kMaxWaitingSteps> inbox_ ABSL_GUARDED_BY(mutex_);
+  std::map<uint64_t, Plan> plans_ ABSL_GUARDED_BY(mutex_);
+  struct Errand {
+    std::function<absl::Status()> work;
+    absl::Status status;
+    bool done = false;
+  };
+  Errand* errand_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  CondVar errand_done_;
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  bool executor_ended_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t events_ ABSL_GUARDED_BY(mutex_) = 0;  // counts whatever may let the executor go on
+  int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  std::thread executor_;
+  std::thread completions_[kNumContexts];
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_STEP_EXECUTOR_H_

@@ -1,0 +1,38 @@
+#include "services/worker/tiling.h"
+
+#include <algorithm>
+
+namespace headroom {
+namespace {
+
+// Positions of `heads` heads that fit `max_bytes`, in whole units if one fits, else in blocks.
+int64_t TokensThatFit(const KvGeometry& geometry, int64_t heads, int64_t max_bytes) {
+  const int64_t tokens = max_bytes / (heads * geometry.BytesPerTokenPerHead());
+  return tokens >= kUnitTokens ? tokens / kUnitTokens * kUnitTokens : FloorToBlock(tokens);
+}
+
+}  // namespace
+
+void CutIntoTiles(Tiling tiling, const KvGeometry& geometry, const Rectangle& fetched,
+                  int64_t max_bytes, std::vector<Rectangle>& tiles) {
+  const int64_t all_heads = fetched.kv_head_end - fetched.kv_head_begin;
+  const int64_t all_tokens = fetched.end_pos - fetched.first_pos;
+  if (all_heads <= 0 || all_tokens <= 0) return;
+  // Decode: as many heads as allow a unit of tokens. Prefill: as few heads as fill the tile.
+  int64_t heads = all_heads;
+  if (tiling == Tiling::kPrefill) {
+    const int64_t length = std::min(all_tokens, kMaxTileTokens);
+    heads = std::clamp<int64_t>(max_bytes / (length * geometry.BytesPerTokenPerHead()), 1, all_heads);
+  }
+  while (heads > 1 && TokensThatFit(geometry, heads, max_bytes) < kUnitTokens) --heads;
+  const int64_t tokens = TokensThatFit(geometry, heads, max_bytes);
+  for (int64_t head = fetched.kv_head_begin; head < fetched.kv_head_end; head += heads) {
+    for (int64_t pos = fetched.first_pos; pos < fetched.end_pos; pos += tokens) {
+      tiles.push_back({static_cast<int32_t>(head),
+                       static_cast<int32_t>(std::min<int64_t>(head + heads, fetched.kv_head_end)),
+                       pos, std::min(pos + tokens, fetched.end_pos)});
+    }
+  }
+}
+
+}  // namespace headroom
