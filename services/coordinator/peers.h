@@ -15,11 +15,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "common/task_thread.h"
 #include "headroom/v1/kv_store.pb.h"
 #include "headroom/v1/types.pb.h"
 #include "headroom/v1/worker.pb.h"
 #include "services/coordinator/store_client.h"
-#include "services/coordinator/task_thread.h"
 #include "services/coordinator/worker_client.h"
 
 namespace headroom::coordinator {

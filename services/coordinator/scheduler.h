@@ -20,6 +20,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/mutex.h"
+#include "common/task_thread.h"
 #include "headroom/v1/admin.pb.h"
 #include "headroom/v1/inference.pb.h"
 #include "services/coordinator/admission.h"
@@ -29,7 +30,6 @@
 #include "services/coordinator/running_request.h"
 #include "services/coordinator/session_table.h"
 #include "services/coordinator/step_pipeline.h"
-#include "services/coordinator/task_thread.h"
 
 namespace headroom::coordinator {
 

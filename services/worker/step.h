@@ -99,6 +99,7 @@ struct StepResult {
 };
 
 struct Step {
+  uint64_t stream = 0;  // the worker's count of step streams: an answer goes to its own stream only
   uint64_t number = 0;
   uint32_t attempt = 0;
   uint64_t plan_version = 0;

@@ -159,11 +159,16 @@ absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config
 }  // namespace
 
 int64_t WeightBytes(const ModelConfig& config, const Device& device) {
+  return WeightBytes(config, [&](int64_t n, int64_t k) { return device.PackedBytes(n, k); });
+}
+
+int64_t WeightBytes(const ModelConfig& config,
+                    const std::function<int64_t(int64_t n, int64_t k)>& packed_bytes) {
   constexpr int64_t kAlign = 256;
   const auto aligned = [](int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t norm = aligned(config.hidden * static_cast<int64_t>(sizeof(BFloat16)));
-  const auto packed = [&](int64_t n, int64_t k) { return aligned(device.PackedBytes(n, k)); };
+  const auto packed = [&](int64_t n, int64_t k) { return aligned(packed_bytes(n, k)); };
   const int64_t layer = 2 * norm + packed(config.qkv_width(), config.hidden) +
                         packed(config.hidden, q_width) +
                         packed(2 * config.intermediate, config.hidden) +

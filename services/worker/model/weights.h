@@ -35,7 +35,9 @@ struct ModelWeights {
   std::array<uint8_t, 16> fingerprint = {};
 };
 
-// What LoadWeights will allocate.
+// What LoadWeights will allocate on a device that packs an [n, k] matrix into packed_bytes(n, k).
+int64_t WeightBytes(const ModelConfig& config,
+                    const std::function<int64_t(int64_t n, int64_t k)>& packed_bytes);
 int64_t WeightBytes(const ModelConfig& config, const Device& device);
 
 // Reads the safetensors of `model_dir` piece by piece into the arena (at most 8 MiB of host memory at

@@ -1,6 +1,6 @@
 // A thread that runs tasks in the order in which they were posted.
-#ifndef HEADROOM_SERVICES_COORDINATOR_TASK_THREAD_H_
-#define HEADROOM_SERVICES_COORDINATOR_TASK_THREAD_H_
+#ifndef HEADROOM_COMMON_TASK_THREAD_H_
+#define HEADROOM_COMMON_TASK_THREAD_H_
 
 #include <functional>
 #include <thread>
@@ -11,7 +11,7 @@
 #include "absl/time/time.h"
 #include "common/mutex.h"
 
-namespace headroom::coordinator {
+namespace headroom {
 
 // Thread-safe. What posts must itself be bounded: each use says by what.
 class TaskThread {
@@ -86,6 +86,6 @@ class TaskThread {
   std::thread thread_;
 };
 
-}  // namespace headroom::coordinator
+}  // namespace headroom
 
-#endif  // HEADROOM_SERVICES_COORDINATOR_TASK_THREAD_H_
+#endif  // HEADROOM_COMMON_TASK_THREAD_H_

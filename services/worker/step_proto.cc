@@ -1,0 +1,207 @@
+#include "services/worker/step_proto.h"
+
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/segment_format.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+absl::Status Wrong(absl::string_view field, absl::string_view what) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": ", what));
+}
+
+absl::StatusOr<Run> RunFromProto(const v1::ExtentRun& proto, absl::string_view field) {
+  Run run;
+  run.first_pos = proto.first_pos();
+  run.capacity_tokens = proto.capacity_tokens();
+  run.data_offsets.reserve(proto.extents_size());
+  for (int i = 0; i < proto.extents_size(); ++i) {
+    const v1::Extent& extent = proto.extents(i);
+    if (extent.layer() != i) {
+      return Wrong(absl::StrCat(field, ".extents[", i, "].layer"),
+                   absl::StrCat(extent.layer(), ", expected ", i));
+    }
+    if (extent.data_offset() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+      return Wrong(absl::StrCat(field, ".extents[", i, "].data_offset"), "beyond 2^63");
+    }
+    run.data_offsets.push_back(static_cast<int64_t>(extent.data_offset()));
+  }
+  return run;
+}
+
+absl::Status SamplingFromProto(const v1::SamplingParams& proto, absl::string_view field,
+                               kernels::SampleRow* row) {
+  // Written so that a NaN fails.
+  if (!(proto.temperature() >= 0 && proto.temperature() <= 100)) {
+    return Wrong(absl::StrCat(field, ".temperature"),
+                 absl::StrCat(proto.temperature(), ", expected 0 to 100"));
+  }
+  if (!(proto.top_p() > 0 && proto.top_p() <= 1)) {
+    return Wrong(absl::StrCat(field, ".top_p"),
+                 absl::StrCat(proto.top_p(), ", expected more than 0, at most 1"));
+  }
+  if (!(proto.min_p() >= 0 && proto.min_p() <= 1)) {
+    return Wrong(absl::StrCat(field, ".min_p"), absl::StrCat(proto.min_p(), ", expected 0 to 1"));
+  }
+  if (proto.top_k() < 0) {
+    return Wrong(absl::StrCat(field, ".top_k"), absl::StrCat(proto.top_k(), ", expected 0 or more"));
+  }
+  row->temperature = proto.temperature();
+  row->top_p = proto.top_p();
+  row->min_p = proto.min_p();
+  row->top_k = proto.top_k();
+  row->seed = proto.seed();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StepSequence> SequenceFromProto(const v1::StepSequence& proto,
+                                               absl::string_view field) {
+  StepSequence sequence;
+  sequence.sequence_id = proto.sequence_id();
+  sequence.first_pos = proto.first_pos();
+  sequence.sealed_tokens = proto.sealed_tokens();
+  sequence.token_ids.assign(proto.token_ids().begin(), proto.token_ids().end());
+  sequence.score_token_ids.assign(proto.score_token_ids().begin(), proto.score_token_ids().end());
+  sequence.num_top_logprobs = proto.num_top_logprobs();
+  if (sequence.first_pos < 0 || sequence.first_pos >= kMaxPositions) {
+    return Wrong(absl::StrCat(field, ".first_pos"),
+                 absl::StrCat(sequence.first_pos, ", expected 0 to 2^40"));
+  }
+  if (sequence.num_top_logprobs < 0 || sequence.num_top_logprobs > kernels::kMaxTopLogprobs) {
+    return Wrong(absl::StrCat(field, ".num_top_logprobs"),
+                 absl::StrCat(sequence.num_top_logprobs, ", expected 0 to ",
+                              kernels::kMaxTopLogprobs));
+  }
+  sequence.draw = proto.has_sampling();
+  if (sequence.draw) {
+    HEADROOM_RETURN_IF_ERROR(SamplingFromProto(proto.sampling(), absl::StrCat(field, ".sampling"),
+                                               &sequence.sampling));
+  }
+  return sequence;
+}
+
+absl::StatusOr<Lane> LaneFromProto(v1::Lane lane, absl::string_view field) {
+  switch (lane) {
+    case v1::LANE_RESIDENT:
+      return Lane::kResident;
+    case v1::LANE_FETCHED:
+      return Lane::kFetched;
+    case v1::LANE_IN_PLACE:
+      return Lane::kInPlace;
+    default:
+      return Wrong(field, absl::StrCat("no lane ", static_cast<int>(lane)));
+  }
+}
+
+void RecordToProto(const kernels::SampleResult& result, v1::TokenRecord* record) {
+  record->set_token_id(result.token_id);
+  record->set_logprob(result.logprob);
+  for (int32_t i = 0; i < result.num_top; ++i) {
+    v1::TokenLogprob* const top = record->add_top();
+    top->set_token_id(result.top_ids[i]);
+    top->set_logprob(result.top_logprobs[i]);
+  }
+}
+
+void LanesToProto(const StepResult& result, v1::StepResponse* response) {
+  constexpr v1::Lane kLanes[kNumLanes] = {v1::LANE_RESIDENT, v1::LANE_FETCHED, v1::LANE_IN_PLACE};
+  for (int i = 0; i < kNumLanes; ++i) {
+    const LaneAccount& account = result.lanes[i];
+    v1::LaneUse* const lane = response->add_lanes();
+    lane->set_lane(kLanes[i]);
+    lane->set_kv_heads(account.kv_heads);
+    lane->set_bytes(account.bytes);
+    lane->set_busy_ns(account.busy_ns);
+    lane->set_idle_ns(account.idle_ns);
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Step>> StepFromProto(const v1::StepRequest& request) {
+  auto step = std::make_unique<Step>();
+  step->number = request.number();
+  step->attempt = request.attempt();
+  step->plan_version = request.plan_version();
+  step->close.assign(request.close_sequence_ids().begin(), request.close_sequence_ids().end());
+  for (int i = 0; i < request.open_sequences_size(); ++i) {
+    const v1::OpenSequence& proto = request.open_sequences(i);
+    OpenSequence& open = step->open.emplace_back();
+    open.sequence_id = proto.sequence_id();
+    open.sealed_tokens = proto.sealed_tokens();
+    for (int r = 0; r < proto.runs_size(); ++r) {
+      HEADROOM_ASSIGN_OR_RETURN(
+          Run run,
+          RunFromProto(proto.runs(r), absl::StrCat("open_sequences[", i, "].runs[", r, "]")));
+      open.runs.push_back(std::move(run));
+    }
+  }
+  for (int i = 0; i < request.grants_size(); ++i) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        Run run, RunFromProto(request.grants(i).run(), absl::StrCat("grants[", i, "].run")));
+    step->grants.push_back({request.grants(i).sequence_id(), std::move(run)});
+  }
+  for (int i = 0; i < request.sequences_size(); ++i) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        StepSequence sequence,
+        SequenceFromProto(request.sequences(i), absl::StrCat("sequences[", i, "]")));
+    step->sequences.push_back(std::move(sequence));
+  }
+  return step;
+}
+
+absl::StatusOr<Plan> PlanFromProto(const v1::Plan& proto) {
+  Plan plan;
+  plan.version = proto.version();
+  for (int layer = 0; layer < proto.layers_size(); ++layer) {
+    std::vector<LaneRange>& ranges = plan.layers.emplace_back();
+    for (int i = 0; i < proto.layers(layer).ranges_size(); ++i) {
+      const v1::LaneRange& in = proto.layers(layer).ranges(i);
+      const std::string field = absl::StrCat("plan.layers[", layer, "].ranges[", i, "]");
+      LaneRange range;
+      HEADROOM_ASSIGN_OR_RETURN(range.lane, LaneFromProto(in.lane(), absl::StrCat(field, ".lane")));
+      range.kv_head_begin = in.kv_head_begin();
+      range.kv_head_end = in.kv_head_end();
+      range.first_pos = in.first_pos();
+      if (in.has_end_pos()) range.end_pos = in.end_pos();
+      if (range.kv_head_begin < 0 || range.kv_head_end <= range.kv_head_begin ||
+          range.first_pos < 0 || range.end_pos <= range.first_pos) {
+        return Wrong(field, "an empty or negative range");
+      }
+      ranges.push_back(range);
+    }
+  }
+  return plan;
+}
+
+void StepToProto(const Step& step, v1::StepResponse* response) {
+  const StepResult& result = step.result;
+  response->set_number(step.number);
+  response->set_attempt(step.attempt);
+  response->set_code(static_cast<int32_t>(result.status.code()));
+  response->set_duration_ns(result.duration_ns);
+  if (!result.status.ok()) {
+    response->set_message(std::string(result.status.message()));
+    return;
+  }
+  size_t next = 0;
+  for (const StepSequence& sequence : step.sequences) {
+    v1::StepSequenceResult* const out = response->add_results();
+    out->set_sequence_id(sequence.sequence_id);
+    out->set_sealed_tokens(FloorToBlock(sequence.end_pos()));
+    for (size_t i = 0; i < sequence.score_token_ids.size(); ++i) {
+      RecordToProto(result.tokens[next++], out->add_scored());
+    }
+    if (sequence.draw) RecordToProto(result.tokens[next++], out->mutable_token());
+  }
+  LanesToProto(result, response);
+  response->set_fetch_wait_ns(result.fetch_wait_ns);
+  response->set_sealed_bytes(result.sealed_bytes);
+}
+
+}  // namespace headroom

@@ -1,0 +1,195 @@
+#include "services/worker/worker.h"
+
+#include <algorithm>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "common/device/device_factory.h"
+#include "common/log.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+constexpr int64_t kMaxGpuMemoryBytes = int64_t{1} << 50;
+constexpr int64_t kMiB = int64_t{1} << 20;
+// What the CPU device gets beside the weights where nothing is said.
+constexpr int64_t kDefaultCpuKvBytes = int64_t{2} << 30;
+
+absl::Status CheckOptions(const WorkerOptions& options) {
+  const auto range = [](absl::string_view flag, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
+  };
+  if (options.model_dir.empty()) return absl::InvalidArgumentError("--model is not set");
+  if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device '", options.device, "', expected auto, cpu or cuda"));
+  }
+  HEADROOM_RETURN_IF_ERROR(
+      range("--gpu-memory", options.gpu_memory_bytes, 0, kMaxGpuMemoryBytes));
+  HEADROOM_RETURN_IF_ERROR(range("--threads", options.compute_threads, 0, 1024));
+  HEADROOM_RETURN_IF_ERROR(
+      range("--max-chunk-tokens", options.max_chunk_tokens, kMinChunkTokens, kMaxChunkTokens));
+  HEADROOM_RETURN_IF_ERROR(
+      range("--max-context-tokens", options.max_context_tokens, 0, int64_t{1} << 32));
+  return range("--max-sequences", options.max_sequences, 1, Decoder::kMaxSequences);
+}
+
+// One line for each tenth of the weights, if it takes long.
+class LoadProgress {
+ public:
+  explicit LoadProgress(int64_t bytes) : bytes_(bytes), next_(absl::Now() + kInterval) {}
+  void operator()(double share) {
+    if (absl::Now() < next_) return;
+    next_ = absl::Now() + kInterval;
+    LogInfo(absl::StrFormat("loading weights: %.0f%% of %d MiB", 100 * share, bytes_ / kMiB));
+  }
+
+ private:
+  static constexpr absl::Duration kInterval = absl::Seconds(2);
+  const int64_t bytes_;
+  absl::Time next_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const WorkerOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  std::unique_ptr<Worker> worker(new Worker());
+  HEADROOM_RETURN_IF_ERROR(worker->Init(options));
+  return worker;
+}
+
+absl::Status Worker::Init(const WorkerOptions& options) {
+  const absl::Time begun = absl::Now();
+  std::random_device random;
+  incarnation_ = uint64_t{random()} << 32 | random();
+  max_sequences_ = options.max_sequences;
+  HEADROOM_ASSIGN_OR_RETURN(config_, ReadModelConfig(options.model_dir));
+  DeviceOptions device;
+  device.kind = options.device;
+  device.compute_threads = options.compute_threads != 0
+                               ? options.compute_threads
+                               : static_cast<int>(std::thread::hardware_concurrency());
+  device.delay_seed = options.delay_seed;
+  device.memory_bytes = options.gpu_memory_bytes;
+  if (device.memory_bytes == 0 && ChooseDevice(device.kind) == "cpu") {
+    device.memory_bytes = WeightBytes(config_, kernels::PackedWeightBytes) + kDefaultCpuKvBytes;
+  }
+  const int64_t context = options.max_context_tokens != 0 ? options.max_context_tokens
+                                                          : config_.max_position_tokens;
+  HEADROOM_ASSIGN_OR_RETURN(device_, CreateDevice(device));
+  // Too small a budget is said before anything is loaded.
+  HEADROOM_ASSIGN_OR_RETURN(
+      budget_, DivideBudget(config_, WeightBytes(config_, *device_),
+                            device_->arena_use().capacity_bytes, options.max_chunk_tokens, context));
+  HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_,
+                                                  LoadProgress(budget_.weights_bytes)));
+  StepExecutorOptions executor;
+  executor.max_sequences = max_sequences_;
+  HEADROOM_ASSIGN_OR_RETURN(
+      executor_, StepExecutor::Create(*device_, config_, weights_, budget_, executor,
+                                      [this](std::unique_ptr<Step> step) {
+                                        OnDone(std::move(step));
+                                      }));
+  LogInfo(absl::StrFormat(
+      "%s on %s in %s: %d MiB of device memory (weights %d, ring %d, activations %d, KV %d), chunks "
+      "of %d tokens",
+      config_.architecture, std::string(device_->name()),
+      absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1))),
+      budget_.budget_bytes / kMiB, budget_.weights_bytes / kMiB, budget_.ring_bytes / kMiB,
+      budget_.activation_bytes / kMiB, budget_.kv_pool_bytes / kMiB, budget_.max_chunk_tokens));
+  return absl::OkStatus();
+}
+
+Worker::~Worker() {
+  executor_.reset();  // waits for what is in flight; then nothing names the segment
+}
+
+absl::StatusOr<int64_t> Worker::AttachStore(const std::string& segment_dir, uint64_t generation) {
+  {
+    MutexLock lock(&mutex_);
+    if (segment_ != nullptr && segment_->segment().generation() == generation) {
+      return segment_->registered_bytes();
+    }
+  }
+  SegmentBinding expected;
+  expected.geometry = config_.kv_geometry();
+  expected.fingerprint = weights_.fingerprint;
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<MappedSegment> mapped,
+                            MappedSegment::Open(segment_dir, expected, generation));
+  HEADROOM_ASSIGN_OR_RETURN(std::shared_ptr<RegisteredSegment> segment,
+                            RegisteredSegment::Create(*device_, std::move(mapped)));
+  HEADROOM_RETURN_IF_ERROR(executor_->AttachSegment(
+      {segment->segment().data(), segment->segment().data_bytes()}));
+  LogInfo(absl::StrFormat("attached to generation %016x of the store: %d MiB", generation,
+                          segment->segment().data_bytes() / kMiB));
+  const int64_t registered = segment->registered_bytes();
+  // The old one is let go of outside the lock: nothing in flight names it any more.
+  std::shared_ptr<RegisteredSegment> old;
+  MutexLock lock(&mutex_);
+  old = std::exchange(segment_, std::move(segment));
+  return registered;
+}
+
+absl::Status Worker::BeginStream(StepSink sink) {
+  {
+    MutexLock lock(&mutex_);
+    ++stream_;
+    sink_ = nullptr;
+  }
+  HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
+  if (sink == nullptr) return absl::OkStatus();
+  MutexLock lock(&mutex_);
+  sink_ = std::make_shared<const StepSink>(std::move(sink));
+  return absl::OkStatus();
+}
+
+absl::Status Worker::Submit(std::unique_ptr<Step> step) {
+  std::shared_ptr<RegisteredSegment> segment;
+  {
+    MutexLock lock(&mutex_);
+    step->stream = stream_;
+    segment = segment_;
+  }
+  if (segment == nullptr) {
+    return absl::FailedPreconditionError("no store is attached: AttachStore comes first");
+  }
+  int64_t end = 0;
+  const int64_t token_bytes = config_.kv_geometry().BytesPerTokenPerLayer();
+  const auto require = [&](const Run& run) {
+    const int64_t bytes =
+        std::clamp<int64_t>(run.capacity_tokens, 0, config_.kv_geometry().MaxExtentTokens()) *
+        token_bytes;
+    for (const int64_t offset : run.data_offsets) {
+      // What leaves the segment is refused by name when the step begins.
+      if (offset >= 0 && offset <= segment->segment().data_bytes() - bytes) {
+        end = std::max(end, offset + bytes);
+      }
+    }
+  };
+  for (const OpenSequence& open : step->open) {
+    for (const Run& run : open.runs) require(run);
+  }
+  for (const RunGrant& grant : step->grants) require(grant.run);
+  HEADROOM_RETURN_IF_ERROR(segment->Require(end));
+  return executor_->Submit(std::move(step));
+}
+
+void Worker::OnDone(std::unique_ptr<Step> step) {
+  std::shared_ptr<const StepSink> sink;
+  {
+    MutexLock lock(&mutex_);
+    if (step->stream != stream_) return;  // its stream has ended
+    sink = sink_;
+  }
+  if (sink != nullptr) (*sink)(std::move(step));
+}
+
+}  // namespace headroom

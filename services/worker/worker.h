@@ -1,0 +1,88 @@
+// One device with one model's weights, the mapped segment, and the executor over both. No RPC here:
+// worker_service.h has the messages.
+//
+// Threads. Create() loads and may take long. The constant facts may be read anywhere. AttachStore(),
+// BeginStream() and EndStream() block until the steps in flight have ended and are called by one thread
+// at a time; PreparePlan() and Submit() are thread-safe.
+#ifndef HEADROOM_SERVICES_WORKER_WORKER_H_
+#define HEADROOM_SERVICES_WORKER_WORKER_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+#include "common/mutex.h"
+#include "services/worker/device_budget.h"
+#include "services/worker/model/model_config.h"
+#include "services/worker/model/weights.h"
+#include "services/worker/registered_segment.h"
+#include "services/worker/step.h"
+#include "services/worker/step_executor.h"
+#include "services/worker/worker_server.h"
+
+namespace headroom {
+
+class Worker {
+ public:
+  // Takes a step that has run, on a thread of the executor; must not block.
+  using StepSink = std::function<void(std::unique_ptr<Step>)>;
+
+  // Makes the device and loads the weights, with progress in the log. Errors as StartWorker().
+  static absl::StatusOr<std::unique_ptr<Worker>> Create(const WorkerOptions& options);
+  ~Worker();
+
+  // ---- Constant after Create().
+  absl::string_view device_name() const { return device_->name(); }
+  const ModelConfig& config() const { return config_; }
+  const ModelWeights& weights() const { return weights_; }
+  const DeviceBudget& budget() const { return budget_; }
+  int32_t max_sequences() const { return max_sequences_; }
+  uint64_t incarnation() const { return incarnation_; }
+
+  StepExecutor::Memory memory() const { return executor_->memory(); }
+
+  // Maps the segment of a store and registers what is ready of it with the device, the rest in the
+  // background. Nothing to do if this generation is attached. All sequences are closed. Returns the
+  // bytes registered so far. Errors as MappedSegment::Open().
+  absl::StatusOr<int64_t> AttachStore(const std::string& segment_dir, uint64_t generation);
+
+  // INVALID_ARGUMENT. Ranges in place are attended as fetched: the same bytes, on the device.
+  absl::Status PreparePlan(Plan plan) { return executor_->PreparePlan(std::move(plan)); }
+
+  // From now on results go to `sink`, and no sequence is open: what earlier streams had in flight has
+  // ended and is forgotten.
+  absl::Status BeginStream(StepSink sink);
+  absl::Status EndStream() { return BeginStream(nullptr); }
+  // FAILED_PRECONDITION without a store; RESOURCE_EXHAUSTED if more steps wait than the protocol
+  // allows. Nothing of an error reaches the sink.
+  absl::Status Submit(std::unique_ptr<Step> step);
+
+ private:
+  Worker() = default;
+  absl::Status Init(const WorkerOptions& options);
+  void OnDone(std::unique_ptr<Step> step);
+
+  // Constant after Create().
+  std::unique_ptr<Device> device_;
+  ModelConfig config_;
+  ModelWeights weights_;
+  DeviceBudget budget_;
+  int32_t max_sequences_ = 0;
+  uint64_t incarnation_ = 0;
+
+  mutable Mutex mutex_;
+  uint64_t stream_ ABSL_GUARDED_BY(mutex_) = 0;  // number of the stream that steps belong to
+  std::shared_ptr<const StepSink> sink_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<RegisteredSegment> segment_ ABSL_GUARDED_BY(mutex_);
+
+  std::unique_ptr<StepExecutor> executor_;  // last: its threads use the rest
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_WORKER_H_

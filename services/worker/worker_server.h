@@ -1,0 +1,55 @@
+// The worker as a process has it: one device, one model, behind an address.
+#ifndef HEADROOM_SERVICES_WORKER_WORKER_SERVER_H_
+#define HEADROOM_SERVICES_WORKER_WORKER_SERVER_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+
+namespace headroom {
+
+struct WorkerOptions {
+  // As gRPC names addresses: "unix:/path", "host:port". A port of 0 picks one.
+  std::string listen_address;
+  std::string model_dir;
+  // "cpu", "cuda", or "auto": cuda where /dev/nvidiactl is, else cpu.
+  std::string device = "auto";
+  // Device memory for everything: weights, resident keys, tails, staging ring, activations. 0: on cuda
+  // what is free less 1 GiB; on cpu half of the memory that this process may use.
+  int64_t gpu_memory_bytes = 0;
+  // Threads of the CPU device's compute stream; 0: as many as this process may run on.
+  int32_t compute_threads = 0;
+  // Most new tokens of one sequence in one step, beside what the memory allows.
+  int64_t max_chunk_tokens = 8192;
+  // Longest context that tables are laid out for; 0: as long as the model was trained for.
+  int64_t max_context_tokens = 0;
+  int32_t max_sequences = 16;
+  int64_t max_message_bytes = int64_t{16} << 20;
+  // For tests: delays each device operation by 0 to 5 ms, drawn from this seed.
+  std::optional<uint64_t> delay_seed;
+};
+
+class WorkerServer {
+ public:
+  virtual ~WorkerServer() = default;
+
+  // What the listen address came to, where a port was picked.
+  virtual std::string listen_address() const = 0;
+  // Ends calls and Wait().
+  virtual void Shutdown() = 0;
+  // Returns after Shutdown().
+  virtual void Wait() = 0;
+};
+
+// Loads the weights, then serves; health ("" and "headroom.v1.WorkerService") says so. Errors name flag
+// or file: INVALID_ARGUMENT and UNIMPLEMENTED for an option or a model that is wrong,
+// RESOURCE_EXHAUSTED with the least --gpu-memory that would do, UNAVAILABLE for an address that cannot
+// be listened on or a device that is not there.
+absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& options);
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_WORKER_WORKER_SERVER_H_
