@@ -1,0 +1,53 @@
+#include "common/device/device_factory.h"
+
+#include <unistd.h>
+
+#include "absl/strings/str_cat.h"
+#include "common/device/cpu/cpu_device.h"
+#if HEADROOM_HAVE_CUDA
+#include "common/device/cuda/cuda_device.h"
+#endif
+
+namespace headroom {
+namespace {
+
+#if HEADROOM_HAVE_CUDA
+constexpr bool kHaveCuda = true;
+absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions& options) {
+  return CreateCudaDevice({.arena_bytes = options.memory_bytes});
+}
+#else
+constexpr bool kHaveCuda = false;
+absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions&) {
+  return absl::UnavailableError("device cuda: this binary was built without CUDA; use device cpu");
+}
+#endif
+
+}  // namespace
+
+std::string ChooseDevice(absl::string_view kind) {
+  if (kind != "auto") return std::string(kind);
+  return kHaveCuda && access("/dev/nvidiactl", F_OK) == 0 ? "cuda" : "cpu";
+}
+
+absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options) {
+  const std::string kind = ChooseDevice(options.kind);
+  if (kind != "cpu" && kind != "cuda") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device: '", options.kind, "' is none of auto, cpu, cuda"));
+  }
+  if (options.memory_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device memory must be positive, not ", options.memory_bytes, " bytes"));
+  }
+  if (kind == "cuda") return CreateCuda(options);
+  if (options.compute_threads < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("compute threads must be at least 1, not ", options.compute_threads));
+  }
+  return CreateCpuDevice({.arena_bytes = options.memory_bytes,
+                          .compute_threads = options.compute_threads,
+                          .delay_seed = options.delay_seed});
+}
+
+}  // namespace headroom
