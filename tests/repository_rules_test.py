@@ -17,7 +17,10 @@ KERNEL_TOOLKIT = re.compile(r"^(cuda|cub|cooperative_groups|cute|cutlass|nv)(/|[
 
 # Hosts that text may point to: readers follow these; everything else is reached through a package
 # manager, by a package's name.
-KNOWN_HOSTS = {"arxiv.org", "huggingface.co", "github.com", "www.apache.org", "localhost", "127.0.0.1"}
+KNOWN_HOSTS = {
+    "arxiv.org", "huggingface.co", "github.com", "www.apache.org", "www.w3.org", "localhost",
+    "127.0.0.1",
+}
 URL = re.compile(r"\bhttps?://(?:\[[0-9a-f:]+\]|[\w.-]+)")
 # Text that belongs to one machine or one afternoon.
 LEFTOVER = re.compile(
