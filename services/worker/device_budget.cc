@@ -4,6 +4,8 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/attention.h"
+#include "kernels/copy_kv_rows.h"
+#include "kernels/rope.h"
 #include "kernels/sample.h"
 #include "kernels/types.h"
 
@@ -14,11 +16,25 @@ constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kAlignSlack = 64 * 256;  // what aligning a few dozen buffers may cost
 
-// Tables of one step: rows, and per layer and head the spans of the longest context.
+// Sequences with extents of every size whose resident copies one step may list.
+constexpr int64_t kTableSequences = 16;
+
+// Tables of one step. Per layer: of each sequence and head an item and the spans of the small extents
+// that it has grown through, and what it seals; the spans and tiles of the longest context.
 int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_tokens) {
-  const int64_t extents = max_context_tokens / config.kv_geometry().MaxExtentTokens() + 16;
-  const int64_t spans = extents * config.num_layers * config.num_kv_heads;
-  return 512 * 1024 + 64 * rows + 2 * spans * static_cast<int64_t>(sizeof(kernels::KvSpan));
+  constexpr int64_t kSpan = sizeof(kernels::KvSpan);
+  constexpr int64_t kItem = sizeof(kernels::AttendItem) + 16;  // tables are aligned to 16 bytes
+  constexpr int64_t kMove = sizeof(kernels::CopyKvItem);
+  const int64_t heads = config.num_kv_heads;
+  int64_t small_extents = 1;
+  const int64_t full = config.kv_geometry().MaxExtentTokens();
+  for (int64_t tokens = kBlockTokens; tokens < full; tokens *= 2) ++small_extents;
+  const int64_t a_sequence = heads * (kItem + (small_extents + 1) * kSpan) +
+                             (heads + 2) * kMove + static_cast<int64_t>(sizeof(kernels::AppendItem));
+  const int64_t full_extents = max_context_tokens / full + 1;
+  const int64_t long_context = heads * full_extents * 2 * (kItem + kSpan);
+  return (64 << 10) + 64 * rows +
+         config.num_layers * (kTableSequences * a_sequence + long_context);
 }
 
 }  // namespace
@@ -80,7 +96,8 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   }
   budget.max_chunk_tokens = kMinChunkTokens;
   while (2 * budget.max_chunk_tokens <= std::min(chunk_limit, kMaxChunkTokens) &&
-         activations(2 * budget.max_chunk_tokens) <= rest / 3) {
+         activations(2 * budget.max_chunk_tokens) <=
+             std::min(rest / 3, rest - least_ring - budget.tail_bytes_per_sequence)) {
     budget.max_chunk_tokens *= 2;
   }
   budget.table_bytes = TableBytes(config, budget.max_chunk_tokens, max_context_tokens);

@@ -108,12 +108,15 @@ absl::StatusOr<bool> FetchPipeline::MakeRoom(const Tile& tile) {
 }
 
 absl::Status FetchPipeline::Fill(const Tile& tile) {
-  for (int32_t i = tile.copy_begin; i < tile.copy_end; ++i) {
-    HEADROOM_RETURN_IF_ERROR(device_.Copy(copy_, copies_[i], copied_));
+  absl::Status status;
+  for (int32_t i = tile.copy_begin; i < tile.copy_end && status.ok(); ++i) {
+    status = device_.Copy(copy_, copies_[i], copied_);
   }
-  const int64_t serial = step_serial_ + next_fill_;
+  // A tile that was refused half-way is in flight all the same: Abandon() waits for it.
+  const int64_t serial = step_serial_ + next_fill_++;
   live_[live_tail_++ % kMaxLive] = {tile.ring_offset, tile.bytes, serial};
-  return device_.Record(copy_, filled_[serial % kMaxLive]);
+  const absl::Status recorded = device_.Record(copy_, filled_[serial % kMaxLive]);
+  return status.ok() ? recorded : status;
 }
 
 absl::Status FetchPipeline::Advance() {
@@ -121,7 +124,6 @@ absl::Status FetchPipeline::Advance() {
     HEADROOM_ASSIGN_OR_RETURN(const bool room, MakeRoom(tiles_[next_fill_]));
     if (!room) break;
     HEADROOM_RETURN_IF_ERROR(Fill(tiles_[next_fill_]));
-    ++next_fill_;
   }
   return absl::OkStatus();
 }
@@ -142,6 +144,10 @@ absl::Status FetchPipeline::EndConsume(int tile) {
 }
 
 absl::Status FetchPipeline::Abandon() {
+  if (next_consume_ < next_fill_) {
+    HEADROOM_RETURN_IF_ERROR(
+        device_.Wait(compute_, filled_[(step_serial_ + next_fill_ - 1) % kMaxLive]));
+  }
   for (; next_consume_ < next_fill_; ++next_consume_) {
     HEADROOM_RETURN_IF_ERROR(
         device_.Record(compute_, released_[(step_serial_ + next_consume_) % kMaxLive]));

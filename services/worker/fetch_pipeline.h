@@ -47,7 +47,8 @@ class FetchPipeline {
   absl::Status BeginConsume(int tile);
   // After them: releases the tile, then fills on.
   absl::Status EndConsume(int tile);
-  // Gives up what is left of the step: nothing more is consumed.
+  // Gives up what is left of the step: nothing more is consumed. Later work of the compute stream
+  // runs after the copies in flight.
   absl::Status Abandon();
 
  private:
@@ -76,6 +77,7 @@ class FetchPipeline {
                 int64_t bytes);
   // Frees the place of the next tile; false if a consumer there has not been enqueued yet.
   absl::StatusOr<bool> MakeRoom(const Tile& tile);
+  // Enqueues the copies of the next tile.
   absl::Status Fill(const Tile& tile);
 
   Device& device_;

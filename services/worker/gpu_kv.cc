@@ -14,6 +14,11 @@ namespace {
 // full-size extents of some thousand tokens.
 constexpr int kReservedRuns = 64;
 
+bool SameRun(const Run& a, const Run& b) {
+  return a.first_pos == b.first_pos && a.capacity_tokens == b.capacity_tokens &&
+         a.data_offsets == b.data_offsets;
+}
+
 int64_t GranuleBytes(const KvGeometry& geometry) {
   return kBlockTokens * geometry.BytesPerTokenPerHead();
 }
@@ -85,7 +90,7 @@ absl::Status GpuKv::Open(const OpenSequence& open) {
         absl::StrCat("sequence ", open.sequence_id, ": sealed_tokens ", open.sealed_tokens,
                      ", expected a multiple of 64 up to ", sequence->capacity_tokens()));
   }
-  sequence->sealed_tokens = open.sealed_tokens;
+  sequence->sealed_tokens = sequence->known_end = sequence->tail_begin = open.sealed_tokens;
   while (static_cast<int32_t>(sequence->tails.size()) < geometry_.num_layers) {
     uint8_t* const tail = pool_.Allocate(tail_layer_bytes_);
     if (tail != nullptr) {
@@ -142,6 +147,19 @@ GpuKv::Sequence* GpuKv::Find(uint64_t sequence_id) {
     if (sequence->id == sequence_id) return sequence.get();
   }
   return nullptr;
+}
+
+bool GpuKv::Holds(const OpenSequence& open) {
+  const Sequence* const sequence = Find(open.sequence_id);
+  return sequence != nullptr && sequence->runs.size() >= open.runs.size() &&
+         std::equal(open.runs.begin(), open.runs.end(), sequence->runs.begin(), SameRun);
+}
+
+bool GpuKv::Holds(const RunGrant& grant) {
+  const Sequence* const sequence = Find(grant.sequence_id);
+  return sequence != nullptr &&
+         std::any_of(sequence->runs.begin(), sequence->runs.end(),
+                     [&](const Run& run) { return SameRun(run, grant.run); });
 }
 
 uint8_t*& GpuKv::ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const {

@@ -36,8 +36,12 @@ class GpuKv {
     uint64_t id = 0;
     int32_t slot = 0;
     std::vector<Run> runs;
-    // Positions [0, sealed) are in extents once the steps enqueued so far have run.
+    // As of the steps enqueued so far, once they have run: positions [0, sealed_tokens) are in extents,
+    // keys of [0, known_end) have been computed, and the tail holds those from tail_begin on.
     int64_t sealed_tokens = 0;
+    int64_t known_end = 0;
+    int64_t tail_begin = 0;
+    bool has_drawn = false;  // a token, which a step may refer to as the last drawn
     std::vector<uint8_t*> tails;      // per layer: [kv_head][K | V][kTailTokens]
     std::vector<uint8_t*> residents;  // [run][layer][kv_head]: copy of that head of the run, or null
 
@@ -55,11 +59,15 @@ class GpuKv {
   // ALREADY_EXISTS; RESOURCE_EXHAUSTED when no slot or no tail is left, even with every resident
   // copy dropped.
   absl::Status Open(const OpenSequence& open);
+  // NOT_FOUND if it is not open; INVALID_ARGUMENT as above.
   absl::Status Grant(const RunGrant& grant);
   // Unknown sequences are ignored.
   void Close(uint64_t sequence_id);
   void CloseAll();
   Sequence* Find(uint64_t sequence_id);
+  // Whether that has been done already: a repeated step brings its openings and grants again.
+  bool Holds(const OpenSequence& open);
+  bool Holds(const RunGrant& grant);
 
   // Makes the resident copies what `plan` says, as far as the pool allows; calls promote(sequence,
   // run, layer, kv_head) for each new copy, which must then be filled with what is sealed.

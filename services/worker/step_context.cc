@@ -12,7 +12,7 @@ using kernels::AttendItem;
 using kernels::CopyKvItem;
 using kernels::KvSpan;
 
-enum MoveKind { kPrelude, kSeal, kKeep };
+enum MoveKind { kPrelude, kSeal, kMirror, kKeep };
 enum LaunchKind { kLocal, kTile, kLast };
 
 // The span with only positions [begin, end).
@@ -92,10 +92,50 @@ absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
   return context;
 }
 
+namespace {
+
+absl::Status Wrong(const StepSequence& sequence, absl::string_view what) {
+  return absl::InvalidArgumentError(absl::StrCat("sequence ", sequence.sequence_id, ": ", what));
+}
+
+}  // namespace
+
+// What holds whatever else is in the step.
+absl::Status StepContext::CheckPart(const StepSequence& sequence,
+                                    const GpuKv::Sequence& kv) const {
+  const int64_t first = sequence.first_pos;
+  const int64_t sealed = sequence.sealed_tokens;
+  if (first < 0 || first > kv.known_end) {
+    return Wrong(sequence, absl::StrCat("first_pos ", first, ", keys are known up to position ",
+                                        kv.known_end));
+  }
+  const int64_t most_sealed = std::min(kv.sealed_tokens, first);
+  if (sealed < 0 || sealed % kBlockTokens != 0 || sealed > most_sealed) {
+    return Wrong(sequence, absl::StrCat("sealed_tokens ", sealed,
+                                        ", expected a multiple of 64 up to ", most_sealed));
+  }
+  if (FloorToBlock(sequence.end_pos()) > kv.capacity_tokens()) {
+    return Wrong(sequence, absl::StrCat("positions to ", sequence.end_pos(), " and extents for ",
+                                        kv.capacity_tokens()));
+  }
+  for (const auto* ids : {&sequence.token_ids, &sequence.score_token_ids}) {
+    for (const int32_t id : *ids) {
+      if (id < 0 || id >= config_.vocab) {
+        return Wrong(sequence,
+                     absl::StrCat("token id ", id, " of a vocabulary of ", config_.vocab));
+      }
+    }
+  }
+  if (sequence.token_ids.empty() && !kv.has_drawn) {
+    return Wrong(sequence, "no token ids, and no token was drawn yet");
+  }
+  if (sequence.score_token_ids.size() > static_cast<size_t>(sequence.num_tokens())) {
+    return Wrong(sequence, "more tokens to score than new tokens");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status StepContext::AddPart(const StepSequence& sequence) {
-  const auto wrong = [&](absl::string_view what) {
-    return absl::InvalidArgumentError(absl::StrCat("sequence ", sequence.sequence_id, ": ", what));
-  };
   Part part;
   part.what = &sequence;
   part.kv = kv_.Find(sequence.sequence_id);
@@ -103,42 +143,37 @@ absl::Status StepContext::AddPart(const StepSequence& sequence) {
     return absl::NotFoundError(absl::StrCat("sequence ", sequence.sequence_id, " is not open"));
   }
   for (const Part& other : parts_) {
-    if (other.kv == part.kv) return wrong("twice in one step");
+    if (other.kv == part.kv) return Wrong(sequence, "twice in one step");
   }
+  HEADROOM_RETURN_IF_ERROR(CheckPart(sequence, *part.kv));
+  if (rows_ + sequence.num_tokens() > max_rows_) {
+    return Wrong(sequence, absl::StrCat("more than ", max_rows_, " new tokens in one step"));
+  }
+  const int64_t first = sequence.first_pos;
   const int64_t end = sequence.end_pos();
   const int64_t sealed = sequence.sealed_tokens;
-  if (sealed < 0 || sealed % kBlockTokens != 0 || sealed > part.kv->sealed_tokens ||
-      sealed > sequence.first_pos) {
-    return wrong(absl::StrCat("sealed_tokens ", sealed, ", expected a multiple of 64 up to ",
-                              std::min(part.kv->sealed_tokens, sequence.first_pos)));
-  }
-  if (FloorToBlock(end) > part.kv->capacity_tokens()) {
-    return wrong(absl::StrCat("positions to ", end, " and extents for ",
-                              part.kv->capacity_tokens()));
-  }
-  if (rows_ + sequence.num_tokens() > max_rows_) {
-    return wrong(absl::StrCat("more than ", max_rows_, " new tokens in one step"));
-  }
-  for (const auto* ids : {&sequence.token_ids, &sequence.score_token_ids}) {
-    for (const int32_t id : *ids) {
-      if (id < 0 || id >= config_.vocab) {
-        return wrong(absl::StrCat("token id ", id, " of a vocabulary of ", config_.vocab));
-      }
-    }
-  }
-  if (sequence.score_token_ids.size() > static_cast<size_t>(sequence.num_tokens())) {
-    return wrong("more tokens to score than new tokens");
-  }
   part.first_own_pos = sealed;
   part.in_tail = end - sealed <= kTailTokens;
+  // Unsealed keys in front of the new ones lie in the tail. A chunk that is repeated has already
+  // replaced them there by what it left; but then it has sealed them too.
+  if (first > sealed && sealed < part.kv->tail_begin) {
+    part.prelude_sealed = !part.in_tail && CeilToBlock(first) <= part.kv->sealed_tokens;
+    if (!part.prelude_sealed) {
+      return Wrong(sequence, absl::StrCat("sealed_tokens ", sealed,
+                                          ", the tail holds keys from position ",
+                                          part.kv->tail_begin, " on"));
+    }
+  }
   if (!part.in_tail) {
-    if (sequence.first_pos - sealed >= kTailTokens) {
-      return wrong(absl::StrCat(sequence.first_pos - sealed, " unsealed tokens, the tail holds ",
-                                kTailTokens));
+    if (first - sealed >= kTailTokens) {
+      return Wrong(sequence, absl::StrCat(first - sealed, " unsealed tokens, the tail holds ",
+                                          kTailTokens));
     }
     part.chunk_offset_bytes = chunk_bytes_;
     chunk_bytes_ += CeilToBlock(end - sealed) * geometry_.BytesPerTokenPerLayer();
-    if (chunk_bytes_ > chunk_buffer_bytes_) return wrong("the step's chunks are too long together");
+    if (chunk_bytes_ > chunk_buffer_bytes_) {
+      return Wrong(sequence, "the unsealed and new tokens of the step are too many together");
+    }
   }
   part.row_begin = static_cast<int32_t>(rows_);
   rows_ += sequence.num_tokens();
@@ -153,6 +188,7 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
     account.bytes = 0;
     account.busy_ns = 0;
   }
+  flight.tile_reads.bytes = 0;
   flight.sealed.bytes = 0;
   flight.fetch_wait.busy_ns = 0;
   std::fill(std::begin(flight.kv_heads), std::end(flight.kv_heads), 0.0);
@@ -171,12 +207,24 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
   for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
     BuildLayer(layer, flight.tables, flight);
   }
+  HEADROOM_RETURN_IF_ERROR(flight.tables.Check());
   flight.seals = seals_;
+  // From here on the step may overwrite what the tail held, even if it fails half-way.
   for (const Part& part : parts_) {
-    const int64_t end = FloorToBlock(part.what->end_pos());
-    part.kv->sealed_tokens = std::max(part.kv->sealed_tokens, end);
+    const int64_t end = part.what->end_pos();
+    part.kv->tail_begin =
+        std::max(part.kv->tail_begin, part.in_tail ? end - kTailTokens : FloorToBlock(end));
   }
   return absl::OkStatus();
+}
+
+void StepContext::Commit() {
+  for (const Part& part : parts_) {
+    const int64_t end = part.what->end_pos();
+    part.kv->known_end = std::max(part.kv->known_end, end);
+    part.kv->sealed_tokens = std::max(part.kv->sealed_tokens, FloorToBlock(end));
+    part.kv->has_drawn = part.kv->has_drawn || part.what->draw;
+  }
 }
 
 void StepContext::BuildRows(StepTables& tables) {
@@ -209,6 +257,7 @@ absl::Status StepContext::BuildResults(const Step& step, StepTables& tables) {
     if (!s.draw) continue;
     kernels::SampleRow row = s.sampling;
     row.counter = static_cast<uint64_t>(s.end_pos());
+    row.forced_token = -1;
     row.num_top_logprobs = s.num_top_logprobs;
     row.slot = part.kv->slot;
     row.result_index = static_cast<int32_t>(sample_scratch_.size());
@@ -285,7 +334,15 @@ void StepContext::BuildMoves(int32_t layer, StepTables& tables) {
     const KvSpan own = OwnKeys(part, layer);
     const KvSpan tail = kv_.Tail(*part.kv, layer);
     append_scratch_.push_back({part.row_begin, Clip(own, first, end)});
-    if (!part.in_tail && first > part.first_own_pos) {
+    if (part.prelude_sealed) {
+      for (int run = 0; run < static_cast<int>(part.kv->runs.size()); ++run) {
+        const KvSpan from =
+            Clip(kv_.Extent(*part.kv, run, layer), part.first_own_pos, first);
+        if (from.count <= 0) continue;
+        copy_scratch_[kPrelude].push_back(
+            {from, Clip(own, from.first_pos, from.first_pos + from.count)});
+      }
+    } else if (!part.in_tail && first > part.first_own_pos) {
       KvSpan from = tail;
       from.first_pos = part.first_own_pos;
       from.count = static_cast<int32_t>(first - part.first_own_pos);
@@ -307,7 +364,7 @@ void StepContext::BuildMoves(int32_t layer, StepTables& tables) {
       for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
         const KvSpan copy =
             Clip(kv_.Resident(*part.kv, run, layer, head), seal_begin, seal_end);
-        if (copy.base != nullptr) copy_scratch_[kSeal].push_back({own, copy});
+        if (copy.base != nullptr) copy_scratch_[kMirror].push_back({own, copy});
       }
     }
   }
@@ -315,6 +372,7 @@ void StepContext::BuildMoves(int32_t layer, StepTables& tables) {
   work.append = tables.Add(append_scratch_);
   work.prelude = tables.Add(copy_scratch_[kPrelude]);
   work.seal = tables.Add(copy_scratch_[kSeal]);
+  work.mirror = tables.Add(copy_scratch_[kMirror]);
   work.keep = tables.Add(copy_scratch_[kKeep]);
   seals_ = seals_ || work.seal.count > 0;
 }

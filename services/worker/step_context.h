@@ -37,7 +37,8 @@ struct LayerWork {
   int32_t tile_begin = 0;                       // tiles [tile_begin, tile_end) and their launches
   int32_t tile_end = 0;
   AttendLaunch last;                         // heads with fetched keys: the keys after the last tile
-  kernels::Table<kernels::CopyKvItem> seal;  // finished blocks into extents and resident copies
+  kernels::Table<kernels::CopyKvItem> seal;    // finished blocks into extents
+  kernels::Table<kernels::CopyKvItem> mirror;  // ... and into resident copies
   kernels::Table<kernels::CopyKvItem> keep;  // what is left of a chunk, into the tail
 };
 
@@ -47,6 +48,7 @@ class StepContext {
   struct Flight {
     StepTables tables;
     OpAccount accounts[kNumLanes];
+    OpAccount tile_reads;  // launches that read a tile, and resident keys in front of it
     OpAccount sealed;
     kernels::SampleResult* results = nullptr;       // arena, [kMaxResults]
     kernels::SampleResult* host_results = nullptr;  // registered host memory
@@ -71,6 +73,8 @@ class StepContext {
   // wrong with the step (INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED).
   // REQUIRES: the flight's step before has run and been taken.
   absl::Status BeginStep(std::unique_ptr<Step> step, int index);
+  // All of the step has been enqueued: its keys count as known and sealed from now on.
+  void Commit();
 
   Flight& flight(int index) { return flights_[index]; }
   FetchPipeline& pipeline() { return *pipeline_; }
@@ -100,12 +104,14 @@ class StepContext {
     bool in_tail = true;              // else in the chunk buffer, from chunk_offset on
     int64_t chunk_offset_bytes = 0;
     int64_t first_own_pos = 0;        // own keys are [first_own_pos, end): unsealed and new ones
+    bool prelude_sealed = false;      // own keys in front of the new ones come from extents
   };
 
   StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
               std::unique_ptr<FetchPipeline> pipeline);
 
   absl::Status AddPart(const StepSequence& sequence);
+  absl::Status CheckPart(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
   void BuildRows(StepTables& tables);
   absl::Status BuildResults(const Step& step, StepTables& tables);
   void BuildLayer(int32_t layer, StepTables& tables, Flight& flight);
@@ -149,7 +155,7 @@ class StepContext {
   std::vector<int32_t> row_scratch_;
   std::vector<kernels::SampleRow> sample_scratch_;
   std::vector<kernels::AppendItem> append_scratch_;
-  std::vector<kernels::CopyKvItem> copy_scratch_[3];  // prelude, seal, keep
+  std::vector<kernels::CopyKvItem> copy_scratch_[4];  // prelude, seal, mirror, keep
   std::vector<kernels::AttendItem> item_scratch_[3];  // local, tile, last
   std::vector<kernels::KvSpan> span_scratch_[3];
   std::vector<Rectangle> tile_scratch_;

@@ -1,5 +1,7 @@
 #include "services/worker/step_executor.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <utility>
@@ -85,8 +87,7 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
     }
   }
   executor_ = std::thread([this] { ExecutorLoop(); });
-  completions_[0] = std::thread([this] { CompletionLoop(prefill_); });
-  completions_[1] = std::thread([this] { CompletionLoop(decode_); });
+  completion_ = std::thread([this] { CompletionLoop(); });
   return absl::OkStatus();
 }
 
@@ -99,9 +100,7 @@ StepExecutor::~StepExecutor() {
     enqueued_.SignalAll();
   }
   if (executor_.joinable()) executor_.join();
-  for (std::thread& thread : completions_) {
-    if (thread.joinable()) thread.join();
-  }
+  if (completion_.joinable()) completion_.join();
   if (staging_ != nullptr) device_.UnregisterHost(staging_.get()).IgnoreError();
 }
 
@@ -143,6 +142,10 @@ absl::Status StepExecutor::PreparePlan(Plan plan) {
 }
 
 absl::Status StepExecutor::Submit(std::unique_ptr<Step> step) {
+  // Here, so that the completion thread need not allocate.
+  int64_t results = 0;
+  for (const StepSequence& sequence : step->sequences) results += sequence.num_results();
+  step->result.tokens.reserve(std::min(results, kMaxResults));
   MutexLock lock(&mutex_);
   if (inbox_.full()) {
     return absl::ResourceExhaustedError(
@@ -194,13 +197,14 @@ StepExecutor::Memory StepExecutor::memory() const {
 // ---------------------------------------------------------------- the executor's loop
 
 void StepExecutor::ExecutorLoop() {
+  pthread_setname_np(pthread_self(), "executor");
   for (;;) {
     TakeInbox();
     uint64_t seen;
     {
       MutexLock lock(&mutex_);
       seen = events_;
-      const bool drained = Idle() && prefill_.running.empty() && decode_.running.empty();
+      const bool drained = Idle() && running_.empty();
       if (drained && errand_ != nullptr && !errand_->done) {
         errand_->status = errand_->work();
         errand_->done = true;
@@ -307,8 +311,15 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
 absl::Status StepExecutor::ApplyMembership(const Step& step) {
   for (const uint64_t id : step.close) kv_->Close(id);
   runs_changed_ = runs_changed_ || !step.open.empty() || !step.grants.empty();
-  for (const OpenSequence& open : step.open) HEADROOM_RETURN_IF_ERROR(kv_->Open(open));
-  for (const RunGrant& grant : step.grants) HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
+  const bool repeated = step.attempt > 0;
+  for (const OpenSequence& open : step.open) {
+    if (repeated && kv_->Holds(open)) continue;
+    HEADROOM_RETURN_IF_ERROR(kv_->Open(open));
+  }
+  for (const RunGrant& grant : step.grants) {
+    if (repeated && kv_->Holds(grant)) continue;
+    HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
+  }
   return absl::OkStatus();
 }
 
@@ -425,6 +436,7 @@ absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
   HEADROOM_RETURN_IF_ERROR(device_.Wait(seal_, state.appended[parity]));
   HEADROOM_RETURN_IF_ERROR(
       Move(seal_, work.seal, &state.flight(context.active_flight).sealed));
+  HEADROOM_RETURN_IF_ERROR(Move(seal_, work.mirror, nullptr));
   return device_.Record(seal_, state.sealed[parity]);
 }
 
@@ -433,8 +445,8 @@ absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
 absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
   StepContext& state = *context.state;
   const LayerWork& work = state.layer_work(layer);
-  OpAccount& resident =
-      state.flight(context.active_flight).accounts[static_cast<int>(Lane::kResident)];
+  StepContext::Flight& flight = state.flight(context.active_flight);
+  OpAccount& resident = flight.accounts[static_cast<int>(Lane::kResident)];
   const auto attend = [&](const AttendLaunch& launch, OpAccount* account) -> absl::Status {
     if (launch.items.count == 0) return absl::OkStatus();
     kernels::AttendArgs args = decoder_->Attention(state.rows());
@@ -445,7 +457,7 @@ absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
   HEADROOM_RETURN_IF_ERROR(attend(work.local, &resident));
   for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
     HEADROOM_RETURN_IF_ERROR(state.pipeline().BeginConsume(tile));
-    HEADROOM_RETURN_IF_ERROR(attend(state.tile_launch(tile), nullptr));
+    HEADROOM_RETURN_IF_ERROR(attend(state.tile_launch(tile), &flight.tile_reads));
     HEADROOM_RETURN_IF_ERROR(state.pipeline().EndConsume(tile));
   }
   return attend(work.last, &resident);
@@ -464,44 +476,52 @@ absl::Status StepExecutor::EnqueueEnd(Context& context) {
         flight.num_results * static_cast<int64_t>(sizeof(kernels::SampleResult));
     HEADROOM_RETURN_IF_ERROR(device_.Copy(compute_, copy));
   }
-  if (!flight.seals) return absl::OkStatus();
+  if (flight.seals) HEADROOM_RETURN_IF_ERROR(RecordSealed(context));
+  state.Commit();
+  return absl::OkStatus();
+}
+
+absl::Status StepExecutor::RecordSealed(Context& context) {
   context.sealed_once = true;
-  HEADROOM_RETURN_IF_ERROR(device_.Record(seal_, flight.sealed_done));
-  return device_.Record(seal_, state.all_sealed);
+  HEADROOM_RETURN_IF_ERROR(
+      device_.Record(seal_, context.state->flight(context.active_flight).sealed_done));
+  return device_.Record(seal_, context.state->all_sealed);
 }
 
 void StepExecutor::Finish(Context& context, const absl::Status& status) {
   StepContext::Flight& flight = context.state->flight(context.active_flight);
   flight.status = status;
   if (!status.ok()) {
+    // What it has enqueued still runs: nothing of it may be reused before.
     context.state->pipeline().Abandon().IgnoreError();
     flight.num_results = 0;
-    flight.seals = false;
+    flight.seals = context.next_layer >= 0 && RecordSealed(context).ok();
   }
   if (absl::Status recorded = device_.Record(compute_, flight.done); !recorded.ok()) {
     flight.status = recorded;
   }
   context.next_layer = -1;
   MutexLock lock(&mutex_);
-  context.running.push_back(context.active_flight);
+  running_.push_back({&context, context.active_flight});
   enqueued_.SignalAll();
 }
 
 // ---------------------------------------------------------------- completion
 
-void StepExecutor::CompletionLoop(Context& context) {
-  int64_t last_done_ns = 0;
+void StepExecutor::CompletionLoop() {
+  pthread_setname_np(pthread_self(), "completion");
   for (;;) {
-    int index;
+    Running running;
     {
       MutexLock lock(&mutex_);
-      while (context.running.empty()) {
+      while (running_.empty()) {
         if (executor_ended_) return;
         enqueued_.WaitFor(&mutex_, absl::Seconds(1));
       }
-      index = context.running.front();
+      running = running_.front();
     }
-    StepContext::Flight& flight = context.state->flight(index);
+    Context& context = *running.context;
+    StepContext::Flight& flight = context.state->flight(running.flight);
     absl::Status waited = device_.Synchronize(flight.done, options_.step_timeout);
     if (waited.ok() && flight.seals) {
       waited = device_.Synchronize(flight.sealed_done, options_.step_timeout);
@@ -509,12 +529,12 @@ void StepExecutor::CompletionLoop(Context& context) {
     if (flight.status.ok()) flight.status = waited;
     if (flight.status.ok()) flight.status = device_.status();
     std::unique_ptr<Step> step =
-        Complete(flight, std::max(flight.enqueued_ns, last_done_ns));
-    last_done_ns = NowNs();
+        Complete(flight, std::max(flight.enqueued_ns, context.last_done_ns));
+    context.last_done_ns = NowNs();
     {
       MutexLock lock(&mutex_);
-      context.running.pop_front();
-      context.flight_busy[index] = false;
+      running_.pop_front();
+      context.flight_busy[running.flight] = false;
       ++events_;
       work_.Signal();
     }
@@ -541,6 +561,11 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
     account.busy_ns = flight.accounts[lane].busy_ns;
     account.idle_ns =
         account.bytes > 0 ? std::max<int64_t>(0, result.duration_ns - account.busy_ns) : 0;
+  }
+  // Tiles were read once each, so what else those launches read were resident keys.
+  if (flight.status.ok()) {
+    result.lanes[static_cast<int>(Lane::kResident)].bytes +=
+        flight.tile_reads.bytes - flight.accounts[static_cast<int>(Lane::kFetched)].bytes;
   }
   result.fetch_wait_ns = flight.fetch_wait.busy_ns;
   result.sealed_bytes = flight.sealed.bytes;

@@ -1,10 +1,11 @@
 // Runs steps on a device: the layer loop.
 //
 // Threads. One executor thread enqueues everything (Device streams are fed by one thread); one
-// completion thread per context waits for steps to end and hands them back. Callers of Submit() and
-// the others only pass messages. Steps with a chunk run in the prefill context, steps of single tokens
-// in the decode context; the executor takes turns between them at layer borders: one whole decode
-// step, then one layer of the chunk, which is never enqueued more than two layers ahead of the device.
+// completion thread waits for steps to end and hands them back, in the order in which they end: steps
+// that share a sequence in order of their numbers. Callers of Submit() and the others only pass
+// messages. Steps with a chunk run in the prefill context, steps of single tokens in the decode
+// context; the executor takes turns between them at layer borders: one whole decode step, then one
+// layer of the chunk, which is never enqueued more than two layers ahead of the device.
 //
 // Steady decode allocates nothing on the executor, completion and stream threads.
 #ifndef HEADROOM_SERVICES_WORKER_STEP_EXECUTOR_H_
@@ -41,8 +42,7 @@ struct StepExecutorOptions {
 
 class StepExecutor {
  public:
-  // Called on a completion thread (or on the executor's, for a step that could not begin) with the
-  // step and its result; takes the step over.
+  // Called on the completion thread with the step and its result; takes the step over.
   using DoneCallback = std::function<void(std::unique_ptr<Step>)>;
 
   // `device`, `config` and `weights` outlive the executor.
@@ -84,9 +84,8 @@ class StepExecutor {
     int active_flight = 0;
     EventId layer_done[2];                      // by layer parity
     bool sealed_once = false;                   // whether state->all_sealed was ever recorded
-    // Flights whose steps are enqueued, oldest first; guarded by mutex_.
-    BoundedQueue<int, kStepsInFlight> running;
-    bool flight_busy[kStepsInFlight] = {};
+    bool flight_busy[kStepsInFlight] = {};      // guarded by mutex_
+    int64_t last_done_ns = 0;                   // completion thread only
   };
 
   StepExecutor(Device& device, const ModelConfig& config, const DeviceBudget& budget,
@@ -113,12 +112,13 @@ class StepExecutor {
   absl::Status Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
                     OpAccount* account);
   absl::Status EnqueueEnd(Context& context);
+  absl::Status RecordSealed(Context& context);
   void Finish(Context& context, const absl::Status& status);
   bool MayEnqueueAhead(Context& context);
   absl::Status RunBetweenSteps(std::function<absl::Status()> work);
 
-  // ---- Completion threads.
-  void CompletionLoop(Context& context);
+  // ---- Completion thread.
+  void CompletionLoop();
   // The step of a flight that has run, with its result.
   std::unique_ptr<Step> Complete(StepContext::Flight& flight, int64_t begun_ns);
 
@@ -146,8 +146,14 @@ class StepExecutor {
 
   mutable Mutex mutex_;
   CondVar work_;      // inbox, stop, or a flight has ended
-  CondVar enqueued_;  // a context's running is not empty, or stop
+  CondVar enqueued_;  // running_ is not empty, or stop
   BoundedQueue<std::unique_ptr<Step>, kMaxWaitingSteps> inbox_ ABSL_GUARDED_BY(mutex_);
+  // Steps that are enqueued, in the order of their ends on the compute stream.
+  struct Running {
+    Context* context = nullptr;
+    int flight = 0;
+  };
+  BoundedQueue<Running, kNumContexts * kStepsInFlight> running_ ABSL_GUARDED_BY(mutex_);
   std::map<uint64_t, Plan> plans_ ABSL_GUARDED_BY(mutex_);
   struct Errand {
     std::function<absl::Status()> work;
@@ -162,7 +168,7 @@ class StepExecutor {
   int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
 
   std::thread executor_;
-  std::thread completions_[kNumContexts];
+  std::thread completion_;
 };
 
 }  // namespace headroom

@@ -24,7 +24,7 @@ class StepTables {
   // REQUIRES: the step whose tables these were has run.
   void Clear() { used_ = needed_ = 0; }
 
-  // Adds a table. If it does not fit it is empty, and Upload() fails.
+  // Adds a table. If it does not fit it is empty, and Check() fails.
   template <typename T>
   kernels::Table<T> Add(const T* items, size_t count) {
     const int64_t begin = (needed_ + kAlign - 1) / kAlign * kAlign;
@@ -41,12 +41,14 @@ class StepTables {
   }
 
   // RESOURCE_EXHAUSTED if a table did not fit: the context is longer than the worker was told.
+  absl::Status Check() const {
+    if (needed_ <= bytes_) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the step's tables take ", needed_, " bytes, ", bytes_,
+                     " were set aside for them: raise --max-context-tokens"));
+  }
+  // REQUIRES: Check() is OK.
   absl::Status Upload(Device& device, StreamId stream) {
-    if (needed_ > bytes_) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "the step's tables take ", needed_, " bytes, ", bytes_,
-          " were set aside for them: raise --max-context-tokens"));
-    }
     CopyArgs copy;
     copy.dst = device_;
     copy.src = host_;

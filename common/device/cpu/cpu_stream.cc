@@ -37,6 +37,16 @@ uint64_t NextRandom(uint64_t& state) {
 
 }  // namespace
 
+void RunOp(const CpuOp& op, kernels::CpuTeam& team) {
+  if (op.account == nullptr) return op.run(op.storage, team, nullptr);
+  const auto begin = std::chrono::steady_clock::now();
+  op.run(op.storage, team, op.account);
+  op.account->busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                    std::chrono::steady_clock::now() - begin)
+                                    .count(),
+                                std::memory_order_relaxed);
+}
+
 CpuStream::CpuStream(std::string name, int threads, std::optional<uint64_t> delay_seed)
     : name_(std::move(name)),
       delay_seed_(delay_seed),
@@ -53,12 +63,12 @@ CpuStream::~CpuStream() {
 
 absl::Status CpuStream::Push(const CpuOp& op) {
   const uint32_t at = pushed_.load(std::memory_order_relaxed);
-  uint32_t popped = popped_.load(std::memory_order_acquire);
-  if (at - popped == kCapacity) {
+  if (at - popped_seen_ == kCapacity) popped_seen_ = popped_.load(std::memory_order_acquire);
+  if (at - popped_seen_ == kCapacity) {
     const absl::Time deadline = absl::Now() + kFullTimeout;
-    while (at - popped == kCapacity) {
-      FutexWait(popped_, popped, absl::Seconds(1));
-      popped = popped_.load(std::memory_order_acquire);
+    while (at - popped_seen_ == kCapacity) {
+      FutexWait(popped_, popped_seen_, absl::Seconds(1));
+      popped_seen_ = popped_.load(std::memory_order_acquire);
       if (absl::Now() > deadline) {
         return absl::DeadlineExceededError(
             absl::StrCat("stream ", name_, " has made no progress"));
@@ -84,21 +94,12 @@ void CpuStream::Loop() {
         FutexWait(pushed_, at, absl::Milliseconds(500));
       }
     }
-    CpuOp& op = ops_[at % kCapacity];
+    const CpuOp& op = ops_[at % kCapacity];
     if (delay_seed_.has_value()) {
       std::this_thread::sleep_for(
           std::chrono::microseconds(NextRandom(random) % (kMaxDelayUs + 1)));
     }
-    if (op.account == nullptr) {
-      op.run(op.storage, team_, nullptr);
-    } else {
-      const auto begin = std::chrono::steady_clock::now();
-      op.run(op.storage, team_, op.account);
-      op.account->busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                        std::chrono::steady_clock::now() - begin)
-                                        .count(),
-                                    std::memory_order_relaxed);
-    }
+    RunOp(op, team_);
     popped_.store(at + 1, std::memory_order_release);
     FutexWakeAll(popped_);
   }

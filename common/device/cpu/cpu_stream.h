@@ -29,6 +29,9 @@ struct CpuOp {
   alignas(8) std::byte storage[kStorageBytes];
 };
 
+// Runs it and adds its time to its account.
+void RunOp(const CpuOp& op, kernels::CpuTeam& team);
+
 class CpuStream {
  public:
   // Work enqueued ahead; Push() blocks beyond.
@@ -49,6 +52,9 @@ class CpuStream {
   const std::string name_;
   const std::optional<uint64_t> delay_seed_;
   const std::unique_ptr<CpuOp[]> ops_;
+  // The pusher's view of popped_, renewed only when the queue looks full: a push does not touch the
+  // line that the stream's thread writes. (And it is no acquire, which would hide a missing event.)
+  uint32_t popped_seen_ = 0;
   std::atomic<uint32_t> pushed_{0};  // futex words; difference = operations waiting
   std::atomic<uint32_t> popped_{0};
   std::atomic<bool> stop_{false};

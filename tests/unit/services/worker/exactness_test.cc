@@ -1,0 +1,277 @@
+// The same tokens and log-probabilities, to the bit, however a sequence is computed: wherever its keys
+// lie, however its prompt is cut, whatever runs beside it. Two ways that differ in a bit mean that a
+// key was read before it was there, or after it was overwritten.
+#include <gtest/gtest.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/common/worker_harness.h"
+
+namespace headroom {
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThoroughly = false;
+#else
+constexpr bool kThoroughly = true;
+#endif
+
+RandomModelSpec SmallModel() {
+  RandomModelSpec spec;
+  spec.num_layers = 3;
+  spec.hidden_size = 96;
+  spec.num_q_heads = 6;
+  spec.num_kv_heads = 3;
+  spec.head_dim = 64;
+  spec.intermediate_size = 136;
+  spec.vocab_size = 211;
+  return spec;
+}
+
+constexpr uint64_t kResident = 1;
+constexpr uint64_t kFetched = 2;
+constexpr uint64_t kMixed = 3;
+
+class Exactness : public ::testing::Test {
+ protected:
+  void Start(const RandomModelSpec& spec, const WorkerHarnessOptions& options = {}) {
+    harness_.reset();
+    auto folder = RandomModelFolder::Create(spec);
+    ASSERT_TRUE(folder.ok()) << folder.status();
+    folder_ = *std::move(folder);
+    Restart(options);
+  }
+  void Restart(const WorkerHarnessOptions& options) {
+    harness_.reset();
+    auto harness = WorkerHarness::Create(folder_->path(), options);
+    ASSERT_TRUE(harness.ok()) << harness.status();
+    harness_ = *std::move(harness);
+    Prepare(ResidentPlan(kResident, harness_->geometry()));
+    Prepare(FetchedPlan(kFetched, harness_->geometry()));
+    Prepare(WholeHeadPlan(kMixed, harness_->geometry(), [](int32_t layer, int32_t head) {
+      return (layer + head) % 2 == 0 ? Lane::kResident : Lane::kFetched;
+    }));
+  }
+  void Prepare(Plan plan) {
+    const absl::Status status = harness_->executor().PreparePlan(std::move(plan));
+    ASSERT_TRUE(status.ok()) << status;
+  }
+
+  TestRequest Request(uint64_t seed, int64_t prompt_tokens, int num_draws) {
+    TestRequest request;
+    request.prompt = RandomTokens(seed, prompt_tokens, harness_->config().vocab);
+    request.num_draws = num_draws;
+    request.num_top_logprobs = 3;
+    return request;
+  }
+  TestOutput Run(const TestRequest& request, const RunOptions& options) {
+    harness_->set_segment_used(0);
+    auto output = harness_->RunOne(request, options);
+    EXPECT_TRUE(output.ok()) << output.status();
+    return output.ok() ? *std::move(output) : TestOutput();
+  }
+  TestOutput Run(const TestRequest& request, uint64_t plan, SealedRule sealed = {}) {
+    RunOptions options;
+    options.plan_version = plan;
+    options.sealed = sealed;
+    return Run(request, options);
+  }
+
+  std::unique_ptr<RandomModelFolder> folder_;
+  std::unique_ptr<WorkerHarness> harness_;
+};
+
+TEST_F(Exactness, ResidentIsFetched) {
+  Start(SmallModel());
+  TestRequest request = Request(1, 400, 20);
+  request.max_run_tokens = 128;
+  const TestOutput resident = Run(request, kResident);
+  ASSERT_EQ(resident.scored.size(), 399u);
+  ASSERT_EQ(resident.drawn.size(), 20u);
+  EXPECT_EQ(Difference(resident, Run(request, kFetched)), "");
+  EXPECT_EQ(Difference(resident, Run(request, kMixed)), "");
+}
+
+// Every division of three heads on each of two layers.
+TEST_F(Exactness, EveryWholeHeadMix) {
+  RandomModelSpec spec = SmallModel();
+  spec.num_layers = 2;
+  Start(spec);
+  TestRequest request = Request(2, 200, 8);
+  request.max_run_tokens = 64;
+  request.chunk_tokens = 72;
+  const TestOutput resident = Run(request, kResident);
+  for (uint64_t mask = 0; mask < 64; mask += kThoroughly ? 1 : 13) {
+    const uint64_t version = 100 + mask;
+    Prepare(WholeHeadPlan(version, harness_->geometry(), [&](int32_t layer, int32_t head) {
+      return mask >> (3 * layer + head) & 1 ? Lane::kResident : Lane::kFetched;
+    }));
+    ASSERT_EQ(Difference(resident, Run(request, version)), "") << "heads " << mask;
+  }
+}
+
+TEST_F(Exactness, KeysThatTheTailHoldsNeedNoLane) {
+  Start(SmallModel());
+  TestRequest request = Request(3, 170, 60);
+  request.max_run_tokens = 64;
+  for (const int64_t chunk : {1, 50, 1000}) {
+    request.chunk_tokens = chunk;
+    const TestOutput in_tail = Run(request, kFetched, SealedRule::kLeast);
+    for (const StepRecord& step : harness_->steps()) {
+      ASSERT_EQ(step.result.lanes[static_cast<int>(Lane::kFetched)].bytes, 0);
+    }
+    EXPECT_EQ(Difference(in_tail, Run(request, kFetched, SealedRule::kAtOnce)), "") << chunk;
+    EXPECT_EQ(Difference(in_tail, Run(request, kResident, SealedRule::kAtOnce)), "") << chunk;
+    EXPECT_EQ(Difference(in_tail, Run(request, kMixed, SealedRule::kCoordinator)), "") << chunk;
+  }
+}
+
+TEST_F(Exactness, TheChunksOfAPromptDoNotShow) {
+  Start(SmallModel());
+  TestRequest request = Request(4, kThoroughly ? 700 : 330, 5);
+  request.max_run_tokens = 256;
+  const TestOutput whole = Run(request, kResident);
+  for (const int64_t chunk : {1, 7, 64, 65, 255, 300}) {
+    request.chunk_tokens = chunk;
+    for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+      for (const SealedRule rule :
+           {SealedRule::kCoordinator, SealedRule::kAtOnce, SealedRule::kLeast}) {
+        if (!kThoroughly && (chunk == 1 || plan == kMixed) && rule != SealedRule::kAtOnce) continue;
+        ASSERT_EQ(Difference(whole, Run(request, plan, rule)), "")
+            << "chunks of " << chunk << ", plan " << plan << ", rule " << static_cast<int>(rule);
+      }
+    }
+  }
+}
+
+TEST_F(Exactness, OtherSequencesOfTheBatchDoNotShow) {
+  Start(SmallModel());
+  std::vector<TestRequest> requests;
+  const int64_t lengths[] = {1, 63, 130, 257, 600};
+  for (int i = 0; i < 5; ++i) {
+    requests.push_back(Request(10 + i, lengths[i], 10 + 7 * i));
+    requests.back().temperature = i % 2 == 0 ? 0.0f : 0.8f;
+    requests.back().seed = 77 + i;
+    requests.back().chunk_tokens = i == 4 ? 150 : 1000;
+  }
+  std::vector<TestOutput> alone;
+  for (const TestRequest& request : requests) alone.push_back(Run(request, kResident));
+  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+    for (const bool chunks_together : {false, true}) {
+      harness_->set_segment_used(0);
+      RunOptions options;
+      options.plan_version = plan;
+      options.chunks_together = chunks_together;
+      const auto together = harness_->Run(requests, options);
+      ASSERT_TRUE(together.ok()) << together.status();
+      for (int i = 0; i < 5; ++i) {
+        EXPECT_EQ(Difference(alone[i], (*together)[i]), "")
+            << "sequence " << i << ", plan " << plan << ", together " << chunks_together;
+      }
+    }
+  }
+}
+
+TEST_F(Exactness, ThreadsDoNotShow) {
+  Start(SmallModel());
+  TestRequest request = Request(20, 450, 10);
+  request.max_run_tokens = 128;
+  const TestOutput one = Run(request, kFetched);
+  WorkerHarnessOptions options;
+  options.compute_threads = 2;
+  Restart(options);
+  EXPECT_EQ(Difference(one, Run(request, kFetched)), "");
+  EXPECT_EQ(Difference(one, Run(request, kResident)), "");
+}
+
+TEST_F(Exactness, AHeadMayBeSplitAtAnExtentBorder) {
+  Start(SmallModel());
+  TestRequest request = Request(30, 390, 40);
+  request.max_run_tokens = 128;
+  request.chunk_tokens = 200;
+  const TestOutput resident = Run(request, kResident);
+  uint64_t version = 200;
+  for (const int64_t border : {64, 128, 256, 384}) {
+    for (const Lane below : {Lane::kResident, Lane::kFetched}) {
+      for (int32_t head = 0; head < 3; head += kThoroughly ? 1 : 2) {
+        Prepare(SplitHeadPlan(++version, harness_->geometry(), head, border, below));
+        ASSERT_EQ(Difference(resident, Run(request, version)), "")
+            << "head " << head << " at " << border << ", below " << static_cast<int>(below);
+      }
+    }
+  }
+}
+
+TEST_F(Exactness, DecodeBesideAPrefillIsDecodeAlone) {
+  Start(SmallModel());
+  std::vector<TestRequest> requests = {Request(40, 300, 40), Request(41, 900, 3)};
+  requests[0].max_run_tokens = 64;
+  requests[1].max_run_tokens = 256;
+  requests[1].chunk_tokens = 300;
+  const TestOutput first = Run(requests[0], kResident);
+  const TestOutput second = Run(requests[1], kResident);
+  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+    harness_->set_segment_used(0);
+    RunOptions options;
+    options.plan_version = plan;
+    options.first_draws_alone = 5;
+    const auto both = harness_->Run(requests, options);
+    ASSERT_TRUE(both.ok()) << both.status();
+    EXPECT_EQ(Difference(first, (*both)[0]), "") << plan;
+    EXPECT_EQ(Difference(second, (*both)[1]), "") << plan;
+  }
+}
+
+// Tiles so small that the ring wraps many times a layer; in the decode tiling and the prefill one.
+TEST_F(Exactness, LengthsAroundBordersInARingThatWraps) {
+  Start(SmallModel());
+  const int64_t head_block = kBlockTokens * harness_->geometry().BytesPerTokenPerHead();
+  std::vector<TestOutput> whole;
+  const int64_t lengths[] = {63, 64, 65, 255, 256, 257, 1000};
+  for (const int64_t length : lengths) whole.push_back(Run(Request(length, length, 6), kResident));
+  for (const int64_t blocks : {1, 3, 5, 12}) {
+    WorkerHarnessOptions options;
+    options.ring_bytes = kNumContexts * 2 * blocks * head_block;
+    Restart(options);
+    for (size_t i = 0; i < std::size(lengths); ++i) {
+      TestRequest request = Request(lengths[i], lengths[i], 6);
+      request.max_run_tokens = blocks == 3 ? 64 : 512;
+      request.chunk_tokens = blocks == 5 ? 1000 : 333;
+      ASSERT_EQ(Difference(whole[i], Run(request, kFetched, SealedRule::kAtOnce)), "")
+          << lengths[i] << " tokens, tiles of " << blocks << " blocks";
+      ASSERT_EQ(Difference(whole[i], Run(request, kMixed)), "")
+          << lengths[i] << " tokens, tiles of " << blocks << " blocks";
+    }
+  }
+}
+
+TEST_F(Exactness, EveryGroupAndHeadSize) {
+  for (const int64_t group : {1, 2, 3, 4, 5, 8}) {
+    for (const int64_t head_dim : {64, 128}) {
+      if (!kThoroughly && group != 3 && group != 8) continue;
+      RandomModelSpec spec = SmallModel();
+      spec.num_layers = 2;
+      spec.num_kv_heads = 2;
+      spec.num_q_heads = 2 * group;
+      spec.head_dim = head_dim;
+      Start(spec);
+      const int64_t head_block = kBlockTokens * harness_->geometry().BytesPerTokenPerHead();
+      TestRequest request = Request(50, 300, 6);
+      const TestOutput resident = Run(request, kResident);
+      WorkerHarnessOptions options;
+      options.ring_bytes = kNumContexts * 2 * 2 * head_block;
+      Restart(options);
+      request.chunk_tokens = 111;
+      request.max_run_tokens = 128;
+      for (const uint64_t plan : {kFetched, kMixed}) {
+        ASSERT_EQ(Difference(resident, Run(request, plan, SealedRule::kAtOnce)), "")
+            << "group " << group << ", head_dim " << head_dim << ", plan " << plan;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headroom
