@@ -8,7 +8,6 @@
 #include "common/grpc_status.h"
 #include "common/log.h"
 #include "common/mutex.h"
-#include "common/segment_format.h"
 #include "services/worker/step_proto.h"
 
 namespace headroom {
@@ -82,7 +81,6 @@ grpc::ServerUnaryReactor* WorkerService::AttachStore(grpc::CallbackServerContext
         worker_->AttachStore(request->segment_dir(), request->generation());
     if (registered.ok()) {
       response->set_registered_bytes(static_cast<uint64_t>(*registered));
-      response->set_mailbox_file(MailboxFile(request->generation(), 0));
     } else {
       LogWarning(absl::StrCat("attaching the store: ", registered.status().message()));
     }
