@@ -222,7 +222,9 @@ void WorkerHarness::AddPiece(Progress& p, Step& step, const RunOptions& options)
   const int64_t end = p.next_pos + count;
   for (int64_t pos = p.next_pos; pos < std::min(end, p.prompt_tokens()); ++pos) {
     piece.token_ids.push_back(p.request->prompt[pos]);
-    if (pos + 1 < p.prompt_tokens()) piece.score_token_ids.push_back(p.request->prompt[pos + 1]);
+    if (p.request->score && pos + 1 < p.prompt_tokens()) {
+      piece.score_token_ids.push_back(p.request->prompt[pos + 1]);
+    }
   }
   piece.draw = end >= p.prompt_tokens() && p.request->num_draws > 0;
   piece.sampling.temperature = p.request->temperature;
@@ -268,7 +270,10 @@ std::unique_ptr<Step> WorkerHarness::ComposeStep(bool chunk, std::vector<Progres
   if (now.empty()) return nullptr;
   auto step = std::make_unique<Step>();
   step->number = next_step_number_++;
-  step->plan_version = options.plan_version;
+  step->plan_version =
+      options.plan_cycle.empty()
+          ? options.plan_version
+          : options.plan_cycle[steps_composed_++ % options.plan_cycle.size()];
   int64_t rows = 0;
   for (Progress* p : now) {
     rows += CeilToBlock(std::min(p->NextTokens(), budget_.max_chunk_tokens));
@@ -312,6 +317,7 @@ absl::Status WorkerHarness::Receive(std::unique_ptr<Step> step, std::vector<Prog
 absl::StatusOr<std::vector<TestOutput>> WorkerHarness::Run(const std::vector<TestRequest>& requests,
                                                            const RunOptions& options) {
   records_.clear();
+  steps_composed_ = 0;
   std::vector<Progress> all;
   for (const TestRequest& request : requests) {
     Progress p;

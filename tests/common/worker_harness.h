@@ -74,6 +74,7 @@ struct TestRequest {
   std::vector<int32_t> prompt;
   int64_t chunk_tokens = int64_t{1} << 30;
   int num_draws = 0;
+  bool score = true;  // the prompt's tokens
   float temperature = 0;
   uint64_t seed = 0;
   int32_t num_top_logprobs = 0;
@@ -92,6 +93,7 @@ struct TestOutput {
 
 struct RunOptions {
   uint64_t plan_version = 1;
+  std::vector<uint64_t> plan_cycle;  // if not empty: each step takes the next of these
   SealedRule sealed = SealedRule::kCoordinator;
   // One chunk step takes a chunk of every sequence, instead of the first that has one.
   bool chunks_together = false;
@@ -163,6 +165,7 @@ class WorkerHarness {
   int64_t segment_used_ = 0;
   uint64_t next_sequence_id_ = 1;
   uint64_t next_step_number_ = 1;
+  size_t steps_composed_ = 0;  // in the latest Run()
   std::vector<StepRecord> records_;
 
   Mutex mutex_;

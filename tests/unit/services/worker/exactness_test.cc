@@ -224,6 +224,29 @@ TEST_F(Exactness, DecodeBesideAPrefillIsDecodeAlone) {
   }
 }
 
+// Copies are made, filled and dropped between the steps of sequences that are being computed.
+TEST_F(Exactness, ThePlanMayChangeWithEveryStep) {
+  Start(SmallModel());
+  std::vector<TestRequest> requests = {Request(60, 280, 50), Request(61, 500, 20)};
+  std::vector<TestOutput> alone;
+  for (TestRequest& request : requests) {
+    request.max_run_tokens = 64;
+    request.chunk_tokens = 130;
+    alone.push_back(Run(request, kResident));
+  }
+  for (const std::vector<uint64_t>& cycle :
+       {std::vector<uint64_t>{kResident, kFetched}, {kFetched, kMixed, kResident},
+        {kMixed, kMixed, kFetched, kResident, kResident}}) {
+    harness_->set_segment_used(0);
+    RunOptions options;
+    options.plan_cycle = cycle;
+    const auto both = harness_->Run(requests, options);
+    ASSERT_TRUE(both.ok()) << both.status();
+    EXPECT_EQ(Difference(alone[0], (*both)[0]), "");
+    EXPECT_EQ(Difference(alone[1], (*both)[1]), "");
+  }
+}
+
 // Tiles so small that the ring wraps many times a layer; in the decode tiling and the prefill one.
 TEST_F(Exactness, LengthsAroundBordersInARingThatWraps) {
   Start(SmallModel());
