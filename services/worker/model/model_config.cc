@@ -55,6 +55,24 @@ absl::Status CheckOptions(const JsonReader& config) {
   return absl::OkStatus();
 }
 
+// What other kinds of scaling add, settings per kind of layer: all would turn keys differently.
+absl::Status CheckRopeMembers(const JsonReader& rope) {
+  constexpr std::array kKnown = {"rope_type",       "type",
+                                 "rope_theta",      "factor",
+                                 "low_freq_factor", "high_freq_factor",
+                                 "original_max_position_embeddings"};
+  for (const auto& [name, value] : rope.object().as_object()) {
+    if (name == "partial_rotary_factor") {
+      HEADROOM_ASSIGN_OR_RETURN(const double partial, rope.NumberOr(name, 1, 0, 1));
+      if (partial != 1) return Unsupported(rope, name, absl::StrCat(partial), "1");
+    } else if (!value.is_null() &&
+               std::find(kKnown.begin(), kKnown.end(), name) == kKnown.end()) {
+      return Unsupported(rope, name, value.Dump(), "absent");
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ReadRope(const JsonReader& config, ModelConfig& model) {
   // Newer files keep theta and scaling together in rope_parameters.
   const Json* parameters = config.object().Find("rope_parameters");
@@ -62,13 +80,19 @@ absl::Status ReadRope(const JsonReader& config, ModelConfig& model) {
   if (parameters != nullptr && !parameters->is_object()) {
     return config.Wrong("rope_parameters", "an object");
   }
-  const JsonReader theta_source(parameters != nullptr ? *parameters : config.object(),
-                                config.where());
-  HEADROOM_ASSIGN_OR_RETURN(model.rope_theta, theta_source.NumberOr("rope_theta", 10000, 1, 1e12));
+  if (scaling != nullptr && !scaling->is_object()) {
+    return config.Wrong("rope_scaling", "an object or null");
+  }
+  HEADROOM_ASSIGN_OR_RETURN(model.rope_theta, config.NumberOr("rope_theta", 10000, 1, 1e12));
+  if (parameters != nullptr) {
+    const JsonReader newer(*parameters, config.where() + ": rope_parameters");
+    HEADROOM_ASSIGN_OR_RETURN(model.rope_theta,
+                              newer.NumberOr("rope_theta", model.rope_theta, 1, 1e12));
+  }
   if (scaling == nullptr) scaling = parameters;
   if (scaling == nullptr) return absl::OkStatus();
-  if (!scaling->is_object()) return config.Wrong("rope_scaling", "an object or null");
-  const JsonReader rope(*scaling, absl::StrCat(config.where(), ": rope scaling"));
+  const JsonReader rope(*scaling, config.where() + ": rope scaling");
+  HEADROOM_RETURN_IF_ERROR(CheckRopeMembers(rope));
   HEADROOM_ASSIGN_OR_RETURN(std::string type, rope.StringOr("rope_type", ""));
   if (type.empty()) {
     HEADROOM_ASSIGN_OR_RETURN(type, rope.StringOr("type", "default"));

@@ -8,9 +8,9 @@
 #include <cerrno>
 #include <cstring>
 #include <set>
+#include <string_view>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/checked_math.h"
@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr int64_t kMaxIndexBytes = 64 << 20;
+constexpr std::string_view kNotInFileNames("/\0", 2);
 
 // Bytes of one element; 0 for a type that the format does not know.
 int64_t DtypeBytes(absl::string_view dtype) {
@@ -141,10 +142,13 @@ absl::Status SafetensorsReader::OpenShards(const std::string& model_dir,
     return absl::InvalidArgumentError(
         absl::StrCat(index_path, ": 'weight_map' must be an object"));
   }
+  if (map->as_object().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(index_path, ": 'weight_map' names no tensor"));
+  }
   std::set<std::string> shards;
   for (const auto& [tensor, file] : map->as_object()) {
     if (!file.is_string() || file.as_string().empty() || file.as_string()[0] == '.' ||
-        absl::StrContains(file.as_string(), '/')) {
+        file.as_string().find_first_of(kNotInFileNames) != std::string::npos) {
       return absl::InvalidArgumentError(
           absl::StrCat(index_path, ": tensor '", tensor, "' is in ", file.Dump(),
                        ", expected the name of a file in the same folder"));
@@ -166,7 +170,8 @@ absl::Status SafetensorsReader::OpenShards(const std::string& model_dir,
 }
 
 absl::Status SafetensorsReader::OpenFile(const std::string& path) {
-  Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // Not blocking: a named pipe of that name is to be refused below, not waited for.
+  Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat stat {};
   if (!fd.valid() || fstat(fd.get(), &stat) != 0) {
     return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -32,6 +33,7 @@ class Loader {
     XXH3_128bits_reset(hash_.get());
   }
 
+  // What else keys and values hang on.
   void HashNumber(double value) { XXH3_128bits_update(hash_.get(), &value, sizeof(value)); }
 
   // One matrix made of several tensors, one below the other.
@@ -39,7 +41,10 @@ class Loader {
       absl::string_view what, const std::vector<std::pair<std::string, int64_t>>& parts,
       int64_t k) {
     int64_t n = 0;
-    for (const auto& part : parts) n += part.second;
+    for (const auto& [name, rows] : parts) {  // before memory is taken for what may not be there
+      HEADROOM_RETURN_IF_ERROR(reader_.Expect(name, "BF16", {rows, k}).status());
+      n += rows;
+    }
     HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
                               device_.Allocate(device_.PackedBytes(n, k), what));
     int64_t row = 0;
@@ -70,6 +75,21 @@ class Loader {
     return reinterpret_cast<const BFloat16*>(data);
   }
 
+  // A tensor that was not loaded: a wrong guess about the architecture must not pass silently. A copy
+  // of a tied embedding and stored frequencies, which older files have, say nothing new.
+  absl::Status CheckNoneLeftOver(const ModelConfig& config) const {
+    for (const auto& [name, tensor] : reader_.tensors()) {
+      if (used_.contains(&tensor) || name.ends_with(".rotary_emb.inv_freq") ||
+          (config.tied_embeddings && name == "lm_head.weight")) {
+        continue;
+      }
+      return absl::InvalidArgumentError(
+          absl::StrCat(reader_.file_name(tensor), ": tensor '", name, "' is no part of a ",
+                       config.architecture, " with ", config.num_layers, " layers"));
+    }
+    return absl::OkStatus();
+  }
+
   std::array<uint8_t, 16> Fingerprint() const {
     XXH128_canonical_t canonical;
     XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(hash_.get()));
@@ -80,6 +100,7 @@ class Loader {
 
  private:
   void HashName(const std::string& name, const TensorInfo& tensor) {
+    used_.insert(&tensor);
     XXH3_128bits_update(hash_.get(), name.data(), name.size());
     XXH3_128bits_update(hash_.get(), tensor.shape.data(), tensor.shape.size() * sizeof(int64_t));
   }
@@ -91,7 +112,9 @@ class Loader {
     HEADROOM_RETURN_IF_ERROR(reader_.Read(tensor, offset, bytes, piece_.data()));
     XXH3_128bits_update(hash_.get(), piece_.data(), static_cast<size_t>(bytes));
     done_bytes_ += bytes;
-    if (progress_) progress_(static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_));
+    if (progress_) {  // the total counts padding: the last piece ends short of 1
+      progress_(std::min(1.0, static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_)));
+    }
     return absl::OkStatus();
   }
 
@@ -102,29 +125,8 @@ class Loader {
   std::vector<BFloat16> piece_;
   std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_;
   int64_t done_bytes_ = 0;
+  std::set<const TensorInfo*> used_;
 };
-
-// Tensors that the decoder does not use: a wrong guess about the architecture must not pass silently.
-absl::Status CheckNoneLeftOver(const SafetensorsReader& reader, const ModelConfig& config) {
-  int64_t expected = 2 + 9 * int64_t{config.num_layers} + (config.tied_embeddings ? 0 : 1);
-  for (const auto& [name, tensor] : reader.tensors()) {
-    const bool is_tied_copy = config.tied_embeddings && name == "lm_head.weight";
-    const bool is_rotary = name.size() > 19 && name.ends_with(".rotary_emb.inv_freq");
-    if (is_tied_copy || is_rotary) ++expected;
-  }
-  if (static_cast<int64_t>(reader.tensors().size()) == expected) return absl::OkStatus();
-  for (const auto& [name, tensor] : reader.tensors()) {
-    if (name.ends_with(".bias") || name.find("_norm.weight") != std::string::npos) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(reader.file_name(tensor), ": tensor '", name, "' is not part of ",
-                       config.architecture));
-    }
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat(reader.file_name(reader.tensors().begin()->second), ": ",
-                   reader.tensors().size(), " tensors, expected ", expected, " for ",
-                   config.architecture, " with ", config.num_layers, " layers"));
-}
 
 absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config, int32_t layer) {
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
@@ -200,14 +202,16 @@ absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const Mod
         weights.lm_head,
         loader.Matrix("weights", {{"lm_head.weight", config.vocab}}, config.hidden));
   }
-  HEADROOM_RETURN_IF_ERROR(CheckNoneLeftOver(*reader, config));
+  HEADROOM_RETURN_IF_ERROR(loader.CheckNoneLeftOver(config));
   const std::vector<float> frequencies = config.InverseFrequencies();
   for (const float frequency : frequencies) loader.HashNumber(frequency);
+  loader.HashNumber(config.rms_norm_epsilon);
   const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device.Allocate(bytes, "weights"));
   HEADROOM_RETURN_IF_ERROR(device.Upload(data, frequencies.data(), bytes));
   weights.inverse_frequency = reinterpret_cast<const float*>(data);
   weights.fingerprint = loader.Fingerprint();
+  if (progress) progress(1);
   return weights;
 }
 

@@ -1,0 +1,278 @@
+#include "services/worker/model/safetensors.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "tests/unit/services/worker_model/test_folder.h"
+
+namespace headroom {
+namespace {
+
+using testing::HasSubstr;
+
+// A header that says how long it is, then data.
+std::string FileOf(const std::string& header, const std::string& data) {
+  const uint64_t length = header.size();
+  std::string file(sizeof(length), '\0');
+  std::memcpy(file.data(), &length, sizeof(length));
+  return file + header + data;
+}
+
+std::string Entry(const std::string& name, const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
+  return absl::StrCat("\"", name, "\":{\"dtype\":\"", dtype, "\",\"shape\":", shape,
+                      ",\"data_offsets\":", offsets, "}");
+}
+
+class SafetensorsTest : public testing::Test {
+ protected:
+  absl::StatusOr<std::unique_ptr<SafetensorsReader>> Open(const std::string& content) {
+    folder_.Write("model.safetensors", content);
+    return SafetensorsReader::Open(folder_.path());
+  }
+  // Whether a single file is refused in words that name it and `words`.
+  testing::AssertionResult IsRefused(const std::string& content,
+                                     const std::vector<std::string>& words) {
+    return Names(Open(content).status(), "model.safetensors", words);
+  }
+  testing::AssertionResult HeaderIsRefused(const std::string& header,
+                                           const std::vector<std::string>& words,
+                                           const std::string& data = "0123456789ab") {
+    return IsRefused(FileOf(header, data), words);
+  }
+  testing::AssertionResult Names(const absl::Status& status, const std::string& file,
+                                 const std::vector<std::string>& words) {
+    const std::string message(status.message());
+    bool all = message.find(absl::StrCat(folder_.path(), "/", file)) != std::string::npos;
+    for (const std::string& word : words) all = all && message.find(word) != std::string::npos;
+    const bool is_data_error = status.code() == absl::StatusCode::kInvalidArgument ||
+                               status.code() == absl::StatusCode::kDataLoss;
+    if (all && is_data_error) return testing::AssertionSuccess();
+    return testing::AssertionFailure() << status;
+  }
+  testing::AssertionResult IndexIsRefused(const std::string& map,
+                                          const std::vector<std::string>& words) {
+    folder_.Write("model.safetensors.index.json", absl::StrCat("{\"weight_map\":", map, "}"));
+    return Names(SafetensorsReader::Open(folder_.path()).status(), "model.safetensors.index.json",
+                 words);
+  }
+
+  TestFolder folder_;
+  // Two tensors of 4 and 8 bytes.
+  const std::string a_ = Entry("a", "BF16", "[2]", "[0,4]");
+  const std::string b_ = Entry("b", "F32", "[1,2]", "[4,12]");
+  const std::string good_ = "{\"__metadata__\":{\"format\":\"pt\"}," + b_ + "," + a_ + "}   ";
+};
+
+TEST_F(SafetensorsTest, ReadsASingleFile) {
+  const auto reader = Open(FileOf(good_, "0123456789ab"));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  ASSERT_EQ((*reader)->tensors().size(), 2u);
+  const auto a = (*reader)->Expect("a", "BF16", {2});
+  const auto b = (*reader)->Expect("b", "F32", {1, 2});
+  ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
+  EXPECT_EQ((*reader)->file_name(**b), folder_.path() + "/model.safetensors");
+  std::string bytes(4, '?');
+  ASSERT_TRUE((*reader)->Read(**a, 0, 4, bytes.data()).ok());
+  EXPECT_EQ(bytes, "0123");
+  ASSERT_TRUE((*reader)->Read(**b, 2, 4, bytes.data()).ok());
+  EXPECT_EQ(bytes, "6789");
+  // Past the tensor's end there is another's data, or nothing.
+  EXPECT_FALSE((*reader)->Read(**a, 2, 4, bytes.data()).ok());
+  EXPECT_FALSE((*reader)->Read(**a, -1, 4, bytes.data()).ok());
+  EXPECT_FALSE((*reader)->Read(**a, 2, INT64_MAX, bytes.data()).ok());
+}
+
+TEST_F(SafetensorsTest, ReadsScalarsAndEmptyTensors) {
+  const std::string header = "{" + Entry("none", "F32", "[0,7]", "[2,2]") + "," +
+                             Entry("one", "BF16", "[]", "[0,2]") + "}";
+  const auto reader = Open(FileOf(header, "ab"));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  EXPECT_TRUE((*reader)->Expect("one", "BF16", {}).ok());
+  EXPECT_TRUE((*reader)->Expect("none", "F32", {0, 7}).ok());
+}
+
+TEST_F(SafetensorsTest, AFolderWithoutWeightsIsNamed) {
+  const absl::Status status = SafetensorsReader::Open(folder_.path()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), HasSubstr(folder_.path()));
+}
+
+TEST_F(SafetensorsTest, WhatIsNoRegularFileIsRefusedAtOnce) {
+  const std::string path = folder_.path() + "/model.safetensors";
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);  // opening one waits for a writer
+  EXPECT_TRUE(Names(SafetensorsReader::Open(folder_.path()).status(), "model.safetensors",
+                    {"not a regular file"}));
+  unlink(path.c_str());
+  ASSERT_EQ(mkdir(path.c_str(), 0700), 0);
+  EXPECT_TRUE(Names(SafetensorsReader::Open(folder_.path()).status(), "model.safetensors",
+                    {"not a regular file"}));
+}
+
+TEST_F(SafetensorsTest, EveryTruncationIsRefused) {
+  const std::string whole = FileOf(good_, "0123456789ab");
+  for (size_t bytes = 0; bytes < whole.size(); ++bytes) {
+    EXPECT_TRUE(IsRefused(whole.substr(0, bytes), {})) << bytes << " bytes";
+  }
+  EXPECT_TRUE(IsRefused(whole.substr(0, whole.size() - 1), {"tensor 'b'", "data_offsets"}));
+  EXPECT_TRUE(IsRefused(whole + "c", {"end at data byte 12", "13"}));
+}
+
+// A file that shrinks after it was opened.
+TEST_F(SafetensorsTest, AFileThatEndsBeforeItsTensorsIsDataLoss) {
+  const std::string whole = FileOf(good_, "0123456789ab");
+  const auto reader = Open(whole);
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  const std::string path = folder_.path() + "/model.safetensors";
+  ASSERT_EQ(truncate(path.c_str(), static_cast<off_t>(whole.size()) - 3), 0);
+  char bytes[8];
+  const absl::Status status =
+      (*reader)->Read((*reader)->tensors().find("b")->second, 0, 8, bytes);
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(status.message(), HasSubstr(path));
+}
+
+TEST_F(SafetensorsTest, AHeaderLengthIsNotTrusted) {
+  std::string file = FileOf(good_, "0123456789ab");
+  for (const uint64_t length : {uint64_t{1} << 20, uint64_t{100'000'001}, uint64_t{1} << 40,
+                                uint64_t{INT64_MAX}, ~uint64_t{0}, ~uint64_t{7}}) {
+    std::memcpy(file.data(), &length, sizeof(length));
+    EXPECT_TRUE(IsRefused(file, {absl::StrCat("header of ", length, " bytes")}));
+  }
+}
+
+TEST_F(SafetensorsTest, AHeaderThatIsNoHeaderIsRefused) {
+  EXPECT_TRUE(HeaderIsRefused("", {"header"}));
+  EXPECT_TRUE(HeaderIsRefused("{\"a\":", {"header", "JSON"}));
+  EXPECT_TRUE(HeaderIsRefused("[1]", {"header", "an object"}));
+  EXPECT_TRUE(HeaderIsRefused("{\"a\":\xff}", {"header"}));
+  EXPECT_TRUE(HeaderIsRefused(std::string(100'000, '['), {"header", "nested deeper"}));
+  EXPECT_TRUE(HeaderIsRefused("{\"a\":3," + b_ + "}", {"tensor 'a'"}));
+}
+
+TEST_F(SafetensorsTest, ANameTwiceIsRefused) {
+  EXPECT_TRUE(HeaderIsRefused("{" + a_ + "," + b_ + "," + a_ + "}", {"'a' twice"}));
+}
+
+TEST_F(SafetensorsTest, LyingOffsetsAreRefused) {
+  const auto with = [&](const std::string& dtype, const std::string& shape,
+                        const std::string& offsets) {
+    return "{" + a_ + "," + Entry("b", dtype, shape, offsets) + "}";
+  };
+  for (const char* offsets :
+       {"[4,13]", "[4,11]", "[12,4]", "[-8,0]", "[4]", "[4,8,12]", "[4.0,12.0]", "null", "{}",
+        "[4,9223372036854775807]", "[9223372036854775800,9223372036854775807]"}) {
+    EXPECT_TRUE(HeaderIsRefused(with("F32", "[1,2]", offsets), {"tensor 'b'", "data_offsets"}))
+        << offsets;
+  }
+  // Beyond 64 bits: no number here.
+  EXPECT_TRUE(HeaderIsRefused(with("F32", "[1,2]", "[4,18446744073709551615]"), {"header"}));
+  for (const char* shape : {"[-1,2]", "[1.5]", "\"2\"", "null", "[4294967296,4294967296,2]",
+                            "[9223372036854775807,2]"}) {
+    EXPECT_TRUE(HeaderIsRefused(with("F32", shape, "[4,12]"), {"tensor 'b'", "shape"})) << shape;
+  }
+  // A product that wraps around to the right number of bytes.
+  EXPECT_TRUE(HeaderIsRefused(with("F32", "[4611686018427387904,4,2]", "[4,12]"),
+                              {"tensor 'b'", "shape"}));
+  EXPECT_TRUE(HeaderIsRefused(with("F3", "[1,2]", "[4,12]"), {"tensor 'b'", "dtype", "F3"}));
+  EXPECT_TRUE(HeaderIsRefused(with("BF16", "[1,2]", "[4,12]"), {"tensor 'b'", "4 bytes"}));
+}
+
+TEST_F(SafetensorsTest, OverlapsAndHolesAreRefused) {
+  const auto with = [&](const std::string& offsets) {
+    return "{" + a_ + "," + Entry("b", "F32", "[1,2]", offsets) + "}";
+  };
+  EXPECT_TRUE(HeaderIsRefused(with("[2,10]"), {"tensor 'b'", "overlap"}));
+  EXPECT_TRUE(HeaderIsRefused(with("[0,8]"), {"tensor 'b'", "overlap"}));
+  EXPECT_TRUE(HeaderIsRefused(with("[6,14]"), {"tensor 'b'", "hole"}, "0123456789abcd"));
+  EXPECT_TRUE(HeaderIsRefused("{" + b_ + "}", {"tensor 'b'", "hole"}));
+}
+
+TEST_F(SafetensorsTest, WhatIsExpectedIsNamedWhereItIsNot) {
+  const auto reader = Open(FileOf(good_, "0123456789ab"));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  absl::Status status = (*reader)->Expect("b", "BF16", {1, 2}).status();
+  EXPECT_TRUE(Names(status, "model.safetensors",
+                    {"tensor 'b' is F32 [1, 2]", "expected BF16 [1, 2]"}));
+  status = (*reader)->Expect("b", "F32", {2, 1}).status();
+  EXPECT_TRUE(Names(status, "model.safetensors", {"tensor 'b' is F32 [1, 2]", "F32 [2, 1]"}));
+  status = (*reader)->Expect("c", "BF16", {3}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), HasSubstr("model.safetensors"));
+  EXPECT_THAT(status.message(), HasSubstr("tensor 'c'"));
+}
+
+// ---------------------------------------------------------------- shards
+
+class ShardsTest : public SafetensorsTest {
+ protected:
+  ShardsTest() {
+    folder_.Write("one.safetensors", FileOf("{" + a_ + "}", "0123"));
+    folder_.Write("two.safetensors",
+                  FileOf("{" + Entry("b", "F32", "[1,2]", "[0,8]") + "}", "456789ab"));
+  }
+};
+
+TEST_F(ShardsTest, AreReadAsTheIndexSays) {
+  folder_.Write("model.safetensors.index.json",
+                R"({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})");
+  const auto reader = SafetensorsReader::Open(folder_.path());
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  const auto b = (*reader)->Expect("b", "F32", {1, 2});
+  ASSERT_TRUE(b.ok()) << b.status();
+  EXPECT_EQ((*reader)->file_name(**b), folder_.path() + "/two.safetensors");
+  std::string bytes(8, '?');
+  ASSERT_TRUE((*reader)->Read(**b, 0, 8, bytes.data()).ok());
+  EXPECT_EQ(bytes, "456789ab");
+  EXPECT_THAT((*reader)->Expect("c", "F32", {1}).status().message(), HasSubstr("tensor 'c'"));
+}
+
+TEST_F(ShardsTest, AnIndexThatLeavesTheFolderIsRefused) {
+  folder_.Write("outside.safetensors", FileOf("{" + a_ + "}", "0123"));
+  for (const char* file : {"../outside.safetensors", "/etc/passwd", "sub/one.safetensors", "..",
+                           ".", "", ".hidden"}) {
+    EXPECT_TRUE(IndexIsRefused(absl::StrCat("{\"a\": \"", file, "\"}"), {"tensor 'a'", file}))
+        << file;
+  }
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "one.safetensors\u0000/../x"})", {"tensor 'a'"}));
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "one.safetensors\u0000"})", {"tensor 'a'"}));
+}
+
+TEST_F(ShardsTest, AnIndexThatIsNoneIsRefused) {
+  EXPECT_TRUE(IndexIsRefused("3", {"weight_map"}));
+  EXPECT_TRUE(IndexIsRefused("{}", {"weight_map"}));
+  EXPECT_TRUE(IndexIsRefused(R"({"a": 3})", {"tensor 'a'"}));
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "one.safetensors", "a": "two.safetensors"})", {"'a' twice"}));
+  folder_.Write("model.safetensors.index.json", "{");
+  EXPECT_TRUE(Names(SafetensorsReader::Open(folder_.path()).status(),
+                    "model.safetensors.index.json", {"JSON"}));
+}
+
+TEST_F(ShardsTest, AnIndexThatLiesIsRefused) {
+  EXPECT_TRUE(IndexIsRefused(R"({"b": "one.safetensors"})", {"tensor 'b'", "one.safetensors"}));
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "two.safetensors", "b": "one.safetensors"})",
+                             {"tensor 'a'", "two.safetensors"}));
+  folder_.Write("model.safetensors.index.json", R"({"weight_map": {"a": "three.safetensors"}})");
+  const absl::Status status = SafetensorsReader::Open(folder_.path()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), HasSubstr("three.safetensors"));
+}
+
+TEST_F(ShardsTest, ATensorInTwoShardsIsRefused) {
+  folder_.Write("two.safetensors", FileOf("{" + a_ + "}", "0123"));
+  folder_.Write("model.safetensors.index.json",
+                R"({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}})");
+  EXPECT_TRUE(Names(SafetensorsReader::Open(folder_.path()).status(), "two.safetensors",
+                    {"tensor 'a'", "one.safetensors"}));
+}
+
+}  // namespace
+}  // namespace headroom
