@@ -1,11 +1,14 @@
 #include "common/json.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
+#include <system_error>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -15,11 +18,44 @@ namespace headroom {
 namespace {
 
 constexpr int kMaxDepth = 64;
+constexpr size_t kMaxQuotedBytes = 80;  // of a wrong value, in an error
+
+// The text's bytes, counting for errors how many the parser has taken.
+class CountingIterator {
+ public:
+  using iterator_category = std::input_iterator_tag;
+  using value_type = char;
+  using difference_type = std::ptrdiff_t;
+  using pointer = const char*;
+  using reference = const char&;
+
+  CountingIterator(const char* at, int64_t* taken) : at_(at), taken_(taken) {}
+  reference operator*() const { return *at_; }
+  CountingIterator& operator++() {
+    ++at_;
+    ++*taken_;
+    return *this;
+  }
+  CountingIterator operator++(int) {
+    const CountingIterator before = *this;
+    ++*this;
+    return before;
+  }
+  bool operator==(const CountingIterator& other) const { return at_ == other.at_; }
+  bool operator!=(const CountingIterator& other) const { return at_ != other.at_; }
+
+ private:
+  const char* at_;
+  int64_t* taken_;
+};
 
 // Builds the tree from the parser's events, so that depth and duplicates are checked while reading
 // and not after a hostile document has been expanded.
 class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
  public:
+  // `taken`: how many bytes have been read, while reading.
+  explicit TreeBuilder(const int64_t* taken) : taken_(taken) {}
+
   bool null() override { return Add(Json()); }
   bool boolean(bool value) override { return Add(Json(value)); }
   bool number_integer(number_integer_t value) override { return Add(Json(int64_t{value})); }
@@ -29,7 +65,11 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
     }
     return Add(Json(static_cast<int64_t>(value)));
   }
-  bool number_float(number_float_t value, const string_t&) override { return Add(Json(value)); }
+  bool number_float(number_float_t value, const string_t& text) override {
+    // The parser turns integers that it cannot hold into these.
+    if (text.find_first_of(".eE") == string_t::npos) return Fail("an integer beyond 64 bits");
+    return Add(Json(value));
+  }
   bool string(string_t& value) override { return Add(Json(std::move(value))); }
   bool binary(binary_t&) override { return Fail("binary data"); }
   bool start_object(std::size_t) override { return Open(Frame{.is_object = true}); }
@@ -61,8 +101,8 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
     std::string key = {};
   };
 
-  bool Fail(std::string what) {
-    error_ = std::move(what);
+  bool Fail(absl::string_view what) {
+    error_ = absl::StrCat(what, " at byte ", *taken_);
     return false;
   }
   bool Open(Frame frame) {
@@ -88,6 +128,7 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
 
+  const int64_t* const taken_;
   std::vector<Frame> frames_;
   Json root_;
   std::string error_;
@@ -116,14 +157,26 @@ absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(text.size(), " bytes of JSON, at most ", max_bytes, " are read"));
   }
-  TreeBuilder builder;
-  if (!nlohmann::json::sax_parse(text.begin(), text.end(), &builder)) {
+  // The parser takes a zero byte for the text's end.
+  if (const size_t zero = text.find('\0'); zero != absl::string_view::npos) {
+    return absl::InvalidArgumentError(absl::StrCat("not valid JSON at byte ", zero + 1));
+  }
+  int64_t taken = 0;
+  TreeBuilder builder(&taken);
+  if (!nlohmann::json::sax_parse(CountingIterator(text.data(), &taken),
+                                 CountingIterator(text.data() + text.size(), &taken), &builder)) {
     return absl::InvalidArgumentError(builder.error());
   }
   return builder.Take();
 }
 
 absl::StatusOr<Json> Json::ParseFile(const std::string& path, int64_t max_bytes) {
+  std::error_code error;
+  const std::filesystem::file_status status = std::filesystem::status(path, error);
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
+    // Reading a pipe could wait forever.
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is no regular file"));
+  }
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   std::string text;
@@ -152,7 +205,11 @@ std::string Json::Dump(int indent) const {
 absl::Status JsonReader::Wrong(absl::string_view name, absl::string_view expected) const {
   const Json* found = object_.Find(name);
   std::string text = found == nullptr ? "nothing" : found->Dump();
-  if (text.size() > 80) text = text.substr(0, 80) + "...";
+  if (text.size() > kMaxQuotedBytes) {
+    size_t end = kMaxQuotedBytes;  // where a character begins
+    while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
+    text = text.substr(0, end) + "...";
+  }
   return absl::InvalidArgumentError(
       absl::StrCat(where_, ": '", name, "' is ", text, ", expected ", expected));
 }

@@ -36,7 +36,8 @@ class Json {
   // INVALID_ARGUMENT with the byte offset: not JSON, not UTF-8, a member named twice, nested deeper
   // than 64, text longer than `max_bytes`, an integer beyond int64.
   static absl::StatusOr<Json> Parse(absl::string_view text, int64_t max_bytes);
-  // Parse() of a file; errors name it. NOT_FOUND if it is not there.
+  // Parse() of a file; errors name it. NOT_FOUND if it is not there, INVALID_ARGUMENT if it is no
+  // regular file.
   static absl::StatusOr<Json> ParseFile(const std::string& path, int64_t max_bytes);
 
   bool is_null() const { return std::holds_alternative<std::monostate>(value_); }

@@ -105,7 +105,8 @@ struct ExtentDescriptor {
 };
 
 static_assert(std::is_trivially_copyable_v<IndexHeader> && std::is_standard_layout_v<IndexHeader>);
-static_assert(sizeof(IndexHeader) == 4096);
+static_assert(sizeof(IndexHeader) == 4096 && alignof(IndexHeader) == 8);
+static_assert(offsetof(IndexHeader, magic) == 0);
 static_assert(offsetof(IndexHeader, format_version) == 8);
 static_assert(offsetof(IndexHeader, header_bytes) == 12);
 static_assert(offsetof(IndexHeader, descriptor_bytes) == 16);
@@ -124,10 +125,12 @@ static_assert(offsetof(IndexHeader, reserved) == 96);
 static_assert(offsetof(IndexHeader, checksum) == 120);
 static_assert(offsetof(IndexHeader, generation) == 128);
 static_assert(offsetof(IndexHeader, ready_bytes) == 136);
+static_assert(offsetof(IndexHeader, reserved_tail) == 144);
 
 static_assert(std::is_trivially_copyable_v<ExtentDescriptor> &&
               std::is_standard_layout_v<ExtentDescriptor>);
-static_assert(sizeof(ExtentDescriptor) == 64);
+static_assert(sizeof(ExtentDescriptor) == 64 && alignof(ExtentDescriptor) == 8);
+static_assert(offsetof(ExtentDescriptor, commit) == 0);
 static_assert(offsetof(ExtentDescriptor, sequence_id) == 8);
 static_assert(offsetof(ExtentDescriptor, first_pos) == 16);
 static_assert(offsetof(ExtentDescriptor, data_offset) == 24);
@@ -135,6 +138,7 @@ static_assert(offsetof(ExtentDescriptor, bytes) == 32);
 static_assert(offsetof(ExtentDescriptor, capacity_tokens) == 40);
 static_assert(offsetof(ExtentDescriptor, layer) == 44);
 static_assert(offsetof(ExtentDescriptor, sealed) == 48);
+static_assert(offsetof(ExtentDescriptor, reserved) == 56);
 
 inline int64_t IndexBytes(int64_t max_extents) {
   return static_cast<int64_t>(sizeof(IndexHeader)) +

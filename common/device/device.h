@@ -109,7 +109,8 @@ class Device {
   // ---- Streams and events. Made at start.
   virtual absl::StatusOr<StreamId> CreateStream(absl::string_view name) = 0;
   virtual absl::StatusOr<EventId> CreateEvent() = 0;
-  // The event fires when everything enqueued on `stream` so far has run. Recording again moves it.
+  // The event fires when everything enqueued on `stream` so far has run. Recording again, always on
+  // the same stream, moves it.
   virtual absl::Status Record(StreamId stream, EventId event) = 0;
   // Later work of `stream` runs after the latest Record() of `event` before this call. An event that
   // was never recorded does not block. `account`, if given, receives the time that the stream waited.
@@ -142,8 +143,9 @@ class Device {
 
   // ---- Record and replay (on CUDA a graph). Between BeginRecording and EndRecording operations of
   // `stream` are recorded and not run. Refused with FAILED_PRECONDITION, as CUDA's capture would:
-  // recording twice, Synchronize() of anything, waits for events recorded outside the recording,
-  // copies from host memory that is not registered.
+  // recording twice, replaying, Synchronize() of anything, waits for events recorded outside the
+  // recording, and outside for events last recorded inside, copies from host memory that is not
+  // registered.
   virtual absl::Status BeginRecording(StreamId stream) = 0;
   virtual absl::StatusOr<RecordingId> EndRecording(StreamId stream) = 0;
   virtual absl::Status Replay(StreamId stream, RecordingId recording) = 0;

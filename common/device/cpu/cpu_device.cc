@@ -6,11 +6,13 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/checked_math.h"
 #include "common/device/arena.h"
 #include "common/device/cpu/cpu_stream.h"
 #include "common/futex.h"
@@ -38,6 +40,8 @@ struct Event {
   std::atomic<uint32_t> recorded{0};
   std::atomic<uint32_t> fired{0};
   std::atomic<int32_t> stream{-1};
+  // Its latest record was made in a recording: it orders nothing outside.
+  std::atomic<bool> captured{false};
 };
 
 void AwaitFired(const Event& event, uint32_t target) {
@@ -101,8 +105,10 @@ void RunAwait(const AwaitArgs& a) {
     if (a.doorbell->load(std::memory_order_acquire) >= a.expected) return;
     if (polls > 1000) absl::SleepFor(absl::Microseconds(20));
     if (polls % 64 == 0 && absl::Now() > deadline) {
-      a.status->store(static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded),
-                      std::memory_order_release);
+      uint32_t ok = 0;  // what another wait has set first stays
+      a.status->compare_exchange_strong(ok,
+                                        static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded),
+                                        std::memory_order_release, std::memory_order_relaxed);
     }
   }
 }
@@ -152,11 +158,17 @@ class CpuDevice : public Device {
   }
 
   absl::Status RegisterHost(void* data, int64_t bytes) override {
+    auto* const begin = static_cast<uint8_t*>(data);
+    if (begin == nullptr || bytes <= 0) {
+      return absl::InvalidArgumentError(absl::StrCat("a host range of ", bytes, " bytes"));
+    }
     MutexLock lock(&mutex_);
     for (const auto& range : host_ranges_) {
-      if (range.base() == data) return absl::AlreadyExistsError("host range registered twice");
+      if (begin < range.base() + range.capacity_bytes() && range.base() < begin + bytes) {
+        return absl::AlreadyExistsError("host range registered twice");
+      }
     }
-    host_ranges_.emplace_back(static_cast<uint8_t*>(data), bytes);
+    host_ranges_.emplace_back(begin, bytes);
     return absl::OkStatus();
   }
   absl::Status UnregisterHost(void* data) override {
@@ -174,6 +186,10 @@ class CpuDevice : public Device {
   absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
                               int64_t n, int64_t k, uint8_t* packed) override {
     if (!arena_.Contains(packed, PackedBytes(n, k))) return Foreign("LoadWeightRows", packed);
+    if (!RangeFits(row_begin, rows, n)) {
+      return absl::InternalError(absl::StrCat("LoadWeightRows: ", rows, " rows from ", row_begin,
+                                              " of a matrix of ", n));
+    }
     kernels::cpu::PackWeightRows(rows_data, row_begin, rows, n, k,
                                  reinterpret_cast<kernels::BFloat16*>(packed));
     return absl::OkStatus();
@@ -203,11 +219,17 @@ class CpuDevice : public Device {
 
   absl::Status Record(StreamId stream, EventId id) override {
     Event& event = events_[id.index];
+    if (Recording* recording = recording_of(stream)) {
+      // It orders the recording's own operations, which run in order anyway.
+      recording->recorded.push_back(id.index);
+      event.captured.store(true, std::memory_order_relaxed);
+      return absl::OkStatus();
+    }
     int32_t owner = -1;
     if (!event.stream.compare_exchange_strong(owner, stream.index) && owner != stream.index) {
       return absl::InternalError("an event is recorded on two streams");
     }
-    if (Recording* recording = recording_of(stream)) recording->recorded.push_back(id.index);
+    event.captured.store(false, std::memory_order_relaxed);
     const uint32_t value = event.recorded.fetch_add(1, std::memory_order_relaxed) + 1;
     return Enqueue(stream, RecordEventArgs{&event, value}, nullptr,
                    [](const void* args, kernels::CpuTeam&, OpAccount*) {
@@ -226,6 +248,7 @@ class CpuDevice : public Device {
       }
       return absl::OkStatus();  // recorded on the same stream: in order already
     }
+    HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(event));
     const uint32_t target = event.recorded.load(std::memory_order_relaxed);
     if (target == 0) return absl::OkStatus();
     return Enqueue(stream, WaitEventArgs{&event, target}, account,
@@ -240,6 +263,7 @@ class CpuDevice : public Device {
       return absl::FailedPreconditionError("Synchronize while a stream is recording");
     }
     const Event& event = events_[id.index];
+    HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(event));
     const uint32_t target = event.recorded.load(std::memory_order_relaxed);
     const absl::Time deadline = absl::Now() + timeout;
     for (;;) {
@@ -260,7 +284,11 @@ class CpuDevice : public Device {
   }
 
   absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
-    HEADROOM_RETURN_IF_ERROR(Check("Copy", args, /*host_too=*/true));
+    absl::Status status = CheckCopy(args);
+    if (!status.ok() && recording_of(stream) != nullptr) {
+      status = absl::FailedPreconditionError(status.message());
+    }
+    HEADROOM_RETURN_IF_ERROR(status);
     return Enqueue(stream, args, account,
                    [](const void* a, kernels::CpuTeam&, OpAccount* account) {
                      const auto& args = *static_cast<const CopyArgs*>(a);
@@ -271,9 +299,10 @@ class CpuDevice : public Device {
   }
 
   absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
-    if (!InHost(args.doorbell, sizeof(*args.doorbell)) || !InHost(args.status, sizeof(*args.status))) {
+    if (!InHost(args.doorbell, sizeof(*args.doorbell))) {
       return Foreign("AwaitPartials", args.doorbell);
     }
+    if (!InHost(args.status, sizeof(*args.status))) return Foreign("AwaitPartials", args.status);
     return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
       RunAwait(*static_cast<const AwaitArgs*>(a));
     });
@@ -332,15 +361,21 @@ class CpuDevice : public Device {
     return absl::InternalError("a recording is lost");
   }
   absl::Status Replay(StreamId stream, RecordingId id) override {
+    if (recording_of(stream) != nullptr) {
+      return absl::FailedPreconditionError("Replay while the stream is recording");
+    }
     const std::vector<CpuOp>* ops;
     {
       MutexLock lock(&mutex_);
+      if (id.index < 0 || static_cast<size_t>(id.index) >= recordings_.size()) {
+        return absl::InternalError(absl::StrCat("Replay: there is no recording ", id.index));
+      }
       ops = &recordings_[id.index]->ops;
     }
     return Enqueue(stream, ReplayArgs{ops}, nullptr,
                    [](const void* args, kernels::CpuTeam& team, OpAccount*) {
                      for (const CpuOp& op : *static_cast<const ReplayArgs*>(args)->ops) {
-                       op.run(op.storage, team, op.account);
+                       RunOp(op, team);
                      }
                    });
   }
@@ -358,6 +393,35 @@ class CpuDevice : public Device {
     return absl::InternalError(absl::StrCat(
         op, ": address ", absl::Hex(reinterpret_cast<uintptr_t>(data)),
         " lies neither in the device's arena nor, where that is allowed, in registered host memory"));
+  }
+
+  static absl::Status CheckNotCaptured(const Event& event) {
+    if (!event.captured.load(std::memory_order_relaxed)) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        "an event whose latest record is part of a recording orders nothing outside of it");
+  }
+
+  // From the first row's first byte to the last row's last: a copy engine's rectangle must lie in one
+  // registered range as a whole.
+  absl::Status CheckCopy(const CopyArgs& a) const {
+    if (a.width_bytes < 0 || a.height < 0 ||
+        (a.height > 1 && (a.dst_pitch_bytes < a.width_bytes || a.src_pitch_bytes < a.width_bytes))) {
+      return absl::InternalError(absl::StrCat("Copy: ", a.height, " rows of ", a.width_bytes,
+                                              " bytes, pitches ", a.dst_pitch_bytes, " and ",
+                                              a.src_pitch_bytes));
+    }
+    if (a.width_bytes == 0 || a.height == 0) return absl::OkStatus();
+    const auto extent = [&a](int64_t pitch_bytes) {
+      const std::optional<int64_t> rows = CheckedMul(a.height - 1, pitch_bytes);
+      return rows.has_value() ? CheckedAdd(*rows, a.width_bytes).value_or(-1) : int64_t{-1};
+    };
+    const int64_t dst_bytes = extent(a.dst_pitch_bytes);
+    const int64_t src_bytes = extent(a.src_pitch_bytes);
+    const bool to_device = arena_.Contains(a.dst, dst_bytes);
+    const bool from_device = arena_.Contains(a.src, src_bytes);
+    if (!to_device && (!from_device || !InHost(a.dst, dst_bytes))) return Foreign("Copy", a.dst);
+    if (!from_device && !InHost(a.src, src_bytes)) return Foreign("Copy", a.src);
+    return absl::OkStatus();
   }
 
   bool InHost(const void* data, int64_t bytes) const {

@@ -1,0 +1,506 @@
+#include "common/device/cuda/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/checked_math.h"
+#include "common/device/arena.h"
+#include "common/device/cuda/cuda_handles.h"
+#include "common/device/cuda/cuda_status.h"
+#include "common/device/cuda/host_registrations.h"
+#include "common/device/cuda/op_timers.h"
+#include "common/mutex.h"
+#include "common/status.h"
+#include "kernels/cuda/kernels.h"
+
+namespace headroom {
+namespace {
+
+using kernels::Access;
+
+constexpr int kMaxStreams = 16;
+constexpr int kMaxEvents = 4096;
+// Operations with an account that are in flight: a step of a few hundred, three deep, in two
+// contexts.
+constexpr int kTimerPairs = 4096;
+// Start-up's copies, and what is still enqueued when the device is destroyed.
+constexpr absl::Duration kSetupTimeout = absl::Minutes(1);
+
+struct Event {
+  CudaEvent handle;
+  std::atomic<int32_t> stream{-1};  // that records it
+};
+
+template <typename F>
+void ForEachRange(const CopyArgs& a, F&& f) {
+  for (int64_t row = 0; row < a.height; ++row) {
+    f(static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes, Access::kRead);
+    f(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes, a.width_bytes, Access::kWrite);
+  }
+}
+
+int64_t KvBytesRead(const kernels::AttendArgs& a) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < a.items.count; ++i) {
+    const kernels::AttendItem& item = a.items.host[i];
+    int64_t tokens = 0;
+    for (int32_t s = 0; s < item.span_count; ++s) {
+      tokens += a.spans.host[item.span_begin + s].count;
+    }
+    bytes += tokens * (item.kv_head_end - item.kv_head_begin) * 2 * a.head_dim * kKvElementBytes;
+  }
+  return bytes;
+}
+
+int64_t KvBytesRead(const kernels::CopyKvRowsArgs& a) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < a.items.count; ++i) {
+    const kernels::KvSpan& to = a.items.host[i].to;
+    bytes += int64_t{to.count} * (to.kv_head_end - to.kv_head_begin) * 2 * a.head_dim *
+             kKvElementBytes;
+  }
+  return bytes;
+}
+
+cudaError_t EnqueueCopy(const CopyArgs& a, cudaStream_t stream) {
+  const bool dense = a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes;
+  if (dense || a.height == 1) {
+    return cudaMemcpyAsync(a.dst, a.src, static_cast<size_t>(a.width_bytes * a.height),
+                           cudaMemcpyDefault, stream);
+  }
+  return cudaMemcpy2DAsync(a.dst, static_cast<size_t>(a.dst_pitch_bytes), a.src,
+                           static_cast<size_t>(a.src_pitch_bytes),
+                           static_cast<size_t>(a.width_bytes), static_cast<size_t>(a.height),
+                           cudaMemcpyDefault, stream);
+}
+
+// Polls until `query` says something else than 'not ready', quickly at first: a step's events fire
+// within microseconds of each other, a chunk's within tens of milliseconds.
+template <typename Query>
+cudaError_t PollUntil(absl::Time deadline, Query&& query) {
+  const absl::Time spin_until = absl::Now() + absl::Microseconds(100);
+  for (;;) {
+    const cudaError_t state = query();
+    if (state != cudaErrorNotReady) return state;
+    const absl::Time now = absl::Now();
+    if (now >= deadline) return cudaErrorNotReady;
+    if (now > spin_until) absl::SleepFor(std::min(deadline - now, absl::Microseconds(20)));
+  }
+}
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(std::string name, CudaMemory memory, int64_t bytes)
+      : name_(std::move(name)),
+        memory_(std::move(memory)),
+        arena_(static_cast<uint8_t*>(memory_.get()), bytes),
+        events_(new Event[kMaxEvents]) {}
+
+  // Waits for what is enqueued, at most kSetupTimeout.
+  ~CudaDevice() override {
+    const absl::Time deadline = absl::Now() + kSetupTimeout;
+    for (int i = 0; i < num_streams_; ++i) {
+      PollUntil(deadline, [&] { return cudaStreamQuery(streams_[i].get()); });
+    }
+  }
+
+  absl::Status Init() {
+    HEADROOM_ASSIGN_OR_RETURN(setup_stream_, NewStream());
+    HEADROOM_RETURN_IF_ERROR(timers_.Init(kTimerPairs));
+    HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
+        cudaMemsetAsync(arena_.base(), 0, static_cast<size_t>(arena_.capacity_bytes()),
+                        setup_stream_.get())));
+    return AwaitSetup();
+  }
+
+  absl::string_view name() const override { return name_; }
+
+  // ---- Memory.
+  absl::StatusOr<uint8_t*> Allocate(int64_t bytes, absl::string_view what) override {
+    MutexLock lock(&mutex_);
+    return arena_.Allocate(bytes, what);
+  }
+  ArenaUse arena_use() const override {
+    MutexLock lock(&mutex_);
+    return {arena_.capacity_bytes(), arena_.used_bytes(), arena_.used_bytes()};
+  }
+  absl::Status RegisterHost(void* data, int64_t bytes) override {
+    return host_.Add(static_cast<uint8_t*>(data), bytes);
+  }
+  absl::Status UnregisterHost(void* data) override {
+    return host_.Remove(static_cast<const uint8_t*>(data));
+  }
+
+  int64_t PackedBytes(int64_t n, int64_t k) const override {
+    return kernels::PackedWeightBytes(n, k);
+  }
+  absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
+                              int64_t n, int64_t k, uint8_t* packed) override {
+    if (!arena_.Contains(packed, PackedBytes(n, k))) return Foreign("LoadWeightRows", packed);
+    if (!RangeFits(row_begin, rows, n)) {
+      return absl::InternalError(absl::StrCat("LoadWeightRows: rows ", row_begin, " to ",
+                                              row_begin + rows, " of a matrix of ", n));
+    }
+    constexpr int64_t kElement = sizeof(kernels::BFloat16);
+    return Upload(packed + row_begin * k * kElement, rows_data, rows * k * kElement);
+  }
+  absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
+    if (!arena_.Contains(dst, bytes)) return Foreign("Upload", dst);
+    if (bytes == 0) return absl::OkStatus();
+    MutexLock lock(&setup_mutex_);
+    HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
+        cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                        setup_stream_.get()))));
+    return AwaitSetup();
+  }
+
+  // ---- Streams and events.
+  absl::StatusOr<StreamId> CreateStream(absl::string_view) override {
+    MutexLock lock(&mutex_);
+    if (num_streams_ == kMaxStreams) return absl::ResourceExhaustedError("too many streams");
+    HEADROOM_ASSIGN_OR_RETURN(streams_[num_streams_], NewStream());
+    return StreamId{num_streams_++};
+  }
+  absl::StatusOr<EventId> CreateEvent() override {
+    MutexLock lock(&mutex_);
+    if (num_events_ == kMaxEvents) return absl::ResourceExhaustedError("too many events");
+    cudaEvent_t event = nullptr;
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(cudaEventCreateWithFlags(&event, cudaEventDisableTiming)));
+    events_[num_events_].handle = CudaEvent(event);
+    return EventId{num_events_++};
+  }
+
+  absl::Status Record(StreamId stream, EventId id) override {
+    Event& event = events_[id.index];
+    int32_t owner = -1;
+    if (!event.stream.compare_exchange_strong(owner, stream.index) && owner != stream.index) {
+      return absl::InternalError("an event is recorded on two streams");
+    }
+    unsigned flags = cudaEventRecordDefault;
+    if (Recording* recording = active_[stream.index]) {
+      recording->events.push_back(id.index);
+      flags = cudaEventRecordExternal;  // each replay records it
+    }
+    return Note(HEADROOM_CUDA_STATUS(
+        cudaEventRecordWithFlags(event.handle.get(), streams_[stream.index].get(), flags)));
+  }
+
+  absl::Status Wait(StreamId stream, EventId id, OpAccount* account) override {
+    if (const Recording* recording = active_[stream.index]) {
+      const std::vector<int32_t>& events = recording->events;
+      if (std::find(events.begin(), events.end(), id.index) == events.end()) {
+        return absl::FailedPreconditionError("a recording waits for an event outside of it");
+      }
+      return absl::OkStatus();  // recorded on the same stream: in order already
+    }
+    const cudaStream_t on = streams_[stream.index].get();
+    const int timer = timers_.Begin(on, account);
+    const cudaError_t error = cudaStreamWaitEvent(on, events_[id.index].handle.get(), 0);
+    timers_.End(on, timer);
+    return Note(HEADROOM_CUDA_STATUS(error));
+  }
+
+  absl::Status Synchronize(EventId id, absl::Duration timeout) override {
+    if (recording_streams_.load() != 0) {
+      return absl::FailedPreconditionError("Synchronize while a stream is recording");
+    }
+    const cudaEvent_t event = events_[id.index].handle.get();
+    const cudaError_t state =
+        PollUntil(absl::Now() + timeout, [&] { return cudaEventQuery(event); });
+    if (state == cudaErrorNotReady) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("the device has not ended its work within ", absl::FormatDuration(timeout)));
+    }
+    timers_.Collect();
+    return Note(CudaStatus(state, "cudaEventQuery", __FILE__, __LINE__));
+  }
+  bool Done(EventId id) override {
+    const cudaError_t state = cudaEventQuery(events_[id.index].handle.get());
+    if (state == cudaSuccess) timers_.Collect();
+    if (state != cudaSuccess && state != cudaErrorNotReady) {
+      Note(CudaStatus(state, "cudaEventQuery", __FILE__, __LINE__)).IgnoreError();
+    }
+    return state == cudaSuccess;
+  }
+
+  // ---- Operations.
+  absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(Check("Copy", args, /*host_too=*/true));
+    if (args.width_bytes == 0 || args.height == 0) return absl::OkStatus();
+    return Enqueue(stream, "Copy", account, args.width_bytes * args.height,
+                   [&](cudaStream_t on) { return EnqueueCopy(args, on); });
+  }
+  absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
+    if (!host_.Contain(args.doorbell, sizeof(*args.doorbell)) ||
+        !host_.Contain(args.status, sizeof(*args.status))) {
+      return Foreign("AwaitPartials", args.doorbell);
+    }
+    // What the processor and the GPU both see: a word by its address.
+    static_assert(sizeof(*args.doorbell) == sizeof(uint64_t) && sizeof(*args.status) == 4);
+    return Enqueue(stream, "AwaitPartials", account, 0, [&](cudaStream_t on) {
+      return kernels::cuda::LaunchAwait(
+          reinterpret_cast<const uint64_t*>(args.doorbell), args.expected, args.deadline_us,
+          reinterpret_cast<uint32_t*>(args.status),
+          static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded), on);
+    });
+  }
+  absl::Status Embed(StreamId s, const kernels::EmbedArgs& a) override {
+    return Launch<&kernels::cuda::LaunchEmbed>(s, "Embed", a);
+  }
+  absl::Status RmsNorm(StreamId s, const kernels::RmsNormArgs& a) override {
+    return Launch<&kernels::cuda::LaunchRmsNorm>(s, "RmsNorm", a);
+  }
+  absl::Status Gemm(StreamId s, const kernels::GemmArgs& a) override {
+    return Launch<&kernels::cuda::LaunchGemm>(s, "Gemm", a);
+  }
+  absl::Status SwiGlu(StreamId s, const kernels::SwiGluArgs& a) override {
+    return Launch<&kernels::cuda::LaunchSwiGlu>(s, "SwiGlu", a);
+  }
+  absl::Status RopeTable(StreamId s, const kernels::RopeTableArgs& a) override {
+    return Launch<&kernels::cuda::LaunchRopeTable>(s, "RopeTable", a);
+  }
+  absl::Status RopeAppend(StreamId s, const kernels::RopeAppendArgs& a) override {
+    return Launch<&kernels::cuda::LaunchRopeAppend>(s, "RopeAppend", a);
+  }
+  absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
+    return Launch<&kernels::cuda::LaunchAttend>(s, "Attend", a, account);
+  }
+  absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
+                          OpAccount* account) override {
+    return Launch<&kernels::cuda::LaunchCopyKvRows>(s, "CopyKvRows", a, account,
+                                                    /*host_too=*/true);
+  }
+  absl::Status Sample(StreamId s, const kernels::SampleArgs& a) override {
+    return Launch<&kernels::cuda::LaunchSample>(s, "Sample", a);
+  }
+
+  // ---- Recordings.
+  absl::Status BeginRecording(StreamId stream) override {
+    MutexLock lock(&mutex_);
+    if (active_[stream.index] != nullptr) {
+      return absl::FailedPreconditionError("the stream is recording already");
+    }
+    // Relaxed: what a capture must not do is refused above; other threads go on as they were.
+    HEADROOM_RETURN_IF_ERROR(NoteLocked(HEADROOM_CUDA_STATUS(cudaStreamBeginCapture(
+        streams_[stream.index].get(), cudaStreamCaptureModeRelaxed))));
+    recordings_.push_back(std::make_unique<Recording>());
+    active_[stream.index] = recordings_.back().get();
+    recording_streams_.fetch_add(1);
+    return absl::OkStatus();
+  }
+  absl::StatusOr<RecordingId> EndRecording(StreamId stream) override {
+    MutexLock lock(&mutex_);
+    Recording* const recording = active_[stream.index];
+    if (recording == nullptr) {
+      return absl::FailedPreconditionError("the stream is not recording");
+    }
+    active_[stream.index] = nullptr;
+    recording_streams_.fetch_sub(1);
+    cudaGraph_t captured = nullptr;
+    HEADROOM_RETURN_IF_ERROR(NoteLocked(
+        HEADROOM_CUDA_STATUS(cudaStreamEndCapture(streams_[stream.index].get(), &captured))));
+    const CudaGraph graph(captured);
+    cudaGraphExec_t exec = nullptr;
+    HEADROOM_RETURN_IF_ERROR(
+        NoteLocked(HEADROOM_CUDA_STATUS(cudaGraphInstantiate(&exec, graph.get(), 0))));
+    recording->graph = CudaGraphExec(exec);
+    HEADROOM_RETURN_IF_ERROR(NoteLocked(
+        HEADROOM_CUDA_STATUS(cudaGraphUpload(exec, streams_[stream.index].get()))));
+    for (size_t i = 0; i < recordings_.size(); ++i) {
+      if (recordings_[i].get() == recording) return RecordingId{static_cast<int32_t>(i)};
+    }
+    return absl::InternalError("a recording is lost");
+  }
+  absl::Status Replay(StreamId stream, RecordingId id) override {
+    if (active_[stream.index] != nullptr) {
+      return absl::FailedPreconditionError("a recording cannot hold another");
+    }
+    const Recording* recording;
+    {
+      MutexLock lock(&mutex_);
+      recording = recordings_[id.index].get();
+    }
+    HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
+        cudaGraphLaunch(recording->graph.get(), streams_[stream.index].get()))));
+    for (const auto& [account, bytes] : recording->accounts) account->bytes += bytes;
+    return absl::OkStatus();
+  }
+
+  absl::Status status() const override {
+    if (!failed_.load(std::memory_order_acquire)) return absl::OkStatus();
+    MutexLock lock(&mutex_);
+    return failure_;
+  }
+
+ private:
+  struct Recording {
+    CudaGraphExec graph;
+    std::vector<int32_t> events;                           // recorded in it
+    std::vector<std::pair<OpAccount*, int64_t>> accounts;  // what each replay adds
+  };
+
+  static absl::Status Foreign(absl::string_view op, const void* data) {
+    return absl::InternalError(absl::StrCat(
+        op, ": address ", absl::Hex(reinterpret_cast<uintptr_t>(data)),
+        " lies neither in the device's arena nor, where that is allowed, in registered host memory"));
+  }
+
+  // Streams do not wait for the legacy default stream, which other code of the process may use.
+  static absl::StatusOr<CudaStream> NewStream() {
+    cudaStream_t stream = nullptr;
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)));
+    return CudaStream(stream);
+  }
+
+  // A copy from plain memory may return before the GPU has it.
+  absl::Status AwaitSetup() {
+    const cudaError_t state = PollUntil(absl::Now() + kSetupTimeout,
+                                        [&] { return cudaStreamQuery(setup_stream_.get()); });
+    if (state == cudaErrorNotReady) return absl::DeadlineExceededError("the GPU does not respond");
+    return Note(CudaStatus(state, "cudaStreamQuery", __FILE__, __LINE__));
+  }
+
+  // Keeps the first failure.
+  absl::Status Note(absl::Status status) {
+    if (status.ok()) return status;
+    MutexLock lock(&mutex_);
+    return NoteLocked(std::move(status));
+  }
+  absl::Status NoteLocked(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (status.ok() || failed_.load(std::memory_order_relaxed)) return status;
+    failure_ = status;
+    failed_.store(true, std::memory_order_release);
+    return status;
+  }
+
+  template <typename Args>
+  absl::Status Check(absl::string_view op, const Args& args, bool host_too) const {
+    const void* wrong = nullptr;
+    bool ok = true;
+    ForEachRange(args, [&](const void* data, int64_t bytes, Access) {
+      if (bytes == 0 || arena_.Contains(data, bytes)) return;
+      if (host_too && host_.Contain(data, bytes)) return;
+      ok = false;
+      wrong = data;
+    });
+    return ok ? absl::OkStatus() : Foreign(op, wrong);
+  }
+
+  template <typename F>
+  absl::Status Enqueue(StreamId stream, absl::string_view op, OpAccount* account, int64_t bytes,
+                       F&& enqueue) {
+    const cudaStream_t on = streams_[stream.index].get();
+    Recording* const recording = active_[stream.index];
+    const int timer = recording == nullptr ? timers_.Begin(on, account) : -1;
+    const cudaError_t error = enqueue(on);
+    timers_.End(on, timer);
+    if (error != cudaSuccess) return Note(CudaStatus(error, op, __FILE__, __LINE__));
+    if (account == nullptr || bytes == 0) return absl::OkStatus();
+    if (recording != nullptr) {
+      recording->accounts.emplace_back(account, bytes);
+    } else {
+      account->bytes += bytes;
+    }
+    return absl::OkStatus();
+  }
+
+  template <auto kLaunch, typename Args>
+  absl::Status Launch(StreamId stream, absl::string_view op, const Args& args,
+                      OpAccount* account = nullptr, bool host_too = false) {
+    HEADROOM_RETURN_IF_ERROR(Check(op, args, host_too));
+    int64_t bytes = 0;
+    if constexpr (requires { KvBytesRead(args); }) {
+      if (account != nullptr) bytes = KvBytesRead(args);
+    }
+    return Enqueue(stream, op, account, bytes,
+                   [&](cudaStream_t on) { return kLaunch(args, on); });
+  }
+
+  // ---- Constant after construction.
+  const std::string name_;
+  const CudaMemory memory_;
+
+  mutable Mutex mutex_;
+  Arena arena_;  // its bounds are const; allocation under mutex_
+  HostRegistrations host_;
+  OpTimers timers_;
+  std::vector<std::unique_ptr<Recording>> recordings_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> failed_{false};
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+
+  Mutex setup_mutex_;  // one upload at a time
+  CudaStream setup_stream_;
+
+  // Each stream is fed by one thread at a time, which alone looks at its recording.
+  CudaStream streams_[kMaxStreams];
+  Recording* active_[kMaxStreams] = {};
+  std::atomic<int> recording_streams_{0};
+  int num_streams_ = 0;
+  std::unique_ptr<Event[]> events_;
+  int num_events_ = 0;
+};
+
+absl::Status Unavailable(const absl::Status& why) {
+  return absl::UnavailableError(
+      absl::StrCat("device cuda: no NVIDIA driver or GPU that can be used: ", why.message()));
+}
+
+// The card's name. UNAVAILABLE if it cannot run the kernels.
+absl::StatusOr<std::string> FindCard() {
+  int count = 0;
+  if (const absl::Status found = HEADROOM_CUDA_STATUS(cudaGetDeviceCount(&count)); !found.ok()) {
+    return Unavailable(found);
+  }
+  cudaDeviceProp card;
+  for (const absl::Status& step : {HEADROOM_CUDA_STATUS(cudaSetDevice(0)),
+                                   HEADROOM_CUDA_STATUS(cudaGetDeviceProperties(&card, 0))}) {
+    if (!step.ok()) return Unavailable(step);
+  }
+  if (card.major < 8) {
+    return absl::UnavailableError(absl::StrCat("device cuda: ", card.name,
+                                               " has compute capability ", card.major, ".",
+                                               card.minor, "; 8.0 or later is needed"));
+  }
+  int host_pointers = 0;
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaDeviceGetAttribute(
+      &host_pointers, cudaDevAttrCanUseHostPointerForRegisteredMem, 0)));
+  if (host_pointers == 0) {
+    return absl::UnavailableError(absl::StrCat(
+        "device cuda: ", card.name, " cannot address registered host memory by its own address"));
+  }
+  return std::string(card.name);
+}
+
+absl::StatusOr<CudaMemory> AllocateArena(int64_t bytes, absl::string_view card) {
+  size_t free_bytes = 0;
+  size_t all_bytes = 0;
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaMemGetInfo(&free_bytes, &all_bytes)));
+  void* memory = nullptr;
+  const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  if (error == cudaSuccess) return CudaMemory(memory);
+  return Annotate(CudaStatus(error, "cudaMalloc", __FILE__, __LINE__),
+                  absl::StrCat("device memory: ", bytes, " bytes asked for, ", free_bytes, " of ",
+                               all_bytes, " free on ", card));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(const CudaDeviceOptions& options) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::string card, FindCard());
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LoadKernels()));
+  HEADROOM_ASSIGN_OR_RETURN(CudaMemory memory, AllocateArena(options.arena_bytes, card));
+  auto device = std::make_unique<CudaDevice>(card, std::move(memory), options.arena_bytes);
+  HEADROOM_RETURN_IF_ERROR(device->Init());
+  return device;
+}
+
+}  // namespace headroom

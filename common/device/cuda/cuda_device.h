@@ -1,0 +1,33 @@
+// The device that is an NVIDIA GPU: the first that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+//
+// The CUDA runtime is linked statically and opens the driver when the first device is created; this
+// header and its users need neither. Streams are CUDA streams, recordings CUDA graphs.
+//
+// Accounts: bytes are counted where an operation is enqueued, or replayed; time is measured by a
+// pair of events around it and added at the first Synchronize() or Done() that sees it over. An
+// operation that is enqueued while all pairs are in use, or recorded, counts its bytes only.
+//
+// Host memory is registered in pieces that end at multiples of kRegistrationBytes from its
+// beginning; no operation may name a range that crosses such a border.
+#ifndef HEADROOM_COMMON_DEVICE_CUDA_CUDA_DEVICE_H_
+#define HEADROOM_COMMON_DEVICE_CUDA_CUDA_DEVICE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+
+namespace headroom {
+
+struct CudaDeviceOptions {
+  int64_t arena_bytes = 0;
+};
+
+// UNAVAILABLE if there is no driver, no GPU, or one that the kernels cannot run on (compute
+// capability below 8.0); RESOURCE_EXHAUSTED names the bytes asked for and the bytes free.
+absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(const CudaDeviceOptions& options);
+
+}  // namespace headroom
+
+#endif  // HEADROOM_COMMON_DEVICE_CUDA_CUDA_DEVICE_H_
