@@ -1,0 +1,46 @@
+// `headroom bench`: prefill and decode of a real model in one process, beside what the machine can
+// do.
+//
+// The ceilings (GEMM, reads, copies) are measured in the same run, with the same threads, right
+// before and right after each item; the larger of the two goes into the item's floor. The executor
+// is the worker's own; there is no gRPC, no tokenizer and no store: keys lie in a private mapping.
+#ifndef HEADROOM_SERVICES_HEADROOM_BENCH_BENCH_H_
+#define HEADROOM_SERVICES_HEADROOM_BENCH_BENCH_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace headroom {
+
+struct BenchOptions {
+  std::string model_dir;
+  // "auto", "cpu" or "cuda", as the worker takes it. Ceilings are measured on the CPU only: cuda is
+  // refused.
+  std::string device = "cpu";
+  // Threads of the CPU device; 0: as many as this process may run on.
+  int32_t threads = 0;
+  // Device memory for everything; 0: the weights and 2 GiB.
+  int64_t gpu_memory_bytes = 0;
+  // What to measure: prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH], LANE one of resident
+  // and fetched. Empty: the items of `set`.
+  std::vector<std::string> work;
+  std::string set = "default";  // see work_item.h
+  // Measurements of each item, at least kMinBenchRepeats.
+  int32_t repeat = 5;
+  // Longest chunk of a prefill, beside what the memory allows.
+  int64_t chunk_tokens = 1024;
+  // If set: one JSON object per line, flushed line by line.
+  std::string json_path;
+};
+
+inline constexpr int32_t kMinBenchRepeats = 3;
+inline constexpr int32_t kMaxBenchRepeats = 1000;
+
+// Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for
+// options that are wrong.
+int RunBench(const BenchOptions& options);
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_HEADROOM_BENCH_BENCH_H_

@@ -1,0 +1,88 @@
+#include "services/headroom/bench/costs.h"
+
+#include <algorithm>
+
+#include "kernels/gemm.h"
+
+namespace headroom {
+namespace {
+
+// Multiply-adds of a token in all layers' matrices.
+double LayerMacs(const ModelConfig& config) {
+  const double hidden = static_cast<double>(config.hidden);
+  const double q_width = static_cast<double>(int64_t{config.num_q_heads} * config.head_dim);
+  return config.num_layers * hidden *
+         (static_cast<double>(config.qkv_width()) + q_width +
+          3 * static_cast<double>(config.intermediate));
+}
+
+double VocabMacs(const ModelConfig& config) {
+  return static_cast<double>(config.hidden) * static_cast<double>(config.vocab);
+}
+
+// FLOPs of one (query, key) pair in all heads and layers: q . k and the weighted sum of v.
+double PairFlops(const ModelConfig& config) {
+  return 4.0 * config.head_dim * config.num_q_heads * config.num_layers;
+}
+
+double LayerWeightBytes(const ModelConfig& config) {
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t norms = 2 * config.hidden * static_cast<int64_t>(sizeof(kernels::BFloat16));
+  return static_cast<double>(
+      config.num_layers * (kernels::PackedWeightBytes(config.qkv_width(), config.hidden) +
+                           kernels::PackedWeightBytes(config.hidden, q_width) +
+                           kernels::PackedWeightBytes(2 * config.intermediate, config.hidden) +
+                           kernels::PackedWeightBytes(config.hidden, config.intermediate) + norms));
+}
+
+double VocabWeightBytes(const ModelConfig& config) {
+  return static_cast<double>(kernels::PackedWeightBytes(config.vocab, config.hidden));
+}
+
+}  // namespace
+
+Ceilings Larger(const Ceilings& a, const Ceilings& b) {
+  return {std::max(a.gemm_flops, b.gemm_flops), std::max(a.read_bytes, b.read_bytes),
+          std::max(a.copy_bytes, b.copy_bytes)};
+}
+
+Costs PrefillCosts(const ModelConfig& config, int64_t context_tokens) {
+  const double tokens = static_cast<double>(context_tokens);
+  Costs costs;
+  costs.linear_flops = 2 * (tokens * LayerMacs(config) + VocabMacs(config));
+  costs.attention_flops = PairFlops(config) * tokens * (tokens + 1) / 2;
+  costs.weight_bytes = LayerWeightBytes(config) + VocabWeightBytes(config);
+  costs.kv_bytes = tokens * static_cast<double>(config.kv_geometry().BytesPerToken());
+  return costs;
+}
+
+Costs DecodeCosts(const ModelConfig& config, double context_tokens, int64_t batch) {
+  const double rows = static_cast<double>(batch);
+  Costs costs;
+  costs.linear_flops = 2 * rows * (LayerMacs(config) + VocabMacs(config));
+  costs.attention_flops = PairFlops(config) * rows * context_tokens;
+  costs.weight_bytes = LayerWeightBytes(config) + VocabWeightBytes(config);
+  costs.kv_bytes =
+      rows * context_tokens * static_cast<double>(config.kv_geometry().BytesPerToken());
+  return costs;
+}
+
+double PrefillFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
+  return (costs.linear_flops + costs.attention_flops) / ceilings.gemm_flops;
+}
+
+double DecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
+  const double weights = std::max(costs.weight_bytes / ceilings.read_bytes,
+                                  costs.linear_flops / ceilings.gemm_flops);
+  return weights + costs.kv_bytes / ceilings.read_bytes + costs.copied_bytes / ceilings.copy_bytes;
+}
+
+Spread SpreadOf(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  const double median =
+      values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
+  return {median, values.front(), values.back()};
+}
+
+}  // namespace headroom

@@ -1,0 +1,332 @@
+#include "services/headroom/bench/engine.h"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/device/device_factory.h"
+#include "common/kv_layout.h"
+#include "common/segment_format.h"
+#include "common/status.h"
+#include "services/headroom/bench/ceilings.h"
+#include "services/headroom/bench/costs.h"
+
+namespace headroom {
+namespace {
+
+constexpr int64_t kDefaultKvBytes = int64_t{2} << 30;
+constexpr absl::Duration kStepTimeout = absl::Minutes(10);
+// Any plan that sends every head to one lane has the lane's number, from 1 on.
+uint64_t PlanVersionOf(Lane lane) { return 1 + static_cast<uint64_t>(lane); }
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Of all threads of this process, user and system.
+double CpuSeconds() {
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+// What the weights take in the form of the CPU kernels.
+int64_t WeightsBytes(const ModelConfig& config) {
+  const double read = DecodeCosts(config, /*context_tokens=*/0, /*batch=*/1).weight_bytes;
+  const int64_t embedding =
+      config.tied_embeddings ? 0 : kernels::PackedWeightBytes(config.vocab, config.hidden);
+  return static_cast<int64_t>(read) + embedding;
+}
+
+absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const EngineOptions& options,
+                                                   const ModelConfig& config) {
+  DeviceOptions device;
+  device.kind = options.device;
+  device.compute_threads = options.threads;
+  device.memory_bytes = options.gpu_memory_bytes;
+  if (device.memory_bytes == 0) device.memory_bytes = WeightsBytes(config) + kDefaultKvBytes;
+  return CreateDevice(device);
+}
+
+// Finite keys and values: bfloat16 in (-1, 1).
+void FillWithKeys(const MappedRegion& region) {
+  std::vector<kernels::BFloat16> values((int64_t{1} << 20) / sizeof(kernels::BFloat16));
+  std::mt19937 random(1);
+  for (kernels::BFloat16& value : values) {
+    value = kernels::ToBFloat16(static_cast<float>(random()) * 0x1p-31f - 1.0f);
+  }
+  const auto piece = static_cast<int64_t>(values.size() * sizeof(kernels::BFloat16));
+  for (int64_t at = 0; at < region.bytes(); at += piece) {
+    std::memcpy(region.data() + at, values.data(),
+                static_cast<size_t>(std::min(piece, region.bytes() - at)));
+  }
+}
+
+void Add(const StepResult& result, double weight, Measurement& to) {
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    to.lane_bytes[lane] += weight * static_cast<double>(result.lanes[lane].bytes);
+    to.lane_busy_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].busy_ns);
+    to.lane_idle_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].idle_ns);
+  }
+  to.fetch_wait_seconds += weight * 1e-9 * static_cast<double>(result.fetch_wait_ns);
+  to.sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
+}
+
+int64_t PositionsOf(const WorkItem& item) {
+  return item.context_tokens + BenchEngine::kWarmSteps + BenchEngine::kMeasuredSteps + 1;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- construction
+
+void BenchEngine::DoneQueue::Put(std::unique_ptr<Step> step) {
+  MutexLock lock(&mutex_);
+  steps_.push_back(std::move(step));
+  put_.Signal();
+}
+
+absl::StatusOr<std::unique_ptr<Step>> BenchEngine::DoneQueue::Take() {
+  MutexLock lock(&mutex_);
+  const double deadline = Now() + absl::ToDoubleSeconds(kStepTimeout);
+  while (steps_.empty()) {
+    put_.WaitFor(&mutex_, absl::Seconds(1));
+    if (steps_.empty() && Now() > deadline) {
+      return absl::DeadlineExceededError("a step has not ended in time");
+    }
+  }
+  std::unique_ptr<Step> step = std::move(steps_.front());
+  steps_.pop_front();
+  return step;
+}
+
+absl::StatusOr<std::unique_ptr<BenchEngine>> BenchEngine::Create(
+    const EngineOptions& options, const std::vector<WorkItem>& items) {
+  std::unique_ptr<BenchEngine> engine(new BenchEngine());
+  HEADROOM_RETURN_IF_ERROR(engine->Init(options, items));
+  return engine;
+}
+
+BenchEngine::~BenchEngine() {
+  executor_.reset();  // waits for what is in flight; then nothing names the segment
+  for (uint8_t* const data : registered_) device_->UnregisterHost(data).IgnoreError();
+}
+
+absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<WorkItem>& items) {
+  chunk_tokens_ = options.chunk_tokens;
+  HEADROOM_ASSIGN_OR_RETURN(config_, ReadModelConfig(options.model_dir));
+  HEADROOM_ASSIGN_OR_RETURN(device_, MakeDevice(options, config_));
+  // A batch's tables name the keys of all its sequences.
+  int64_t positions = 1;
+  int32_t batch = 1;
+  for (const WorkItem& item : items) {
+    positions = std::max(positions, PositionsOf(item) * item.batch);
+    batch = std::max(batch, item.batch);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(
+      budget_, DivideBudget(config_, WeightBytes(config_, *device_),
+                            device_->arena_use().capacity_bytes, chunk_tokens_, positions));
+  HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_, nullptr));
+  StepExecutorOptions executor;
+  executor.max_sequences = batch;
+  executor.step_timeout = kStepTimeout;
+  HEADROOM_ASSIGN_OR_RETURN(
+      executor_, StepExecutor::Create(*device_, config_, weights_, budget_, executor,
+                                      [this](std::unique_ptr<Step> step) {
+                                        done_.Put(std::move(step));
+                                      }));
+  for (const Lane lane : {Lane::kResident, Lane::kFetched}) {
+    LaneRange all;
+    all.lane = lane;
+    all.kv_head_end = config_.num_kv_heads;
+    Plan plan;
+    plan.version = PlanVersionOf(lane);
+    plan.layers.assign(config_.num_layers, {all});
+    HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
+  }
+  return MapSegment(items);
+}
+
+absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items) {
+  int64_t bytes = 0;
+  for (const WorkItem& item : items) {
+    int64_t used = 0;
+    for (int32_t i = 0; i < item.batch; ++i) Layout(0, PositionsOf(item), used);
+    bytes = std::max(bytes, used);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(segment_, MapSharedMemory(bytes, "headroom-bench-segment"));
+  FillWithKeys(segment_);
+  for (int64_t at = 0; at < bytes; at += kRegistrationBytes) {
+    HEADROOM_RETURN_IF_ERROR(device_->RegisterHost(segment_.data() + at,
+                                                   std::min(kRegistrationBytes, bytes - at)));
+    registered_.push_back(segment_.data() + at);
+  }
+  return executor_->AttachSegment({segment_.data(), segment_.bytes()});
+}
+
+OpenSequence BenchEngine::Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const {
+  const KvGeometry geometry = config_.kv_geometry();
+  OpenSequence open;
+  open.sequence_id = id;
+  for (int64_t have = 0; have < tokens;) {
+    Run run;
+    run.first_pos = have;
+    run.capacity_tokens = NextExtentTokens(geometry, have, tokens - have);
+    const int64_t bytes = run.capacity_tokens * geometry.BytesPerTokenPerLayer();
+    for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+      // No extent crosses a registration.
+      if (used_bytes / kRegistrationBytes != (used_bytes + bytes - 1) / kRegistrationBytes) {
+        used_bytes = (used_bytes / kRegistrationBytes + 1) * kRegistrationBytes;
+      }
+      run.data_offsets.push_back(used_bytes);
+      used_bytes += bytes;
+    }
+    have += run.capacity_tokens;
+    open.runs.push_back(std::move(run));
+  }
+  return open;
+}
+
+int64_t BenchEngine::PrefillChunkTokens() const {
+  return FloorToBlock(std::max(kBlockTokens, std::min(chunk_tokens_, budget_.max_chunk_tokens)));
+}
+
+// ---------------------------------------------------------------- measurements
+
+absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item) {
+  absl::StatusOr<Measurement> measured =
+      item.kind == WorkItem::Kind::kPrefill ? MeasurePrefill(item) : MeasureDecode(item);
+  HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
+  HEADROOM_RETURN_IF_ERROR(measured.status());
+  HEADROOM_RETURN_IF_ERROR(CheckResident(item, *measured));
+  return measured;
+}
+
+absl::Status BenchEngine::CheckResident(const WorkItem& item,
+                                        const Measurement& measurement) const {
+  const double fetched = measurement.lane_bytes[static_cast<int>(Lane::kFetched)];
+  if (item.lane != Lane::kResident || fetched == 0) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat(item.ToString(), ": ", budget_.kv_pool_bytes,
+                   " bytes of device memory for keys and values do not hold them: raise "
+                   "--gpu-memory"));
+}
+
+std::unique_ptr<Step> BenchEngine::NewStep(const WorkItem& item) {
+  auto step = std::make_unique<Step>();
+  step->number = next_step_++;
+  step->plan_version = PlanVersionOf(item.lane);
+  return step;
+}
+
+absl::StatusOr<std::unique_ptr<Step>> BenchEngine::TakeDone() {
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, done_.Take());
+  HEADROOM_RETURN_IF_ERROR(
+      Annotate(step->result.status, absl::StrCat("step ", step->number)));
+  return step;
+}
+
+absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item) {
+  int64_t used = 0;
+  OpenSequence open = Layout(next_sequence_++, PositionsOf(item), used);
+  const uint64_t id = open.sequence_id;
+  Measurement measured;
+  int in_flight = 0;
+  const double begin = Now();
+  const double cpu_begin = CpuSeconds();
+  const auto take = [&]() -> absl::Status {
+    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
+    Add(step->result, 1, measured);
+    --in_flight;
+    return absl::OkStatus();
+  };
+  for (int64_t pos = 0; pos < item.context_tokens;) {
+    if (in_flight == kStepsInFlight) HEADROOM_RETURN_IF_ERROR(take());
+    StepSequence sequence;
+    sequence.sequence_id = id;
+    sequence.first_pos = sequence.sealed_tokens = pos;
+    const int64_t tokens = std::min(PrefillChunkTokens(), item.context_tokens - pos);
+    for (int64_t i = 0; i < tokens; ++i) {
+      sequence.token_ids.push_back(static_cast<int32_t>((pos + i) * 7919 % config_.vocab));
+    }
+    pos += tokens;
+    sequence.draw = pos == item.context_tokens;
+    std::unique_ptr<Step> step = NewStep(item);
+    if (sequence.first_pos == 0) step->open.push_back(std::move(open));
+    step->sequences.push_back(std::move(sequence));
+    HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
+    ++in_flight;
+  }
+  while (in_flight > 0) HEADROOM_RETURN_IF_ERROR(take());
+  measured.seconds = Now() - begin;
+  measured.cpu_seconds = CpuSeconds() - cpu_begin;
+  return measured;
+}
+
+// Opens sequences whose keys up to the last whole block lie in the segment and prefills the rest.
+absl::StatusOr<std::vector<uint64_t>> BenchEngine::OpenForDecode(const WorkItem& item) {
+  int64_t used = 0;
+  const int64_t sealed = FloorToBlock(item.context_tokens);
+  std::vector<uint64_t> ids;
+  for (int32_t i = 0; i < item.batch; ++i) {
+    std::unique_ptr<Step> step = NewStep(item);
+    step->open.push_back(Layout(next_sequence_++, PositionsOf(item), used));
+    step->open.back().sealed_tokens = sealed;
+    ids.push_back(step->open.back().sequence_id);
+    if (item.context_tokens > sealed) {
+      StepSequence sequence;
+      sequence.sequence_id = ids.back();
+      sequence.first_pos = sequence.sealed_tokens = sealed;
+      sequence.token_ids.assign(item.context_tokens - sealed, 1);
+      step->sequences.push_back(std::move(sequence));
+    }
+    HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
+    HEADROOM_RETURN_IF_ERROR(TakeDone().status());
+  }
+  return ids;
+}
+
+// Steps two deep, as the coordinator sends them: each token but the first is the one drawn before.
+absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::vector<uint64_t> ids, OpenForDecode(item));
+  constexpr int kSteps = kWarmSteps + kMeasuredSteps;
+  Measurement measured;
+  double begin = 0, cpu_begin = 0;
+  for (int submitted = 0, taken = 0; taken < kSteps;) {
+    if (submitted < kSteps && submitted - taken < kStepsInFlight) {
+      std::unique_ptr<Step> step = NewStep(item);
+      for (const uint64_t id : ids) {
+        StepSequence sequence;
+        sequence.sequence_id = id;
+        sequence.first_pos = item.context_tokens + submitted;
+        sequence.sealed_tokens = FloorToBlock(item.context_tokens);
+        if (submitted == 0) sequence.token_ids.push_back(1);
+        sequence.draw = true;
+        step->sequences.push_back(std::move(sequence));
+      }
+      HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
+      ++submitted;
+      continue;
+    }
+    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
+    ++taken;
+    if (taken > kWarmSteps) Add(step->result, 1.0 / kMeasuredSteps, measured);
+    if (taken == kWarmSteps) {
+      begin = Now();
+      cpu_begin = CpuSeconds();
+    }
+  }
+  measured.seconds = (Now() - begin) / kMeasuredSteps;
+  measured.cpu_seconds = (CpuSeconds() - cpu_begin) / kMeasuredSteps;
+  return measured;
+}
+
+}  // namespace headroom

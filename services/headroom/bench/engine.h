@@ -1,0 +1,110 @@
+// A device, a model and an executor without services around them: what the bench measures.
+#ifndef HEADROOM_SERVICES_HEADROOM_BENCH_ENGINE_H_
+#define HEADROOM_SERVICES_HEADROOM_BENCH_ENGINE_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+#include "common/mutex.h"
+#include "common/segment/mapped_region.h"
+#include "services/headroom/bench/work_item.h"
+#include "services/worker/device_budget.h"
+#include "services/worker/model/model_config.h"
+#include "services/worker/model/weights.h"
+#include "services/worker/step_executor.h"
+
+namespace headroom {
+
+struct EngineOptions {
+  std::string model_dir;
+  std::string device;  // as in DeviceOptions
+  int32_t threads = 1;
+  int64_t gpu_memory_bytes = 0;  // 0: the weights and 2 GiB
+  int64_t chunk_tokens = 0;
+};
+
+// One measurement.
+struct Measurement {
+  double seconds = 0;  // of the prefill; of one decode step (mean over a window of steps)
+  // Sums over the prefill's steps; means over the window's.
+  double lane_bytes[kNumLanes] = {};
+  double lane_busy_seconds[kNumLanes] = {};
+  double lane_idle_seconds[kNumLanes] = {};
+  double fetch_wait_seconds = 0;  // the compute stream waited for tiles
+  double sealed_bytes = 0;
+  double cpu_seconds = 0;  // of the whole process
+};
+
+// Driven by one thread.
+class BenchEngine {
+ public:
+  // Keys and values of whatever `items` need are laid out once, finite and random. Errors as those
+  // of the model's parts; UNAVAILABLE for a device that is not there.
+  static absl::StatusOr<std::unique_ptr<BenchEngine>> Create(const EngineOptions& options,
+                                                             const std::vector<WorkItem>& items);
+  ~BenchEngine();
+
+  // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
+  absl::StatusOr<Measurement> Measure(const WorkItem& item);
+
+  // Steps of a decode measurement, and the mean context over them.
+  static constexpr int kWarmSteps = 4;
+  static constexpr int kMeasuredSteps = 32;
+  static double MeanDecodeContext(const WorkItem& item) {
+    return static_cast<double>(item.context_tokens) + kWarmSteps + (kMeasuredSteps + 1) / 2.0;
+  }
+  int64_t PrefillChunkTokens() const;
+
+  const ModelConfig& config() const { return config_; }
+  const DeviceBudget& budget() const { return budget_; }
+  absl::string_view device_name() const { return device_->name(); }
+  StepExecutor::Memory memory() const { return executor_->memory(); }
+
+ private:
+  // Steps that have run, from the executor's threads to the bench's.
+  class DoneQueue {
+   public:
+    void Put(std::unique_ptr<Step> step);
+    absl::StatusOr<std::unique_ptr<Step>> Take();
+
+   private:
+    Mutex mutex_;
+    CondVar put_;
+    std::deque<std::unique_ptr<Step>> steps_ ABSL_GUARDED_BY(mutex_);
+  };
+
+  BenchEngine() = default;
+  absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
+  absl::Status MapSegment(const std::vector<WorkItem>& items);
+  // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
+  OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;
+
+  absl::StatusOr<Measurement> MeasurePrefill(const WorkItem& item);
+  absl::StatusOr<std::vector<uint64_t>> OpenForDecode(const WorkItem& item);
+  absl::StatusOr<Measurement> MeasureDecode(const WorkItem& item);
+  std::unique_ptr<Step> NewStep(const WorkItem& item);
+  absl::StatusOr<std::unique_ptr<Step>> TakeDone();
+  absl::Status CheckResident(const WorkItem& item, const Measurement& measurement) const;
+
+  std::unique_ptr<Device> device_;
+  ModelConfig config_;
+  ModelWeights weights_;
+  DeviceBudget budget_;
+  MappedRegion segment_;
+  std::vector<uint8_t*> registered_;
+  int64_t chunk_tokens_ = 0;
+  uint64_t next_step_ = 1;
+  uint64_t next_sequence_ = 1;
+  DoneQueue done_;
+  std::unique_ptr<StepExecutor> executor_;  // last: its threads use the rest
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_HEADROOM_BENCH_ENGINE_H_

@@ -1,0 +1,177 @@
+#include "services/headroom/bench/report.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+constexpr double kMilli = 1e3;
+constexpr double kGiga = 1e9;
+constexpr double kMiB = 1 << 20;
+
+Json LaneJson(const Measurement& measurement, Lane lane) {
+  const int i = static_cast<int>(lane);
+  return Json::Object{{"bytes", measurement.lane_bytes[i]},
+                      {"busy_seconds", measurement.lane_busy_seconds[i]},
+                      {"idle_seconds", measurement.lane_idle_seconds[i]}};
+}
+
+void PrintLane(const Measurement& measurement, Lane lane) {
+  const int i = static_cast<int>(lane);
+  if (measurement.lane_bytes[i] == 0) return;
+  std::printf("    %-9s %9.2f MB, busy %8.2f ms, idle %8.2f ms, %5.1f GB/s while busy\n",
+              std::string(LaneName(lane)).c_str(), measurement.lane_bytes[i] * 1e-6,
+              measurement.lane_busy_seconds[i] * kMilli, measurement.lane_idle_seconds[i] * kMilli,
+              measurement.lane_bytes[i] / measurement.lane_busy_seconds[i] / kGiga);
+}
+
+}  // namespace
+
+const Measurement& BenchResult::median() const {
+  std::vector<const Measurement*> ordered;
+  for (const Measurement& measurement : measurements) ordered.push_back(&measurement);
+  std::sort(ordered.begin(), ordered.end(),
+            [](const auto* a, const auto* b) { return a->seconds < b->seconds; });
+  return *ordered[(ordered.size() - 1) / 2];
+}
+
+Spread BenchResult::seconds() const {
+  std::vector<double> values;
+  for (const Measurement& measurement : measurements) values.push_back(measurement.seconds);
+  return SpreadOf(std::move(values));
+}
+
+double BenchResult::tokens() const {
+  return item.kind == WorkItem::Kind::kPrefill ? static_cast<double>(item.context_tokens)
+                                               : item.batch;
+}
+
+Json ToJson(const BenchSetup& setup) {
+  const DeviceBudget& budget = setup.budget;
+  return Json::Object{
+      {"type", "setup"},
+      {"model", setup.model},
+      {"device", setup.device},
+      {"threads", int64_t{setup.threads}},
+      {"chunk_tokens", setup.chunk_tokens},
+      {"gpu_memory", Json::Object{{"budget_bytes", budget.budget_bytes},
+                                  {"weights_bytes", budget.weights_bytes},
+                                  {"ring_bytes", budget.ring_bytes},
+                                  {"activation_bytes", budget.activation_bytes},
+                                  {"kv_pool_bytes", budget.kv_pool_bytes}}}};
+}
+
+Json ToJson(const BenchResult& result) {
+  const Spread seconds = result.seconds();
+  const Measurement& median = result.median();
+  return Json::Object{
+      {"type", result.item.kind == WorkItem::Kind::kPrefill ? "prefill" : "decode"},
+      {"work", result.item.ToString()},
+      {"context_tokens", result.item.context_tokens},
+      {"lane", std::string(LaneName(result.item.lane))},
+      {"batch", int64_t{result.item.batch}},
+      {"repeats", static_cast<int64_t>(result.measurements.size())},
+      {"seconds", Json::Object{{"median", seconds.median},
+                               {"least", seconds.least},
+                               {"most", seconds.most}}},
+      {"tokens_per_second", result.tokens() / seconds.median},
+      {"floor_seconds", result.floor_seconds},
+      {"ratio", seconds.median / result.floor_seconds},
+      {"least_ratio", seconds.least / result.floor_seconds},
+      {"ceilings", Json::Object{{"gemm_flops_per_second", result.ceilings.gemm_flops},
+                                {"read_bytes_per_second", result.ceilings.read_bytes},
+                                {"copy_bytes_per_second", result.ceilings.copy_bytes}}},
+      {"costs", Json::Object{{"linear_flops", result.costs.linear_flops},
+                             {"attention_flops", result.costs.attention_flops},
+                             {"weight_bytes", result.costs.weight_bytes},
+                             {"kv_bytes", result.costs.kv_bytes},
+                             {"copied_bytes", result.costs.copied_bytes}}},
+      {"lanes", Json::Object{{"resident", LaneJson(median, Lane::kResident)},
+                             {"fetched", LaneJson(median, Lane::kFetched)}}},
+      {"fetch_wait_seconds", median.fetch_wait_seconds},
+      {"sealed_bytes", median.sealed_bytes},
+      {"cpu_seconds", median.cpu_seconds},
+      {"gpu_memory_peak_bytes", result.peak_bytes}};
+}
+
+absl::StatusOr<BenchReport> BenchReport::Open(const std::string& json_path) {
+  BenchReport report;
+  report.json_path_ = json_path;
+  if (!json_path.empty()) {
+    report.json_ = std::fopen(json_path.c_str(), "we");
+    if (report.json_ == nullptr) {
+      return absl::ErrnoToStatus(errno, absl::StrCat("--json ", json_path));
+    }
+  }
+  return report;
+}
+
+BenchReport::BenchReport(BenchReport&& other) noexcept
+    : json_path_(std::move(other.json_path_)), json_(std::exchange(other.json_, nullptr)) {}
+
+BenchReport::~BenchReport() {
+  if (json_ != nullptr) std::fclose(json_);
+}
+
+absl::Status BenchReport::Begin(const BenchSetup& setup) {
+  const DeviceBudget& budget = setup.budget;
+  std::printf(
+      "%s on %s, %d threads, chunks of %ld tokens\n"
+      "device memory %.0f MiB: weights %.0f, ring %.0f, activations %.0f, KV %.0f MiB\n"
+      "prefill's floor: (linear + attention FLOPs) at the GEMM rate. decode's floor: (weights +\n"
+      "keys and values) at the read rate, plus what is copied at the copy rate.\n"
+      "\n%-26s %12s %18s %10s %10s %7s %7s\n",
+      setup.model.c_str(), setup.device.c_str(), setup.threads,
+      static_cast<long>(setup.chunk_tokens), static_cast<double>(budget.budget_bytes) / kMiB,
+      static_cast<double>(budget.weights_bytes) / kMiB,
+      static_cast<double>(budget.ring_bytes) / kMiB,
+      static_cast<double>(budget.activation_bytes) / kMiB,
+      static_cast<double>(budget.kv_pool_bytes) / kMiB, "work", "median ms", "least..most ms",
+      "tok/s", "floor ms", "ratio", "least");
+  std::fflush(stdout);
+  return WriteJson(ToJson(setup));
+}
+
+absl::Status BenchReport::Add(const BenchResult& result) {
+  const Spread seconds = result.seconds();
+  const Measurement& median = result.median();
+  const Costs& costs = result.costs;
+  std::printf("%-26s %12.2f %9.2f..%-8.2f %9.1f %10.2f %6.2fx %6.2fx\n",
+              result.item.ToString().c_str(), seconds.median * kMilli, seconds.least * kMilli,
+              seconds.most * kMilli, result.tokens() / seconds.median,
+              result.floor_seconds * kMilli, seconds.median / result.floor_seconds,
+              seconds.least / result.floor_seconds);
+  std::printf("    machine   %9.1f GFLOP/s GEMM, %.1f GB/s reads, %.1f GB/s copies\n",
+              result.ceilings.gemm_flops / kGiga, result.ceilings.read_bytes / kGiga,
+              result.ceilings.copy_bytes / kGiga);
+  std::printf(
+      "    costs     %9.2f GFLOP linear, %.2f GFLOP attention, %.1f MB weights, %.1f MB keys and "
+      "values, %.1f MB copied\n",
+      costs.linear_flops / kGiga, costs.attention_flops / kGiga, costs.weight_bytes * 1e-6,
+      costs.kv_bytes * 1e-6, costs.copied_bytes * 1e-6);
+  PrintLane(median, Lane::kResident);
+  PrintLane(median, Lane::kFetched);
+  std::printf(
+      "    waited    %9.2f ms for tiles; %.1f MB sealed; %.2f ms of processor time; device memory "
+      "%.0f MiB at most\n",
+      median.fetch_wait_seconds * kMilli, median.sealed_bytes * 1e-6, median.cpu_seconds * kMilli,
+      static_cast<double>(result.peak_bytes) / kMiB);
+  std::fflush(stdout);
+  return WriteJson(ToJson(result));
+}
+
+absl::Status BenchReport::WriteJson(const Json& object) {
+  if (json_ == nullptr) return absl::OkStatus();
+  const std::string line = object.Dump() + "\n";
+  if (std::fwrite(line.data(), 1, line.size(), json_) != line.size() || std::fflush(json_) != 0) {
+    return absl::ErrnoToStatus(errno, absl::StrCat("--json ", json_path_));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace headroom

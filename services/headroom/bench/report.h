@@ -1,0 +1,68 @@
+// The bench's figures as a table and as JSON lines.
+#ifndef HEADROOM_SERVICES_HEADROOM_BENCH_REPORT_H_
+#define HEADROOM_SERVICES_HEADROOM_BENCH_REPORT_H_
+
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/json.h"
+#include "services/headroom/bench/costs.h"
+#include "services/headroom/bench/engine.h"
+#include "services/headroom/bench/work_item.h"
+
+namespace headroom {
+
+// What was measured where.
+struct BenchSetup {
+  std::string model;
+  std::string device;
+  int32_t threads = 0;
+  int64_t chunk_tokens = 0;
+  DeviceBudget budget;
+};
+
+// All about one work item.
+struct BenchResult {
+  WorkItem item;
+  Ceilings ceilings;
+  Costs costs;
+  double floor_seconds = 0;
+  std::vector<Measurement> measurements;
+  int64_t peak_bytes = 0;  // device memory: what the arena gave out, the KV pool at its fullest
+
+  // Of the measurement of median length: lanes and waits belong to one and the same run.
+  const Measurement& median() const;
+  Spread seconds() const;
+  double tokens() const;  // that one measurement's seconds yield
+};
+
+Json ToJson(const BenchSetup& setup);
+Json ToJson(const BenchResult& result);
+
+// Lines of text on stdout, and JSON objects, one a line, into a file.
+class BenchReport {
+ public:
+  // With an empty path there is no file. Errors name it.
+  static absl::StatusOr<BenchReport> Open(const std::string& json_path);
+  BenchReport(BenchReport&& other) noexcept;
+  BenchReport& operator=(BenchReport&&) = delete;
+  ~BenchReport();
+
+  absl::Status Begin(const BenchSetup& setup);
+  absl::Status Add(const BenchResult& result);
+
+ private:
+  BenchReport() = default;
+  absl::Status WriteJson(const Json& object);
+
+  std::string json_path_;
+  std::FILE* json_ = nullptr;
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_HEADROOM_BENCH_REPORT_H_

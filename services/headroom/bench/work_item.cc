@@ -1,0 +1,110 @@
+#include "services/headroom/bench/work_item.h"
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "common/status.h"
+#include "services/worker/device_budget.h"
+
+namespace headroom {
+namespace {
+
+using Kind = WorkItem::Kind;
+
+struct NamedSet {
+  absl::string_view name;
+  std::vector<WorkItem> items;
+};
+
+const std::vector<NamedSet>& Sets() {
+  static const auto& sets = *new std::vector<NamedSet>{
+      {"default",
+       {{Kind::kPrefill, 2048, Lane::kResident, 1},
+        {Kind::kDecode, 1024, Lane::kResident, 1},
+        {Kind::kDecode, 7168, Lane::kFetched, 1},
+        {Kind::kPrefill, 7168, Lane::kFetched, 1}}},
+      {"prefill",
+       {{Kind::kPrefill, 512, Lane::kResident, 1},
+        {Kind::kPrefill, 2048, Lane::kResident, 1},
+        {Kind::kPrefill, 2048, Lane::kFetched, 1},
+        {Kind::kPrefill, 7168, Lane::kFetched, 1}}},
+      {"decode",
+       {{Kind::kDecode, 1024, Lane::kResident, 1},
+        {Kind::kDecode, 1024, Lane::kResident, 4},
+        {Kind::kDecode, 1024, Lane::kResident, 16},
+        {Kind::kDecode, 7168, Lane::kResident, 1},
+        {Kind::kDecode, 7168, Lane::kFetched, 1}}},
+  };
+  return sets;
+}
+
+absl::StatusOr<int64_t> Number(absl::string_view item, absl::string_view what,
+                               absl::string_view text, int64_t low, int64_t high) {
+  int64_t value;
+  if (!absl::SimpleAtoi(text, &value) || value < low || value > high) {
+    return absl::InvalidArgumentError(absl::StrCat("work item '", item, "': ", what, " '", text,
+                                                   "', expected ", low, " to ", high));
+  }
+  return value;
+}
+
+}  // namespace
+
+absl::string_view LaneName(Lane lane) {
+  switch (lane) {
+    case Lane::kResident: return "resident";
+    case Lane::kFetched: return "fetched";
+    case Lane::kInPlace: break;
+  }
+  return "in_place";
+}
+
+std::string WorkItem::ToString() const {
+  if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", LaneName(lane));
+  return absl::StrCat("decode:", context_tokens, ":", LaneName(lane), ":", batch);
+}
+
+absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
+  const std::vector<absl::string_view> parts = absl::StrSplit(text, ':');
+  const auto wrong = [&](absl::string_view what) {
+    return absl::InvalidArgumentError(absl::StrCat("work item '", text, "': ", what));
+  };
+  WorkItem item;
+  if (parts[0] == "prefill") {
+    item.kind = Kind::kPrefill;
+  } else if (parts[0] != "decode") {
+    return wrong("expected prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH]");
+  }
+  if (parts.size() < 2) return wrong("no context length");
+  HEADROOM_ASSIGN_OR_RETURN(item.context_tokens,
+                            Number(text, "context", parts[1], 1, kMaxBenchContextTokens));
+  if (parts.size() > 2) {
+    if (parts[2] == LaneName(Lane::kFetched)) {
+      item.lane = Lane::kFetched;
+    } else if (parts[2] != LaneName(Lane::kResident)) {
+      return wrong(absl::StrCat("lane '", parts[2], "', expected resident or fetched"));
+    }
+  }
+  if (parts.size() > 3) {
+    if (item.kind == Kind::kPrefill) return wrong("a prefill has no batch");
+    HEADROOM_ASSIGN_OR_RETURN(const int64_t batch,
+                              Number(text, "batch", parts[3], 1, kMaxDecodeRows));
+    item.batch = static_cast<int32_t>(batch);
+  }
+  if (parts.size() > 4) return wrong(absl::StrCat("'", parts[4], "' is one part too many"));
+  return item;
+}
+
+absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set) {
+  for (const NamedSet& named : Sets()) {
+    if (named.name == set) return named.items;
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--set '", set, "', expected one of ",
+      absl::StrJoin(Sets(), ", ", [](std::string* out, const NamedSet& named) {
+        absl::StrAppend(out, named.name);
+      })));
+}
+
+}  // namespace headroom

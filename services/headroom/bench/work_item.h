@@ -1,0 +1,41 @@
+// What `headroom bench` is asked to measure, as text and as numbers.
+#ifndef HEADROOM_SERVICES_HEADROOM_BENCH_WORK_ITEM_H_
+#define HEADROOM_SERVICES_HEADROOM_BENCH_WORK_ITEM_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "services/worker/step.h"
+
+namespace headroom {
+
+inline constexpr int64_t kMaxBenchContextTokens = int64_t{1} << 24;
+
+struct WorkItem {
+  enum class Kind { kPrefill, kDecode };
+
+  Kind kind = Kind::kDecode;
+  int64_t context_tokens = 0;
+  Lane lane = Lane::kResident;  // of every head
+  int32_t batch = 1;            // sequences of a decode step
+
+  // The text that ParseWorkItem() takes.
+  std::string ToString() const;
+  friend bool operator==(const WorkItem&, const WorkItem&) = default;
+};
+
+absl::string_view LaneName(Lane lane);
+
+// prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH]. INVALID_ARGUMENT names the part that is
+// wrong.
+absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
+
+// The items of a named set. INVALID_ARGUMENT lists the names there are.
+absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set);
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_HEADROOM_BENCH_WORK_ITEM_H_

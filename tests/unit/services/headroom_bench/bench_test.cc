@@ -1,0 +1,214 @@
+#include "services/headroom/bench/bench.h"
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "common/json.h"
+#include "services/headroom/bench/costs.h"
+#include "services/headroom/bench/work_item.h"
+#include "tests/common/random_model.h"
+
+namespace headroom {
+namespace {
+
+ModelConfig SmolLm2() {
+  ModelConfig config;
+  config.num_layers = 30;
+  config.num_q_heads = 9;
+  config.num_kv_heads = 3;
+  config.head_dim = 64;
+  config.hidden = 576;
+  config.intermediate = 1536;
+  config.vocab = 49152;
+  config.tied_embeddings = true;
+  return config;
+}
+
+class TempDir {
+ public:
+  TempDir() {
+    std::string name = testing::TempDir() + "headroom-bench-XXXXXX";
+    path_ = mkdtemp(name.data());
+  }
+  ~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  std::string File(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+// ---- Work items ---------------------------------------------------------------------------------
+
+TEST(WorkItem, IsReadFromItsText) {
+  const absl::StatusOr<WorkItem> decode = ParseWorkItem("decode:7168:fetched:4");
+  ASSERT_TRUE(decode.ok()) << decode.status();
+  EXPECT_EQ(*decode, (WorkItem{WorkItem::Kind::kDecode, 7168, Lane::kFetched, 4}));
+  const absl::StatusOr<WorkItem> prefill = ParseWorkItem("prefill:2048");
+  ASSERT_TRUE(prefill.ok()) << prefill.status();
+  EXPECT_EQ(*prefill, (WorkItem{WorkItem::Kind::kPrefill, 2048, Lane::kResident, 1}));
+}
+
+TEST(WorkItem, OfEverySetIsReadFromItsOwnText) {
+  for (const char* const set : {"default", "prefill", "decode"}) {
+    const absl::StatusOr<std::vector<WorkItem>> items = WorkItemsOf(set);
+    ASSERT_TRUE(items.ok()) << items.status();
+    for (const WorkItem& item : *items) {
+      const absl::StatusOr<WorkItem> read = ParseWorkItem(item.ToString());
+      ASSERT_TRUE(read.ok()) << read.status();
+      EXPECT_EQ(*read, item);
+    }
+  }
+}
+
+TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
+  const struct {
+    const char* text;
+    const char* part;
+  } cases[] = {
+      {"", "prefill:CONTEXT"},          {"encode:5", "prefill:CONTEXT"},
+      {"decode", "no context"},         {"decode:0", "context '0'"},
+      {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
+      {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
+      {"decode:5:gpu", "lane 'gpu'"},   {"decode:5:in_place", "lane 'in_place'"},
+      {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
+      {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
+  };
+  for (const auto& c : cases) {
+    const absl::Status status = ParseWorkItem(c.text).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << c.text;
+    EXPECT_NE(status.message().find(c.part), std::string::npos) << status;
+  }
+  EXPECT_NE(WorkItemsOf("nightly").status().message().find("default, prefill, decode"),
+            std::string::npos);
+}
+
+// ---- Costs --------------------------------------------------------------------------------------
+
+TEST(Costs, OfSmolLm2AreThoseWorkedOutByHand) {
+  const Costs prefill = PrefillCosts(SmolLm2(), 2048);
+  // A layer: 576 x (960 + 576 + 3 x 1536) multiply-adds; the vocabulary once.
+  EXPECT_DOUBLE_EQ(prefill.linear_flops, 2.0 * (2048 * 30 * 576.0 * 6144 + 576.0 * 49152));
+  EXPECT_DOUBLE_EQ(prefill.attention_flops, 4.0 * 64 * 9 * 30 * (2048.0 * 2049 / 2));
+  const Costs decode = DecodeCosts(SmolLm2(), 1000, 2);
+  EXPECT_DOUBLE_EQ(decode.weight_bytes,
+                   2.0 * (30 * (576.0 * 6144 + 2 * 576) + 576.0 * 49152));
+  EXPECT_DOUBLE_EQ(decode.kv_bytes, 2 * 1000 * 23040.0);
+}
+
+TEST(Costs, AddUpToTheFloor) {
+  Ceilings ceilings;
+  ceilings.gemm_flops = 100;
+  ceilings.read_bytes = 10;
+  ceilings.copy_bytes = 5;
+  Costs costs;
+  costs.linear_flops = 300;
+  costs.attention_flops = 200;
+  costs.weight_bytes = 50;
+  costs.kv_bytes = 20;
+  EXPECT_DOUBLE_EQ(PrefillFloorSeconds(costs, ceilings), 5);
+  EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 7);
+  costs.copied_bytes = 20;
+  EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 11);
+  costs.linear_flops = 2000;  // a batch that computes for longer than it reads weights
+  EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 26);
+}
+
+TEST(Costs, TakeTheLargerOfEachCeiling) {
+  EXPECT_EQ(Larger({1, 5, 3}, {2, 4, 3}), (Ceilings{2, 5, 3}));
+}
+
+TEST(Costs, SpreadIsMedianLeastAndMost) {
+  const Spread odd = SpreadOf({3, 1, 2});
+  EXPECT_EQ(odd.median, 2);
+  EXPECT_EQ(odd.least, 1);
+  EXPECT_EQ(odd.most, 3);
+  EXPECT_EQ(SpreadOf({4, 1, 2, 3}).median, 2.5);
+}
+
+// ---- The whole ----------------------------------------------------------------------------------
+
+TEST(Bench, RefusesWrongOptions) {
+  BenchOptions options;
+  EXPECT_EQ(RunBench(options), 2);  // no model
+  options.model_dir = "/nowhere";
+  options.repeat = 2;
+  EXPECT_EQ(RunBench(options), 2);
+  options.repeat = 3;
+  options.set = "nightly";
+  EXPECT_EQ(RunBench(options), 2);
+  options.work = {"decode"};
+  EXPECT_EQ(RunBench(options), 2);
+  options.work = {"decode:64"};
+  EXPECT_EQ(RunBench(options), 1);  // no such model
+}
+
+TEST(Bench, WritesALineForTheSetupAndForEachItem) {
+  const TempDir dir;
+  RandomModelSpec spec;
+  spec.num_layers = 2;
+  ASSERT_TRUE(WriteRandomModel(spec, dir.File("model")).ok());
+  BenchOptions options;
+  options.model_dir = dir.File("model");
+  options.device = "cpu";
+  options.threads = 2;
+  options.gpu_memory_bytes = int64_t{128} << 20;
+  options.repeat = 3;
+  options.chunk_tokens = 64;
+  options.work = {"prefill:200:resident", "decode:130:fetched:3"};
+  options.json_path = dir.File("bench.json");
+  ASSERT_EQ(RunBench(options), 0);
+
+  std::ifstream file(options.json_path);
+  std::vector<Json> lines;
+  for (std::string line; std::getline(file, line);) {
+    absl::StatusOr<Json> json = Json::Parse(line, 1 << 20);
+    ASSERT_TRUE(json.ok()) << json.status();
+    lines.push_back(*std::move(json));
+  }
+  ASSERT_EQ(lines.size(), 3);
+  EXPECT_EQ(lines[0].Find("type")->as_string(), "setup");
+  EXPECT_EQ(lines[0].Find("threads")->as_int(), 2);
+  for (int i = 1; i < 3; ++i) {
+    SCOPED_TRACE(lines[i].Dump());
+    EXPECT_GT(lines[i].Find("floor_seconds")->as_number(), 0);
+    EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
+    EXPECT_EQ(lines[i].Find("repeats")->as_int(), 3);
+    EXPECT_LE(lines[i].Find("gpu_memory_peak_bytes")->as_int(), options.gpu_memory_bytes);
+    for (const Json::Member& ceiling : lines[i].Find("ceilings")->as_object()) {
+      EXPECT_GT(ceiling.second.as_number(), 0) << ceiling.first;
+    }
+  }
+  EXPECT_EQ(lines[1].Find("type")->as_string(), "prefill");
+  EXPECT_EQ(lines[2].Find("batch")->as_int(), 3);
+  // The sealed part of each of the 3 sequences, of 4 KV heads in 2 layers, is copied once a step.
+  const double bytes = 3 * 128 * 4 * 2 * 64 * 2 * 2;
+  const Json& fetched = *lines[2].Find("lanes")->Find("fetched");
+  EXPECT_DOUBLE_EQ(fetched.Find("bytes")->as_number(), bytes);
+}
+
+TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {
+  const TempDir dir;
+  RandomModelSpec spec;
+  spec.num_layers = 2;
+  ASSERT_TRUE(WriteRandomModel(spec, dir.File("model")).ok());
+  BenchOptions options;
+  options.model_dir = dir.File("model");
+  options.gpu_memory_bytes = int64_t{128} << 20;
+  options.repeat = 3;
+  options.chunk_tokens = 64;
+  options.work = {"decode:65536:resident"};
+  testing::internal::CaptureStderr();
+  EXPECT_EQ(RunBench(options), 1);
+  EXPECT_NE(testing::internal::GetCapturedStderr().find("raise --gpu-memory"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace headroom
