@@ -46,7 +46,8 @@ TEST_F(SmolLm2, DecodesAsPythonDoes) {
 
 TEST_F(SmolLm2, TextsComeBackAndAreTheBytesOfTheirTokens) {
   std::vector<std::string> texts;
-  for (const Json& vector : Vectors().Find("encode")->as_array()) {
+  const Json vectors = Vectors();
+  for (const Json& vector : vectors.Find("encode")->as_array()) {
     if (vector.Find("comes_back")->as_bool()) texts.push_back(vector.Find("text")->as_string());
   }
   ASSERT_GE(texts.size(), 50u);
