@@ -16,14 +16,13 @@
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/host_registrations.h"
 #include "common/device/cuda/op_timers.h"
+#include "common/device/launch_check.h"
 #include "common/mutex.h"
 #include "common/status.h"
 #include "kernels/cuda/kernels.h"
 
 namespace headroom {
 namespace {
-
-using kernels::Access;
 
 constexpr int kMaxStreams = 16;
 constexpr int kMaxEvents = 4096;
@@ -36,15 +35,9 @@ constexpr absl::Duration kSetupTimeout = absl::Minutes(1);
 struct Event {
   CudaEvent handle;
   std::atomic<int32_t> stream{-1};  // that records it
+  // Its latest record was made in a recording: it orders nothing outside.
+  std::atomic<bool> captured{false};
 };
-
-template <typename F>
-void ForEachRange(const CopyArgs& a, F&& f) {
-  for (int64_t row = 0; row < a.height; ++row) {
-    f(static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes, Access::kRead);
-    f(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes, a.width_bytes, Access::kWrite);
-  }
-}
 
 int64_t KvBytesRead(const kernels::AttendArgs& a) {
   int64_t bytes = 0;
@@ -143,16 +136,18 @@ class CudaDevice : public Device {
   }
   absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
                               int64_t n, int64_t k, uint8_t* packed) override {
-    if (!arena_.Contains(packed, PackedBytes(n, k))) return Foreign("LoadWeightRows", packed);
+    if (!arena_.Contains(packed, PackedBytes(n, k))) {
+      return ForeignAddressError("LoadWeightRows", packed);
+    }
     if (!RangeFits(row_begin, rows, n)) {
-      return absl::InternalError(absl::StrCat("LoadWeightRows: rows ", row_begin, " to ",
-                                              row_begin + rows, " of a matrix of ", n));
+      return absl::InternalError(absl::StrCat("LoadWeightRows: ", rows, " rows from ", row_begin,
+                                              " of a matrix of ", n));
     }
     constexpr int64_t kElement = sizeof(kernels::BFloat16);
     return Upload(packed + row_begin * k * kElement, rows_data, rows * k * kElement);
   }
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
-    if (!arena_.Contains(dst, bytes)) return Foreign("Upload", dst);
+    if (!arena_.Contains(dst, bytes)) return ForeignAddressError("Upload", dst);
     if (bytes == 0) return absl::OkStatus();
     MutexLock lock(&setup_mutex_);
     HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
@@ -180,17 +175,19 @@ class CudaDevice : public Device {
 
   absl::Status Record(StreamId stream, EventId id) override {
     Event& event = events_[id.index];
+    if (Recording* recording = active_[stream.index]) {
+      // It orders the recording's own operations, which run in order anyway.
+      recording->events.push_back(id.index);
+      event.captured.store(true, std::memory_order_relaxed);
+      return absl::OkStatus();
+    }
     int32_t owner = -1;
     if (!event.stream.compare_exchange_strong(owner, stream.index) && owner != stream.index) {
       return absl::InternalError("an event is recorded on two streams");
     }
-    unsigned flags = cudaEventRecordDefault;
-    if (Recording* recording = active_[stream.index]) {
-      recording->events.push_back(id.index);
-      flags = cudaEventRecordExternal;  // each replay records it
-    }
+    event.captured.store(false, std::memory_order_relaxed);
     return Note(HEADROOM_CUDA_STATUS(
-        cudaEventRecordWithFlags(event.handle.get(), streams_[stream.index].get(), flags)));
+        cudaEventRecord(event.handle.get(), streams_[stream.index].get())));
   }
 
   absl::Status Wait(StreamId stream, EventId id, OpAccount* account) override {
@@ -201,6 +198,7 @@ class CudaDevice : public Device {
       }
       return absl::OkStatus();  // recorded on the same stream: in order already
     }
+    HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(events_[id.index]));
     const cudaStream_t on = streams_[stream.index].get();
     const int timer = timers_.Begin(on, account);
     const cudaError_t error = cudaStreamWaitEvent(on, events_[id.index].handle.get(), 0);
@@ -212,6 +210,7 @@ class CudaDevice : public Device {
     if (recording_streams_.load() != 0) {
       return absl::FailedPreconditionError("Synchronize while a stream is recording");
     }
+    HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(events_[id.index]));
     const cudaEvent_t event = events_[id.index].handle.get();
     const cudaError_t state =
         PollUntil(absl::Now() + timeout, [&] { return cudaEventQuery(event); });
@@ -233,15 +232,23 @@ class CudaDevice : public Device {
 
   // ---- Operations.
   absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
-    HEADROOM_RETURN_IF_ERROR(Check("Copy", args, /*host_too=*/true));
+    absl::Status status = CheckCopy(
+        args, [&](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
+        [&](const void* data, int64_t bytes) { return host_.Contain(data, bytes); });
+    if (!status.ok() && active_[stream.index] != nullptr) {
+      status = absl::FailedPreconditionError(status.message());
+    }
+    HEADROOM_RETURN_IF_ERROR(status);
     if (args.width_bytes == 0 || args.height == 0) return absl::OkStatus();
     return Enqueue(stream, "Copy", account, args.width_bytes * args.height,
                    [&](cudaStream_t on) { return EnqueueCopy(args, on); });
   }
   absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
-    if (!host_.Contain(args.doorbell, sizeof(*args.doorbell)) ||
-        !host_.Contain(args.status, sizeof(*args.status))) {
-      return Foreign("AwaitPartials", args.doorbell);
+    if (!host_.Contain(args.doorbell, sizeof(*args.doorbell))) {
+      return ForeignAddressError("AwaitPartials", args.doorbell);
+    }
+    if (!host_.Contain(args.status, sizeof(*args.status))) {
+      return ForeignAddressError("AwaitPartials", args.status);
     }
     // What the processor and the GPU both see: a word by its address.
     static_assert(sizeof(*args.doorbell) == sizeof(uint64_t) && sizeof(*args.status) == 4);
@@ -321,11 +328,14 @@ class CudaDevice : public Device {
   }
   absl::Status Replay(StreamId stream, RecordingId id) override {
     if (active_[stream.index] != nullptr) {
-      return absl::FailedPreconditionError("a recording cannot hold another");
+      return absl::FailedPreconditionError("Replay while the stream is recording");
     }
     const Recording* recording;
     {
       MutexLock lock(&mutex_);
+      if (id.index < 0 || static_cast<size_t>(id.index) >= recordings_.size()) {
+        return absl::InternalError(absl::StrCat("Replay: there is no recording ", id.index));
+      }
       recording = recordings_[id.index].get();
     }
     HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
@@ -347,10 +357,10 @@ class CudaDevice : public Device {
     std::vector<std::pair<OpAccount*, int64_t>> accounts;  // what each replay adds
   };
 
-  static absl::Status Foreign(absl::string_view op, const void* data) {
-    return absl::InternalError(absl::StrCat(
-        op, ": address ", absl::Hex(reinterpret_cast<uintptr_t>(data)),
-        " lies neither in the device's arena nor, where that is allowed, in registered host memory"));
+  static absl::Status CheckNotCaptured(const Event& event) {
+    if (!event.captured.load(std::memory_order_relaxed)) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        "an event whose latest record is part of a recording orders nothing outside of it");
   }
 
   // Streams do not wait for the legacy default stream, which other code of the process may use.
@@ -382,19 +392,6 @@ class CudaDevice : public Device {
     return status;
   }
 
-  template <typename Args>
-  absl::Status Check(absl::string_view op, const Args& args, bool host_too) const {
-    const void* wrong = nullptr;
-    bool ok = true;
-    ForEachRange(args, [&](const void* data, int64_t bytes, Access) {
-      if (bytes == 0 || arena_.Contains(data, bytes)) return;
-      if (host_too && host_.Contain(data, bytes)) return;
-      ok = false;
-      wrong = data;
-    });
-    return ok ? absl::OkStatus() : Foreign(op, wrong);
-  }
-
   template <typename F>
   absl::Status Enqueue(StreamId stream, absl::string_view op, OpAccount* account, int64_t bytes,
                        F&& enqueue) {
@@ -416,7 +413,9 @@ class CudaDevice : public Device {
   template <auto kLaunch, typename Args>
   absl::Status Launch(StreamId stream, absl::string_view op, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
-    HEADROOM_RETURN_IF_ERROR(Check(op, args, host_too));
+    HEADROOM_RETURN_IF_ERROR(CheckRanges(op, args, [&](const void* data, int64_t bytes) {
+      return arena_.Contains(data, bytes) || (host_too && host_.Contain(data, bytes));
+    }));
     int64_t bytes = 0;
     if constexpr (requires { KvBytesRead(args); }) {
       if (account != nullptr) bytes = KvBytesRead(args);

@@ -23,10 +23,12 @@ absl::Status HostRegistrations::Add(uint8_t* data, int64_t bytes) {
   }
   {
     MutexLock lock(&mutex_);
-    if (std::find(ranges_.begin(), ranges_.end(), data) != ranges_.end()) {
-      return absl::AlreadyExistsError("host range registered twice");
+    for (const Range& range : ranges_) {
+      if (data < range.data + range.bytes && range.data < data + bytes) {
+        return absl::AlreadyExistsError("host range registered twice");
+      }
     }
-    ranges_.push_back(data);
+    ranges_.push_back({data, bytes});
   }
   absl::Status status;
   std::vector<Piece> added;
@@ -46,7 +48,7 @@ absl::Status HostRegistrations::Add(uint8_t* data, int64_t bytes) {
     pieces_.insert(pieces_.end(), added.begin(), added.end());
     return absl::OkStatus();
   }
-  ranges_.erase(std::find(ranges_.begin(), ranges_.end(), data));
+  EraseRange(data);
   return Annotate(status, absl::StrCat("registering ", bytes, " bytes of host memory"));
 }
 
@@ -65,8 +67,13 @@ absl::Status HostRegistrations::Remove(const uint8_t* data) {
     if (status.ok()) status = one;
   }
   MutexLock lock(&mutex_);
-  ranges_.erase(std::find(ranges_.begin(), ranges_.end(), data));
+  EraseRange(data);
   return status;
+}
+
+void HostRegistrations::EraseRange(const uint8_t* data) {
+  ranges_.erase(std::find_if(ranges_.begin(), ranges_.end(),
+                             [&](const Range& range) { return range.data == data; }));
 }
 
 bool HostRegistrations::Contain(const void* data, int64_t bytes) const {

@@ -1,0 +1,106 @@
+// What the CUDA kernels share: bfloat16, reductions in a fixed order, addresses of KV rows.
+//
+// Arithmetic that must give the same bits in every kernel is written with the _rn intrinsics: the
+// compiler fuses none of them.
+#ifndef HEADROOM_KERNELS_CUDA_DEVICE_UTIL_CUH_
+#define HEADROOM_KERNELS_CUDA_DEVICE_UTIL_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace headroom::kernels::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kFullMask = 0xffffffffu;
+
+__device__ inline float Widen(BFloat16 value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+// The two halves of a word of two bfloat16: the one at the lower address, the one after it.
+__device__ inline float WidenLow(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ inline float WidenHigh(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+
+// kernels/types.h's ToBFloat16.
+__device__ inline BFloat16 RoundToBFloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+struct Sum {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Largest {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+
+// Every lane gets op over all lanes, in the same order each time. `op` is commutative.
+template <typename T, typename Op>
+__device__ T WarpReduce(T value, Op op) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = op(value, __shfl_xor_sync(kFullMask, value, offset));
+  }
+  return value;
+}
+
+// Every thread gets op over all threads of the block. `shared` has room for kWarp values; calls may
+// share it.
+template <typename T, typename Op>
+__device__ T BlockReduce(T value, T identity, Op op, T* shared) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  value = WarpReduce(value, op);
+  __syncthreads();  // the call before may still be reading
+  if (lane == 0) shared[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return WarpReduce(lane < warps ? shared[lane] : identity, op);
+}
+
+__device__ inline uint8_t* KeyRow(const KvSpan& span, int32_t kv_head, int64_t pos, int32_t d) {
+  return span.base + KvLayout{span.capacity, d}.KeyOffset(kv_head - span.kv_head_begin,
+                                                          (pos - span.origin_pos) % span.capacity);
+}
+__device__ inline uint8_t* ValueRow(const KvSpan& span, int32_t kv_head, int64_t pos, int32_t d) {
+  return span.base +
+         KvLayout{span.capacity, d}.ValueOffset(kv_head - span.kv_head_begin,
+                                                (pos - span.origin_pos) % span.capacity);
+}
+
+// Loads a kernel's code now.
+template <typename Kernel>
+cudaError_t LoadKernel(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+// ... and allows it more than the 48 KiB of shared memory that need no asking.
+template <typename Kernel>
+cudaError_t LoadKernel(Kernel* kernel, int64_t shared_bytes) {
+  if (const cudaError_t error = LoadKernel(kernel); error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared_bytes));
+}
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace headroom::kernels::cuda
+
+// Returns from the enclosing launcher what is not cudaSuccess.
+#define HEADROOM_CUDA_RETURN_IF_ERROR(expr)                                           \
+  do {                                                                                \
+    if (const cudaError_t headroom_error_ = (expr); headroom_error_ != cudaSuccess) { \
+      return headroom_error_;                                                         \
+    }                                                                                 \
+  } while (false)
+
+#endif  // HEADROOM_KERNELS_CUDA_DEVICE_UTIL_CUH_

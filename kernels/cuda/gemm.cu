@@ -1,0 +1,217 @@
+// Linear layers on the tensor cores, with float32 accuracy.
+//
+// An activation is split into two bfloat16, hi = bf16(a) and lo = bf16(a - hi), which leaves out
+// less than 2^-16 of it; products of bfloat16 are exact in float32. So an output is two chains of
+// m16n8k16 products over ascending k, one of hi and one of lo, added at the end, then the old c
+// where `accumulate` is set. All tile shapes below keep that order, so that a row's bits do not
+// depend on the batch.
+//
+// Tiles of A (float32, split when it is read) and W go through shared memory, several stages ahead.
+#include "kernels/cuda/device_util.cuh"
+#include "kernels/cuda/kernels.h"
+
+namespace headroom::kernels::cuda {
+namespace {
+
+// Shape of a block: it computes kM x kN outputs in kWarpsM x kWarpsN warps.
+template <int kM_, int kN_, int kK_, int kWarpsM_, int kWarpsN_, int kStages_>
+struct Tiling {
+  static constexpr int kM = kM_, kN = kN_, kK = kK_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
+  static constexpr int kMmaM = kM / kWarpsM / 16;  // products of a warp
+  static constexpr int kMmaN = kN / kWarpsN / 8;
+  // Rows are padded so that the lanes of a fragment's load meet 32 different banks.
+  static constexpr int kStrideA = kK + 8;  // floats
+  static constexpr int kStrideW = kK + 8;  // bfloat16
+  static constexpr int kBytesA = kM * kStrideA * 4;
+  static constexpr int kBytesW = kN * kStrideW * 2;
+  static constexpr int kSharedBytes = kStages * (kBytesA + kBytesW);
+};
+// Decode: the weights are streamed once; many stages keep enough bytes in flight.
+using Skinny = Tiling<16, 32, 64, 1, 4, 6>;
+using Middle = Tiling<64, 64, 32, 2, 2, 4>;
+using Wide = Tiling<128, 128, 32, 2, 4, 3>;
+
+__device__ void CopyAsync16(void* shared, const void* global, int bytes) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(global), "r"(bytes));
+}
+__device__ void CommitCopies() { asm volatile("cp.async.commit_group;"); }
+template <int kLeft>
+__device__ void AwaitCopies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft));
+}
+
+// Rows [row, row + kRows) x columns [column, column + kColumns) of a [num_rows, num_columns]
+// matrix to shared memory; what lies outside becomes zero. 16 bytes at once where kVector (rows
+// and columns are multiples of 16 bytes).
+template <int kRows, int kColumns, int kStride, int kThreads, bool kVector, typename T>
+__device__ void LoadTile(const T* matrix, int64_t stride, int64_t row, int64_t num_rows,
+                         int64_t column, int64_t num_columns, T* shared) {
+  constexpr int kPerCopy = kVector ? 16 / static_cast<int>(sizeof(T)) : 1;
+  constexpr int kPerRow = kColumns / kPerCopy;
+  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
+    const int64_t r = row + i / kPerRow;
+    const int64_t c = column + i % kPerRow * kPerCopy;
+    T* const to = shared + i / kPerRow * kStride + i % kPerRow * kPerCopy;
+    const bool inside = r < num_rows && c < num_columns;
+    if constexpr (kVector) {
+      CopyAsync16(to, inside ? matrix + r * stride + c : matrix, inside ? 16 : 0);
+    } else {
+      *to = inside ? matrix[r * stride + c] : T();
+    }
+  }
+}
+
+// hi and lo of two neighbours, packed as the products want them.
+__device__ void Split(float2 a, uint32_t& hi, uint32_t& lo) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(a.y), "f"(a.x));
+  const float x = __fsub_rn(a.x, WidenLow(hi));
+  const float y = __fsub_rn(a.y, WidenHigh(hi));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y), "f"(x));
+}
+
+__device__ void Multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  auto* const shared_a = reinterpret_cast<float*>(shared);
+  auto* const shared_w = reinterpret_cast<BFloat16*>(shared + T::kStages * T::kBytesA);
+  const int64_t row = int64_t{blockIdx.y} * T::kM;
+  const int64_t column = int64_t{blockIdx.x} * T::kN;
+  const int64_t steps = (g.w.k + T::kK - 1) / T::kK;
+  const auto load = [&](int64_t step) {
+    if (step < steps) {
+      const auto stage = static_cast<int>(step % T::kStages);
+      LoadTile<T::kM, T::kK, T::kStrideA, T::kThreads, kVector>(
+          g.a, g.a_stride, row, g.m, step * T::kK, g.w.k, shared_a + stage * T::kM * T::kStrideA);
+      LoadTile<T::kN, T::kK, T::kStrideW, T::kThreads, kVector>(
+          g.w.data, g.w.k, column, g.w.n, step * T::kK, g.w.k,
+          shared_w + stage * T::kN * T::kStrideW);
+    }
+    CommitCopies();  // also when empty: groups are counted
+  };
+
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int quad = lane / 4;
+  const int pair = lane % 4;
+  const int warp_row = warp / T::kWarpsN * (T::kMmaM * 16);
+  const int warp_column = warp % T::kWarpsN * (T::kMmaN * 8);
+  float hi[T::kMmaM][T::kMmaN][4] = {};
+  float lo[T::kMmaM][T::kMmaN][4] = {};
+
+  for (int stage = 0; stage < T::kStages - 1; ++stage) load(stage);
+  for (int64_t step = 0; step < steps; ++step) {
+    AwaitCopies<T::kStages - 2>();
+    __syncthreads();  // the stage is complete, and the one before is no longer read
+    load(step + T::kStages - 1);
+    const auto stage = static_cast<int>(step % T::kStages);
+    const float* const a = shared_a + stage * T::kM * T::kStrideA;
+    const BFloat16* const w = shared_w + stage * T::kN * T::kStrideW;
+#pragma unroll
+    for (int k = 0; k < T::kK; k += 16) {
+      uint32_t b[T::kMmaN][2];
+#pragma unroll
+      for (int n = 0; n < T::kMmaN; ++n) {
+        const BFloat16* const from = w + (warp_column + n * 8 + quad) * T::kStrideW + k + 2 * pair;
+        b[n][0] = *reinterpret_cast<const uint32_t*>(from);
+        b[n][1] = *reinterpret_cast<const uint32_t*>(from + 8);
+      }
+#pragma unroll
+      for (int m = 0; m < T::kMmaM; ++m) {
+        const float* const from = a + (warp_row + m * 16 + quad) * T::kStrideA + k + 2 * pair;
+        uint32_t a_hi[4], a_lo[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows quad, quad + 8; then the same of columns + 8
+          Split(*reinterpret_cast<const float2*>(from + i % 2 * 8 * T::kStrideA + i / 2 * 8),
+                a_hi[i], a_lo[i]);
+        }
+#pragma unroll
+        for (int n = 0; n < T::kMmaN; ++n) {
+          Multiply(hi[m][n], a_hi, b[n]);
+          Multiply(lo[m][n], a_lo, b[n]);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kMmaN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t r = row + warp_row + m * 16 + quad + i / 2 * 8;
+        const int64_t c = column + warp_column + n * 8 + 2 * pair + i % 2;
+        if (r >= g.m || c >= g.w.n) continue;
+        float& to = g.c[r * g.c_stride + c];
+        const float sum = __fadd_rn(hi[m][n][i], lo[m][n][i]);
+        to = g.accumulate ? __fadd_rn(to, sum) : sum;
+      }
+    }
+  }
+}
+
+int64_t Blocks(const GemmArgs& g, int64_t rows, int64_t columns) {
+  return CeilDiv(g.m, rows) * CeilDiv(g.w.n, columns);
+}
+
+template <typename T>
+cudaError_t Launch(GemmArgs g, cudaStream_t stream) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool vector =
+      g.w.k % 8 == 0 && g.a_stride % 4 == 0 && aligned(g.a) && aligned(g.w.data);
+  constexpr int64_t kMaxRows = int64_t{65535} * T::kM;  // of a grid's second dimension
+  const int64_t m = g.m;
+  for (int64_t row = 0; row < m; row += kMaxRows) {
+    g.m = m - row < kMaxRows ? m - row : kMaxRows;
+    const dim3 grid(static_cast<unsigned>(CeilDiv(g.w.n, T::kN)),
+                    static_cast<unsigned>(CeilDiv(g.m, T::kM)));
+    if (vector) {
+      GemmKernel<T, true><<<grid, T::kThreads, T::kSharedBytes, stream>>>(g);
+    } else {
+      GemmKernel<T, false><<<grid, T::kThreads, T::kSharedBytes, stream>>>(g);
+    }
+    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    g.a += kMaxRows * g.a_stride;
+    g.c += kMaxRows * g.c_stride;
+  }
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t Load() {
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(GemmKernel<T, true>, T::kSharedBytes));
+  return LoadKernel(GemmKernel<T, false>, T::kSharedBytes);
+}
+
+}  // namespace
+
+cudaError_t LaunchGemm(const GemmArgs& args, cudaStream_t stream) {
+  if (args.m == 0 || args.w.n == 0) return cudaSuccess;
+  // Wide tiles reuse more, where there are enough of them for a wave of some hundred
+  // multiprocessors.
+  constexpr int64_t kWave = 100;
+  if (args.m <= Skinny::kM) return Launch<Skinny>(args, stream);
+  if (Blocks(args, Wide::kM, Wide::kN) < kWave) return Launch<Middle>(args, stream);
+  return Launch<Wide>(args, stream);
+}
+
+cudaError_t LoadGemm() {
+  HEADROOM_CUDA_RETURN_IF_ERROR(Load<Skinny>());
+  HEADROOM_CUDA_RETURN_IF_ERROR(Load<Middle>());
+  return Load<Wide>();
+}
+
+}  // namespace headroom::kernels::cuda

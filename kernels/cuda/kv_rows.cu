@@ -1,0 +1,161 @@
+// Rows of K and V on their way: RoPE and append, sealing and other copies; and the mailbox's wait.
+#include "kernels/cuda/device_util.cuh"
+#include "kernels/cuda/kernels.h"
+
+namespace headroom::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGridY = 65535;
+
+// x' of pair i: the first or, with `second`, the second of the two that turn together. Rounded as
+// the CPU kernels round.
+__device__ float Turned(const float* x, const float* cos_sin, int32_t i, int32_t half,
+                        bool second) {
+  const float a = x[i];
+  const float b = x[i + half];
+  const float c = cos_sin[i];
+  const float s = cos_sin[half + i];
+  return second ? __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s))
+                : __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
+}
+
+// Block (at, item): position `at` of an item. A thread turns pairs of q, then of k, and rounds v.
+__global__ void RopeAppendKernel(RopeAppendArgs a) {
+  const AppendItem item = a.items.device[blockIdx.y];
+  const int64_t at = blockIdx.x;
+  if (at >= item.target.count) return;
+  const int32_t d = a.head_dim;
+  const int32_t half = d / 2;
+  const int64_t row = item.row_begin + at;
+  const int64_t pos = item.target.first_pos + at;
+  float* const q = a.qkv + row * (int64_t{a.num_q_heads + 2 * a.num_kv_heads} * d);
+  const float* const k = q + int64_t{a.num_q_heads} * d;
+  const float* const v = k + int64_t{a.num_kv_heads} * d;
+  const float* const cos_sin = a.cos_sin + row * d;
+  for (int32_t n = threadIdx.x; n < a.num_q_heads * half; n += blockDim.x) {
+    float* const x = q + n / half * d;
+    const int32_t i = n % half;
+    const float first = Turned(x, cos_sin, i, half, false);
+    const float second = Turned(x, cos_sin, i, half, true);
+    x[i] = first;
+    x[i + half] = second;
+  }
+  for (int32_t n = threadIdx.x; n < a.num_kv_heads * d; n += blockDim.x) {
+    const int32_t head = n / d;
+    const int32_t i = n % d;
+    auto* const key = reinterpret_cast<BFloat16*>(KeyRow(item.target, head, pos, d));
+    auto* const value = reinterpret_cast<BFloat16*>(ValueRow(item.target, head, pos, d));
+    key[i] = RoundToBFloat16(Turned(k + head * d, cos_sin, i % half, half, i >= half));
+    value[i] = RoundToBFloat16(v[head * d + i]);
+  }
+}
+
+// Block (part, item): kRowsABlock positions of one head's K or V, 16 bytes a thread: a warp's
+// stores to host memory are then whole 128-byte lines.
+constexpr int64_t kRowsABlock = 64;
+
+__global__ void CopyKvRowsKernel(CopyKvRowsArgs a) {
+  const CopyKvItem item = a.items.device[blockIdx.y];
+  const int64_t pieces = (item.to.count + kRowsABlock - 1) / kRowsABlock;
+  const int64_t heads = item.to.kv_head_end - item.to.kv_head_begin;
+  const int64_t part = blockIdx.x;
+  if (part >= pieces * heads * 2) return;
+  const int64_t first = part % pieces * kRowsABlock;
+  const auto head = static_cast<int32_t>(item.to.kv_head_begin + part / pieces / 2);
+  const bool values = part / pieces % 2 != 0;
+  const int64_t rows = item.to.count - first < kRowsABlock ? item.to.count - first : kRowsABlock;
+  const int32_t vectors = a.head_dim * static_cast<int32_t>(kKvElementBytes) / 16;  // of a row
+  for (int64_t i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
+    const int64_t pos = item.to.first_pos + first + i / vectors;
+    const uint8_t* const from = values ? ValueRow(item.from, head, pos, a.head_dim)
+                                       : KeyRow(item.from, head, pos, a.head_dim);
+    uint8_t* const to = values ? ValueRow(item.to, head, pos, a.head_dim)
+                               : KeyRow(item.to, head, pos, a.head_dim);
+    reinterpret_cast<uint4*>(to)[i % vectors] = reinterpret_cast<const uint4*>(from)[i % vectors];
+  }
+}
+
+__device__ uint64_t LoadAcquireSystem(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ uint32_t LoadAcquireSystem(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ void StoreReleaseSystem(uint32_t* p, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(p), "r"(value) : "memory");
+}
+__device__ uint64_t NowNs() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// One thread. A failed wait of the step is seen at once, so that its later waits cost nothing.
+__global__ void AwaitKernel(const uint64_t* doorbell, uint64_t expected, uint64_t deadline_ns,
+                            uint32_t* status, uint32_t expired_status) {
+  if (LoadAcquireSystem(status) != 0) return;
+  const uint64_t begin = NowNs();
+  while (LoadAcquireSystem(doorbell) < expected) {
+    if (NowNs() - begin <= deadline_ns) continue;
+    // What another wait has set first stays. (No compare-and-swap: PCIe need not have atomics.)
+    if (LoadAcquireSystem(status) == 0) StoreReleaseSystem(status, expired_status);
+    return;
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
+  int32_t longest = 0;
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const int32_t count = args.items.host[i].target.count;
+    longest = longest < count ? count : longest;
+  }
+  if (longest == 0) return cudaSuccess;
+  if (args.items.count > kMaxGridY) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(longest), static_cast<unsigned>(args.items.count));
+  RopeAppendKernel<<<grid, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
+  for (int64_t begin = 0; begin < args.items.count; begin += kMaxGridY) {
+    CopyKvRowsArgs part = args;
+    part.items.device += begin;
+    part.items.host += begin;
+    part.items.count = static_cast<int32_t>(
+        args.items.count - begin < kMaxGridY ? args.items.count - begin : kMaxGridY);
+    int64_t most = 0;
+    for (int32_t i = 0; i < part.items.count; ++i) {
+      const KvSpan& to = part.items.host[i].to;
+      const int64_t heads = to.kv_head_end - to.kv_head_begin;
+      const int64_t parts = CeilDiv(to.count, kRowsABlock) * heads * 2;
+      most = most < parts ? parts : most;
+    }
+    if (most == 0) continue;
+    const dim3 grid(static_cast<unsigned>(most), static_cast<unsigned>(part.items.count));
+    CopyKvRowsKernel<<<grid, kThreads, 0, stream>>>(part);
+    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchAwait(const uint64_t* doorbell, uint64_t expected, int64_t deadline_us,
+                        uint32_t* status, uint32_t expired_status, cudaStream_t stream) {
+  const uint64_t deadline_ns = deadline_us > 0 ? static_cast<uint64_t>(deadline_us) * 1000 : 0;
+  AwaitKernel<<<1, 1, 0, stream>>>(doorbell, expected, deadline_ns, status, expired_status);
+  return cudaGetLastError();
+}
+
+cudaError_t LoadKvRows() {
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(RopeAppendKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(CopyKvRowsKernel));
+  return LoadKernel(AwaitKernel);
+}
+
+}  // namespace headroom::kernels::cuda

@@ -1,0 +1,420 @@
+// Each CUDA kernel but attention against the plain reference, on odd shapes.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/team.h"
+#include "tests/gpu/gpu_test_util.h"
+#include "tests/unit/kernels/kernel_test_util.h"
+
+namespace headroom {
+namespace {
+
+using namespace kernels;  // NOLINT: every name here is a kernel's
+
+class KernelTest : public GpuTest {
+ protected:
+  // What the last launch wrote. Also fails if it failed.
+  template <typename T>
+  std::vector<T> After(const absl::Status& launched, const T* data, int64_t count) {
+    EXPECT_OK(launched);
+    return gpu_.Fetch(data, count);
+  }
+};
+
+// ---- Gemm
+// ----------------------------------------------------------------------------------------------
+
+struct GemmCase {
+  GemmCase(int64_t the_m, int64_t the_n, int64_t the_k, uint32_t seed)
+      : m(the_m), n(the_n), k(the_k) {
+    Random random(seed);
+    a = random.Floats(m * k);
+    w = random.Bf16(n * k);
+    c = random.Floats(m * n);
+  }
+  int64_t m, n, k;
+  std::vector<float> a, c;
+  std::vector<BFloat16> w;  // row-major
+};
+
+class GemmTest : public KernelTest {
+ protected:
+  std::vector<float> Run(const GemmCase& g, int64_t row, int64_t rows, bool accumulate,
+                         int64_t a_stride) {
+    std::vector<float> a(static_cast<size_t>(rows * a_stride), kNan);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(g.a.begin() + (row + r) * g.k, g.k, a.begin() + r * a_stride);
+    }
+    GemmArgs args;
+    args.a = gpu_.Put(a);
+    args.a_stride = a_stride;
+    uint8_t* const packed = gpu_.Take(device_.PackedBytes(g.n, g.k));
+    EXPECT_OK(device_.LoadWeightRows(g.w.data(), 0, g.n, g.n, g.k, packed));
+    args.w = {reinterpret_cast<const BFloat16*>(packed), g.n, g.k};
+    args.c = accumulate ? gpu_.Put(std::vector<float>(g.c.begin() + row * g.n,
+                                                      g.c.begin() + (row + rows) * g.n))
+                        : gpu_.Take<float>(rows * g.n);
+    args.c_stride = g.n;
+    args.m = rows;
+    args.accumulate = accumulate;
+    std::vector<float> result = After(device_.Gemm(gpu_.stream(), args), args.c, rows * g.n);
+    gpu_.Reset();
+    return result;
+  }
+};
+
+TEST_F(GemmTest, IsAccurateToFloat32OnOddShapes) {
+  const int64_t shapes[][3] = {{1, 1, 1},      {1, 33, 7},     {1, 576, 576},  {2, 31, 8},
+                               {3, 100, 72},   {15, 64, 100},  {16, 32, 64},   {17, 65, 63},
+                               {33, 576, 192}, {64, 49, 1536}, {65, 129, 65},  {128, 128, 32},
+                               {130, 960, 24}, {300, 1000, 9}, {700, 2049, 40}, {1, 49152, 576}};
+  uint32_t seed = 1;
+  for (const auto& [m, n, k] : shapes) {
+    const GemmCase g(m, n, k, seed++);
+    for (const bool accumulate : {false, true}) {
+      const std::vector<float> c = Run(g, 0, m, accumulate, accumulate ? k + 4 : k);
+      double worst = 0;
+      for (int64_t r = 0; r < m; ++r) {
+        for (int64_t o = 0; o < n; ++o) {
+          double sum = accumulate ? g.c[r * n + o] : 0, size = std::abs(sum) + 1e-6;
+          for (int64_t i = 0; i < k; ++i) {
+            const double product = static_cast<double>(g.a[r * k + i]) * ToFloat(g.w[o * k + i]);
+            sum += product;
+            size += std::abs(product);
+          }
+          const double error = std::abs(c[r * n + o] - sum) / size;
+          worst = error <= worst ? worst : error;  // NaN stays
+        }
+      }
+      EXPECT_LT(worst, 1e-5) << m << " x " << n << " x " << k << ", accumulate " << accumulate;
+    }
+  }
+}
+
+TEST_F(GemmTest, ARowHasTheSameBitsInEveryBatch) {
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{576, 576}, {200, 72}, {2048, 256}}) {
+    const GemmCase g(1200, n, k, 77);
+    const std::vector<float> all = Run(g, 0, 1200, true, k);
+    for (const auto& [row, rows] : {std::pair<int64_t, int64_t>{0, 1}, {17, 3}, {100, 16},
+                                    {40, 64}, {511, 257}, {1199, 1}}) {
+      const std::vector<float> part(all.begin() + row * n, all.begin() + (row + rows) * n);
+      EXPECT_TRUE(SameBits(Run(g, row, rows, true, k), part)) << rows << " rows from " << row;
+    }
+  }
+}
+
+// ---- Elementwise
+// -----------------------------------------------------------------------------------------
+
+TEST_F(KernelTest, EmbedTakesTokensFromTheTableAndFromTheLastStep) {
+  Random random(3);
+  for (const int64_t hidden : {1, 64, 576, 1001}) {
+    const int64_t vocab = 67;
+    const std::vector<BFloat16> table = random.Bf16(vocab * hidden);
+    const std::vector<EmbedRow> rows = {{0, 0}, {66, 0}, {-1, 2}, {5, 1}, {-1, 0}};
+    const std::vector<int32_t> last = {9, 8, 66};
+    EmbedArgs args;
+    uint8_t* const packed = gpu_.Take(device_.PackedBytes(vocab, hidden));
+    ASSERT_OK(device_.LoadWeightRows(table.data(), 0, vocab, vocab, hidden, packed));
+    args.table = {reinterpret_cast<const BFloat16*>(packed), vocab, hidden};
+    args.rows = gpu_.PutTable(rows);
+    args.last_tokens = gpu_.Put(last);
+    args.num_slots = 3;
+    args.out = gpu_.Take<float>(5 * hidden);
+    const auto out = After(device_.Embed(gpu_.stream(), args), args.out, 5 * hidden);
+    const int64_t ids[] = {0, 66, 66, 5, 9};
+    for (int64_t i = 0; i < 5 * hidden; ++i) {
+      ASSERT_EQ(out[i], ToFloat(table[ids[i / hidden] * hidden + i % hidden])) << i;
+    }
+    gpu_.Reset();
+  }
+}
+
+TEST_F(KernelTest, RmsNormMatchesTheReference) {
+  Random random(4);
+  for (const int64_t hidden : {1, 31, 64, 257, 576, 4096}) {
+    for (const bool indexed : {false, true}) {
+      RmsNormArgs args;
+      args.x_rows = 5;
+      args.rows = indexed ? 3 : 5;
+      args.hidden = hidden;
+      args.epsilon = 1e-5f;
+      const std::vector<float> x = random.Floats(5 * hidden, 3);
+      const std::vector<BFloat16> weight = random.Bf16(hidden);
+      const std::vector<int32_t> index = {4, 0, 4};
+      std::vector<float> expected(args.rows * hidden);
+      RmsNormArgs on_host = args;
+      on_host.x = x.data();
+      on_host.weight = weight.data();
+      on_host.out = expected.data();
+      if (indexed) on_host.row_index = DeviceTable(index);
+      reference::RmsNorm(on_host);
+      args.x = gpu_.Put(x);
+      args.weight = gpu_.Put(weight);
+      args.out = gpu_.Take<float>(args.rows * hidden);
+      if (indexed) args.row_index = gpu_.PutTable(index);
+      EXPECT_TRUE(Near(After(device_.RmsNorm(gpu_.stream(), args), args.out, args.rows * hidden),
+                       expected, 1e-5f))
+          << hidden;
+      gpu_.Reset();
+    }
+  }
+}
+
+TEST_F(KernelTest, SwiGluMatchesTheReference) {
+  Random random(5);
+  for (const int64_t width : {1, 255, 256, 1536}) {
+    for (const int64_t rows : {1, 3, 130}) {
+      const std::vector<float> gate_up = random.Floats(rows * 2 * width, 4);
+      std::vector<float> expected(rows * width);
+      reference::SwiGlu({gate_up.data(), expected.data(), rows, width});
+      float* const out = gpu_.Take<float>(rows * width);
+      const SwiGluArgs args{gpu_.Put(gate_up), out, rows, width};
+      EXPECT_TRUE(Near(After(device_.SwiGlu(gpu_.stream(), args), out, rows * width), expected,
+                       2e-5f));
+      gpu_.Reset();
+    }
+  }
+}
+
+// ---- RoPE and rows of keys and values
+// --------------------------------------------------------------------
+
+TEST_F(KernelTest, RopeTableMatchesTheReferenceFarOut) {
+  for (const int32_t d : {64, 128, 256}) {
+    std::vector<int64_t> positions = {0, 1, 63, 4095, 131071, 1000000};
+    std::vector<float> frequencies(d / 2);
+    for (int32_t i = 0; i < d / 2; ++i) frequencies[i] = std::pow(10000.0f, -2.0f * i / d);
+    std::vector<float> expected(positions.size() * d);
+    RopeTableArgs args;
+    args.head_dim = d;
+    args.positions = DeviceTable(positions);
+    args.inverse_frequency = frequencies.data();
+    args.cos_sin = expected.data();
+    reference::RopeTable(args);
+    const auto count = static_cast<int64_t>(expected.size());
+    args.positions = gpu_.PutTable(positions);
+    args.inverse_frequency = gpu_.Put(frequencies);
+    args.cos_sin = gpu_.Take<float>(count);
+    EXPECT_TRUE(
+        Near(After(device_.RopeTable(gpu_.stream(), args), args.cos_sin, count), expected, 1e-7f));
+    gpu_.Reset();
+  }
+}
+
+TEST_F(KernelTest, RopeAppendRoundsAsTheReferenceAlsoRoundTheTail) {
+  Random random(6);
+  for (const int32_t d : {64, 128, 256}) {
+    RopeAppendArgs args;
+    args.num_q_heads = 6;
+    args.num_kv_heads = 2;
+    args.head_dim = d;
+    args.rows = 33;
+    const int64_t width = 10 * d;
+    const std::vector<float> qkv = random.Floats(args.rows * width);
+    const std::vector<float> cos_sin = random.Floats(args.rows * d);
+    // 30 positions around the end of a tail; three of another sequence, into a chunk buffer.
+    const int64_t bytes = KvLayout{kTailTokens, d}.BytesFor(2);
+    std::vector<uint8_t> memory(static_cast<size_t>(2 * bytes), 0xff);
+    uint8_t* const there = gpu_.Put(memory);
+    const auto items = [&](uint8_t* base) {
+      std::vector<AppendItem> list(2);
+      list[0].row_begin = 0;
+      list[0].target = {base, 0, 500, 30, static_cast<int32_t>(kTailTokens), 0, 2};
+      list[1].row_begin = 30;
+      list[1].target = {base + bytes, 64, 70, 3, 64, 0, 2};
+      return list;
+    };
+    std::vector<float> expected = qkv;
+    const std::vector<AppendItem> host_items = items(memory.data());
+    RopeAppendArgs on_host = args;
+    on_host.qkv = expected.data();
+    on_host.cos_sin = cos_sin.data();
+    on_host.items = DeviceTable(host_items);
+    reference::RopeAppend(on_host);
+
+    const std::vector<AppendItem> gpu_items = items(there);
+    args.qkv = gpu_.Put(qkv);
+    args.cos_sin = gpu_.Put(cos_sin);
+    args.items = gpu_.PutTable(gpu_items);
+    const auto turned = After(device_.RopeAppend(gpu_.stream(), args), args.qkv, args.rows * width);
+    EXPECT_TRUE(SameBits(turned, expected)) << d;
+    EXPECT_EQ(gpu_.Fetch(there, 2 * bytes), memory) << d;
+    gpu_.Reset();
+  }
+}
+
+TEST_F(KernelTest, CopyKvRowsSealsToHostMemoryAndToResidentCopies) {
+  Random random(7);
+  for (const int32_t d : {64, 128, 256}) {
+    const int64_t tail_bytes = KvLayout{kTailTokens, d}.BytesFor(3);
+    const int64_t extent_bytes = KvLayout{512, d}.BytesFor(3);
+    std::vector<uint8_t> tail(static_cast<size_t>(tail_bytes));
+    for (uint8_t& byte : tail) byte = static_cast<uint8_t>(random.Below(256));
+    HostMemory extent(extent_bytes);
+    ASSERT_OK(device_.RegisterHost(extent.data(), extent_bytes));
+    std::vector<uint8_t> expected(static_cast<size_t>(extent_bytes), 0);
+    std::vector<uint8_t> resident(static_cast<size_t>(KvLayout{512, d}.BytesFor(1)), 0xff);
+    uint8_t* const there = gpu_.Put(tail);
+    uint8_t* const copy = gpu_.Put(resident);
+    // Positions 448 to 640 lie around the end of the tail; 77 of one head go to a resident copy.
+    const auto items = [&](uint8_t* from, uint8_t* to, uint8_t* resident_copy) {
+      const KvSpan source = {from, 0, 400, 256, static_cast<int32_t>(kTailTokens), 0, 3};
+      std::vector<CopyKvItem> list(2);
+      list[0] = {source, {to, 384, 448, 192, 512, 0, 3}};
+      list[1] = {source, {resident_copy, 384, 501, 77, 512, 1, 2}};
+      return list;
+    };
+    const auto host_items = items(tail.data(), expected.data(), resident.data());
+    CopyKvRowsArgs args;
+    args.head_dim = d;
+    args.items = DeviceTable(host_items);
+    reference::CopyKvRows(args);
+    const auto gpu_items = items(there, extent.data(), copy);
+    args.items = gpu_.PutTable(gpu_items);
+    OpAccount account;
+    ASSERT_OK(device_.CopyKvRows(gpu_.stream(), args, &account));
+    EXPECT_EQ(gpu_.Fetch(copy, static_cast<int64_t>(resident.size())), resident) << d;
+    EXPECT_EQ(std::memcmp(extent.data(), expected.data(), expected.size()), 0) << d;
+    EXPECT_EQ(account.bytes.load(), (192 * 3 + 77) * 2 * d * 2);
+    EXPECT_GT(account.busy_ns.load(), 0);
+    EXPECT_OK(device_.UnregisterHost(extent.data()));
+    gpu_.Reset();
+  }
+}
+
+// ---- Sampling
+// ----------------------------------------------------------------------------------------------
+
+class SampleTest : public KernelTest {
+ protected:
+  static constexpr int kSlots = 8;
+
+  std::vector<SampleResult> Run(const std::vector<float>& logits,
+                                const std::vector<SampleRow>& rows,
+                                std::vector<int32_t>* last = nullptr) {
+    const auto vocab = static_cast<int64_t>(logits.size() / rows.size());
+    const auto count = static_cast<int64_t>(rows.size());
+    SampleArgs args;
+    args.logits = gpu_.Put(logits);
+    args.rows = gpu_.PutTable(rows);
+    args.results = gpu_.Take<SampleResult>(count);
+    args.num_results = static_cast<int32_t>(count);
+    args.last_tokens = gpu_.Put(std::vector<int32_t>(kSlots, -7));
+    args.num_slots = kSlots;
+    args.vocab = vocab;
+    args.scratch = gpu_.Take<float>(count * SampleScratchFloats(vocab));
+    std::vector<SampleResult> results =
+        After(device_.Sample(gpu_.stream(), args), args.results, count);
+    if (last != nullptr) *last = gpu_.Fetch(args.last_tokens, kSlots);
+    gpu_.Reset();
+    return results;
+  }
+  std::vector<SampleResult> OnHost(const std::vector<float>& logits,
+                                   const std::vector<SampleRow>& rows, bool oracle) {
+    SampleArgs args;
+    args.logits = logits.data();
+    args.rows = DeviceTable(rows);
+    std::vector<SampleResult> results(rows.size());
+    args.results = results.data();
+    args.num_results = static_cast<int32_t>(rows.size());
+    std::vector<int32_t> last(kSlots);
+    args.last_tokens = last.data();
+    args.num_slots = kSlots;
+    args.vocab = static_cast<int64_t>(logits.size() / rows.size());
+    std::vector<float> scratch(rows.size() * SampleScratchFloats(args.vocab));
+    args.scratch = scratch.data();
+    CpuTeam team(1);
+    if (oracle) {
+      reference::Sample(args);
+    } else {
+      BestKernels().sample(args, team);
+    }
+    return results;
+  }
+};
+
+TEST_F(SampleTest, GreedyForcedAndTopLogprobsMatchTheReference) {
+  Random random(8);
+  for (const int64_t vocab : {1, 2, 31, 1000, 49152, 128256}) {
+    std::vector<SampleRow> rows(4);
+    for (int32_t i = 0; i < 4; ++i) rows[i].result_index = 3 - i;
+    rows[1].forced_token = static_cast<int32_t>(vocab / 2);
+    rows[2].num_top_logprobs = 5;
+    rows[3].num_top_logprobs = kMaxTopLogprobs;
+    rows[3].slot = 6;
+    std::vector<float> logits = random.Floats(4 * vocab, 3);
+    for (int64_t i = 0; i < vocab; i += 3) logits[2 * vocab + i] = 11.5f;  // ties: the lower id
+    std::vector<int32_t> last;
+    const auto got = Run(logits, rows, &last);
+    const auto want = OnHost(logits, rows, /*oracle=*/true);
+    for (int32_t i = 0; i < 4; ++i) {
+      ASSERT_EQ(got[i].token_id, want[i].token_id) << vocab << ", result " << i;
+      ASSERT_EQ(got[i].non_finite, 0);
+      ASSERT_NEAR(got[i].logprob, want[i].logprob, 2e-5f);
+      ASSERT_EQ(got[i].num_top, want[i].num_top);
+      for (int32_t t = 0; t < got[i].num_top; ++t) {
+        ASSERT_EQ(got[i].top_ids[t], want[i].top_ids[t]) << vocab << ", top " << t;
+        ASSERT_NEAR(got[i].top_logprobs[t], want[i].top_logprobs[t], 2e-5f);
+      }
+    }
+    EXPECT_EQ(last[6], got[0].token_id);
+    EXPECT_EQ(last[0], -7);
+  }
+}
+
+TEST_F(SampleTest, SaysWhichRowsAreNotFinite) {
+  std::vector<float> logits(3 * 100, 0.5f);
+  logits[99] = kNan;
+  logits[100] = kInfinity;
+  logits[200] = -3e38f;
+  std::vector<SampleRow> rows(3);
+  for (int32_t i = 0; i < 3; ++i) rows[i].result_index = i;
+  rows[0].slot = 1;
+  std::vector<int32_t> last;
+  const auto results = Run(logits, rows, &last);
+  EXPECT_EQ(results[0].non_finite, 1);
+  EXPECT_EQ(results[1].non_finite, 1);
+  EXPECT_EQ(results[2].non_finite, 0);
+  EXPECT_EQ(results[0].token_id, 0);
+  EXPECT_EQ(last[1], 0);
+}
+
+// The same draws as the CPU's kernel, whose distribution its own test proves. A draw may differ
+// where the uniform number falls within rounding of a border between two tokens.
+TEST_F(SampleTest, DrawsWhatTheCpuDraws) {
+  Random random(9);
+  constexpr int kRows = 400;
+  const struct {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+  } ways[] = {{1, 1, 0, 0},      {0.3f, 1, 0, 0},    {1.5f, 0.9f, 0, 0}, {1, 1, 0.05f, 0},
+              {1, 1, 0, 1},      {1, 1, 0, 40},      {0.8f, 0.7f, 0.02f, 50},
+              {1, 0.0f, 0, 0},   {2, 0.999f, 0, 3},  {1, 1, 2.0f, 0},    {1, 1, 0, 5000}};
+  for (const int64_t vocab : {3, 211, 3001}) {
+    for (const auto& way : ways) {
+      const std::vector<float> logits = random.Floats(kRows * vocab, 2);
+      std::vector<SampleRow> rows(kRows);
+      for (int32_t i = 0; i < kRows; ++i) {
+        rows[i].seed = 1000 + static_cast<uint64_t>(i % 7) * 0x123456789abcull;
+        rows[i].counter = static_cast<uint64_t>(i);
+        rows[i].temperature = way.temperature;
+        rows[i].top_p = way.top_p;
+        rows[i].min_p = way.min_p;
+        rows[i].top_k = way.top_k;
+        rows[i].result_index = i;
+      }
+      const auto got = Run(logits, rows);
+      const auto want = OnHost(logits, rows, /*oracle=*/false);
+      int differ = 0;
+      for (int i = 0; i < kRows; ++i) differ += got[i].token_id != want[i].token_id;
+      EXPECT_LE(differ, 2) << "vocab " << vocab << ", temperature " << way.temperature << ", top_p "
+                           << way.top_p << ", min_p " << way.min_p << ", top_k " << way.top_k;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headroom
