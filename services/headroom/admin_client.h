@@ -1,0 +1,18 @@
+// Calls AdminService.
+#ifndef HEADROOM_SERVICES_HEADROOM_ADMIN_CLIENT_H_
+#define HEADROOM_SERVICES_HEADROOM_ADMIN_CLIENT_H_
+
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "headroom/v1/admin.pb.h"
+
+namespace headroom::cli {
+
+// Errors are the call's.
+absl::StatusOr<v1::GetStatusResponse> GetStatus(const std::string& address, absl::Duration timeout);
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_ADMIN_CLIENT_H_

@@ -1,0 +1,53 @@
+#include "services/headroom/exit_code.h"
+
+#include <cstdio>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+
+namespace headroom::cli {
+
+int ExitCodeOfStart(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return kExitOk;
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kUnknown:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kAborted:
+      return kExitFailed;
+    default:
+      return kExitUsage;
+  }
+}
+
+int ExitCodeOfCall(const absl::Status& status) {
+  if (status.ok()) return kExitOk;
+  return absl::IsInvalidArgument(status) || absl::IsFailedPrecondition(status) ? kExitUsage
+                                                                                : kExitFailed;
+}
+
+std::string DescribeError(const absl::Status& status) {
+  std::string line =
+      absl::StrCat(absl::StatusCodeToString(status.code()), ": ", status.message());
+  for (const FieldViolation& violation : FieldViolationsOf(status)) {
+    if (absl::StrContains(line, violation.field) && absl::StrContains(line, violation.description)) {
+      continue;
+    }
+    absl::StrAppend(&line, "; ", violation.field, ": ", violation.description);
+  }
+  for (char& c : line) {
+    if (c == '\n' || c == '\r') c = ' ';
+  }
+  return line;
+}
+
+void PrintError(absl::string_view command, const absl::Status& status) {
+  const std::string line = absl::StrCat("headroom ", command, ": ", DescribeError(status), "\n");
+  std::fwrite(line.data(), 1, line.size(), stderr);
+}
+
+}  // namespace headroom::cli

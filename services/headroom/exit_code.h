@@ -1,0 +1,31 @@
+// How the program says that it failed.
+#ifndef HEADROOM_SERVICES_HEADROOM_EXIT_CODE_H_
+#define HEADROOM_SERVICES_HEADROOM_EXIT_CODE_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace headroom::cli {
+
+inline constexpr int kExitOk = 0;
+// Failed at run time: another try may work.
+inline constexpr int kExitFailed = 1;
+// Wrong usage, configuration or input files: another try will not work.
+inline constexpr int kExitUsage = 2;
+
+// For a service that did not start: kExitFailed for an address that is taken, a device that is not
+// there, a bug; else kExitUsage.
+int ExitCodeOfStart(const absl::Status& status);
+// For a call that a server refused: kExitUsage for INVALID_ARGUMENT and FAILED_PRECONDITION.
+int ExitCodeOfCall(const absl::Status& status);
+
+// One line: code, message, and the fields that are wrong where the message does not say so.
+std::string DescribeError(const absl::Status& status);
+// Prints "headroom COMMAND: " and DescribeError() to standard error.
+void PrintError(absl::string_view command, const absl::Status& status);
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_EXIT_CODE_H_

@@ -1,0 +1,110 @@
+#include "services/headroom/generate.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status.h"
+#include "services/headroom/call_canceller.h"
+#include "services/headroom/exit_code.h"
+#include "services/headroom/generate_client.h"
+#include "services/headroom/generate_report.h"
+#include "services/headroom/private_serve.h"
+#include "services/headroom/process_signals.h"
+#include "services/headroom/service_flags.h"
+
+namespace headroom::cli {
+namespace {
+
+constexpr char kCommand[] = "generate";
+
+void Write(absl::string_view text, std::FILE* file) {
+  std::fwrite(text.data(), 1, text.size(), file);
+  std::fflush(file);
+}
+
+absl::Status CheckServer(const GenerateCommandOptions& options) {
+  if (options.server.empty() == options.model_dir.empty()) {
+    return absl::InvalidArgumentError(
+        "give one of --server (a running server) and --model (a private one for this call)");
+  }
+  return absl::OkStatus();
+}
+
+std::vector<std::string> PrivateServeArguments(const GenerateCommandOptions& options) {
+  std::vector<std::string> args = {
+      absl::StrCat("--model=", options.model_dir), absl::StrCat("--device=", options.device),
+      absl::StrCat("--gpu-memory=", options.gpu_memory_bytes),
+      absl::StrCat("--host-memory=", options.host_memory_bytes),
+      absl::StrCat("--threads=", options.threads)};
+  AppendLogArguments(options.log, &args);
+  return args;
+}
+
+// Prints as it comes; then what else was asked for.
+absl::Status GenerateAndPrint(const std::string& address, const v1::GenerateRequest& request,
+                              const GenerateCommandOptions& options, CallCanceller* canceller) {
+  const GenerateOptions& generate = options.generate;
+  const auto on_text = [&generate](absl::string_view text) {
+    if (!generate.json) Write(text, stdout);
+  };
+  HEADROOM_ASSIGN_OR_RETURN(
+      const v1::GenerateOnceResponse response,
+      GenerateClient(address).Generate(request, options.timeout, canceller, on_text));
+  if (generate.json) {
+    const Json json = GenerateAsJson(response, generate.prompt_logprobs != 0,
+                                     generate.logprobs.has_value());
+    Write(json.Dump() + "\n", stdout);
+  } else if (isatty(STDOUT_FILENO)) {
+    Write("\n", stdout);
+  }
+  if (generate.explain) Write(ExplainAsText(response.finished()), stderr);
+  if (std::ferror(stdout)) return absl::UnavailableError("standard output cannot be written");
+  return absl::OkStatus();
+}
+
+absl::Status GenerateFromModel(const v1::GenerateRequest& request,
+                               const GenerateCommandOptions& options, CallCanceller* canceller) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<PrivateServe> serve,
+                            PrivateServe::Start(PrivateServeArguments(options), canceller));
+  return GenerateAndPrint(serve->address(), request, options, canceller);
+}
+
+}  // namespace
+
+int RunGenerate(const GenerateCommandOptions& options) {
+  absl::Status status = CheckServer(options);
+  absl::StatusOr<v1::GenerateRequest> request = absl::InternalError("not built");
+  if (status.ok()) {
+    request = BuildRequest(options.generate);
+    status = request.status();
+  }
+  if (!status.ok()) {
+    PrintError(kCommand, status);
+    return kExitUsage;
+  }
+  absl::StatusOr<ProcessSignals> signals = ProcessSignals::Block({SIGINT, SIGTERM});
+  if (!signals.ok()) {
+    PrintError(kCommand, signals.status());
+    return kExitFailed;
+  }
+  CallCanceller canceller;
+  const SignalThread signal_thread(*std::move(signals), [&canceller](int signal) {
+    if (canceller.cancelled()) std::_Exit(128 + signal);
+    canceller.Cancel();
+  });
+  status = options.server.empty()
+               ? GenerateFromModel(*request, options, &canceller)
+               : GenerateAndPrint(options.server, *request, options, &canceller);
+  if (status.ok()) return kExitOk;
+  PrintError(kCommand, status);
+  return ExitCodeOfCall(status);
+}
+
+}  // namespace headroom::cli

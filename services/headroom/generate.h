@@ -1,0 +1,33 @@
+// `headroom generate`: one answer, from a running server or from a private one.
+#ifndef HEADROOM_SERVICES_HEADROOM_GENERATE_H_
+#define HEADROOM_SERVICES_HEADROOM_GENERATE_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/time/time.h"
+#include "common/log.h"
+#include "services/headroom/generate_request.h"
+
+namespace headroom::cli {
+
+struct GenerateCommandOptions {
+  GenerateOptions generate;
+  // One of the two: where a server is, or a model for a private `serve` with the flags below.
+  std::string server;
+  std::string model_dir;
+  std::string device = "auto";
+  int64_t gpu_memory_bytes = 0;
+  int64_t host_memory_bytes = 0;
+  int32_t threads = 0;
+  absl::Duration timeout = absl::InfiniteDuration();
+  LogOptions log = {LogLevel::kWarning, false, ""};  // of the private serve
+};
+
+// For the main thread. Prints the answer to standard output, errors to standard error; SIGINT and
+// SIGTERM cancel the call. Returns the exit code.
+int RunGenerate(const GenerateCommandOptions& options);
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_GENERATE_H_

@@ -1,0 +1,70 @@
+#include "services/headroom/generate_client.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <memory>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+#include "headroom/v1/inference.grpc.pb.h"
+#include "services/headroom/channel_client.h"
+
+namespace headroom::cli {
+namespace {
+
+// gRPC itself refuses a message that is too long; its words do not say what to do.
+absl::Status NameSizeFlag(absl::Status status) {
+  if (!absl::IsResourceExhausted(status) ||
+      !absl::StrContains(status.message(), "message larger than max")) {
+    return status;
+  }
+  absl::Status named(status.code(),
+                     absl::StrCat(status.message(),
+                                  ": raise --max-message-bytes of the coordinator or of serve"));
+  return named;
+}
+
+}  // namespace
+
+absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
+    const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
+    const std::function<void(absl::string_view)>& on_text) {
+  const auto stub = v1::InferenceService::NewStub(MakeChannel(address_));
+  grpc::ClientContext context;
+  SetTimeout(timeout, &context);
+  const CallCanceller::Scope scope(canceller, [&context] { context.TryCancel(); });
+  const auto stream = stub->Generate(&context, request);
+  v1::GenerateOnceResponse whole;
+  bool finished = false;
+  for (v1::GenerateResponse event; stream->Read(&event);) {
+    switch (event.event_case()) {
+      case v1::GenerateResponse::kAccepted:
+        whole.set_request_id(event.accepted().request_id());
+        *whole.mutable_prompt_token_ids() = event.accepted().prompt_token_ids();
+        break;
+      case v1::GenerateResponse::kDelta:
+        whole.mutable_text()->append(event.delta().text());
+        for (v1::TokenRecord& token : *event.mutable_delta()->mutable_tokens()) {
+          *whole.add_tokens() = std::move(token);
+        }
+        if (on_text != nullptr && !event.delta().text().empty()) on_text(event.delta().text());
+        break;
+      case v1::GenerateResponse::kFinished:
+        *whole.mutable_finished() = std::move(*event.mutable_finished());
+        finished = true;
+        break;
+      case v1::GenerateResponse::EVENT_NOT_SET:
+        break;  // an event of a newer server
+    }
+  }
+  if (const grpc::Status status = stream->Finish(); !status.ok()) {
+    return NameSizeFlag(FromGrpcStatus(status));
+  }
+  if (!finished) return absl::InternalError("the stream ended without its terminal event");
+  return whole;
+}
+
+}  // namespace headroom::cli

@@ -1,0 +1,33 @@
+// Calls InferenceService.Generate.
+#ifndef HEADROOM_SERVICES_HEADROOM_GENERATE_CLIENT_H_
+#define HEADROOM_SERVICES_HEADROOM_GENERATE_CLIENT_H_
+
+#include <functional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "headroom/v1/inference.pb.h"
+#include "services/headroom/call_canceller.h"
+
+namespace headroom::cli {
+
+class GenerateClient {
+ public:
+  explicit GenerateClient(std::string address) : address_(std::move(address)) {}
+
+  // Blocks until the answer has ended; `on_text` gets each piece of it as it comes. Returns the same
+  // as GenerateOnce would. Errors are the server's with their details; one about a message's size
+  // names the flag that sets it.
+  absl::StatusOr<v1::GenerateOnceResponse> Generate(
+      const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
+      const std::function<void(absl::string_view)>& on_text);
+
+ private:
+  const std::string address_;
+};
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_GENERATE_CLIENT_H_

@@ -1,0 +1,22 @@
+// What `headroom generate` prints of an answer. Pure functions.
+#ifndef HEADROOM_SERVICES_HEADROOM_GENERATE_REPORT_H_
+#define HEADROOM_SERVICES_HEADROOM_GENERATE_REPORT_H_
+
+#include <string>
+
+#include "common/json.h"
+#include "headroom/v1/inference.pb.h"
+
+namespace headroom::cli {
+
+// The contract of --json. Lanes are those of the decode steps, or of the prefill where there was no
+// decode step; shares are of bytes. A log-probability is written so that reading it as a double and
+// rounding it to a float gives the same bits.
+Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs, bool logprobs);
+
+// The table of --explain; ends with a newline.
+std::string ExplainAsText(const v1::Finished& finished);
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_GENERATE_REPORT_H_

@@ -1,0 +1,63 @@
+// The subcommands that need no server.
+#include <cstdio>
+
+#include "absl/strings/str_cat.h"
+#include "services/headroom/bench/bench.h"
+#include "services/headroom/commands.h"
+#include "services/headroom/exit_code.h"
+#include "services/headroom/plan.h"
+
+namespace headroom::cli {
+
+int PlanCommand(const std::vector<std::string>& args) {
+  PlanOptions options;
+  Flags flags("headroom plan",
+              "Which keys would be attended where, what that takes of device and host memory, and what "
+              "will not fit. Runs nothing.",
+              "Exit codes: 0 if all fits, 1 if something does not, 2 for wrong usage.");
+  AddPlanFlags(flags, &options);
+  if (const auto code = ParseOrExit("plan", args, flags)) return *code;
+  if (options.model_dir.empty()) return MissingFlag("plan", "model");
+  if (options.context_tokens == 0) return MissingFlag("plan", "context");
+  if (options.gpu_memory_bytes == 0) return MissingFlag("plan", "gpu-memory");
+  if (options.host_memory_bytes == 0) return MissingFlag("plan", "host-memory");
+  const absl::StatusOr<PlanReport> report = MakePlan(options);
+  if (!report.ok()) {
+    PrintError("plan", report.status());
+    return absl::IsResourceExhausted(report.status()) ? kExitFailed : kExitUsage;
+  }
+  const std::string text =
+      options.json ? PlanAsJson(*report).Dump(2) + "\n" : PlanAsText(*report);
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  return report->fits() ? kExitOk : kExitFailed;
+}
+
+int BenchCommand(const std::vector<std::string>& args) {
+  BenchOptions options;
+  Flags flags("headroom bench",
+              "Measures prefill and decode of a model in this process, beside what the machine can do "
+              "(GEMM, reads, copies), measured in the same run.");
+  flags.Group("What to measure");
+  flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
+  flags.TextList("work", "ITEM", &options.work,
+                 "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident or fetched. "
+                 "May be given several times. Default: the items of --set.");
+  flags.Text("set", "NAME", &options.set, "A named set of items.");
+  flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
+                "Measurements of each item.");
+  flags.Group("Device");
+  flags.Choice("device", {"auto", "cpu", "cuda"}, &options.device, "What computes.");
+  flags.Integer("threads", &options.threads, 0, 1024, "Threads of the CPU device.",
+                "as many as may run");
+  flags.Bytes("gpu-memory", &options.gpu_memory_bytes, "Device memory for everything.",
+              "the weights and 2 GiB");
+  flags.Integer("chunk-tokens", &options.chunk_tokens, kMinChunkTokens, kMaxChunkTokens,
+                "Longest chunk of a prefill, beside what the memory allows.");
+  flags.Group("Output");
+  flags.Text("json", "FILE", &options.json_path, "Writes one JSON object a line into this file.");
+  if (const auto code = ParseOrExit("bench", args, flags)) return *code;
+  if (options.model_dir.empty()) return MissingFlag("bench", "model");
+  return RunBench(options);
+}
+
+}  // namespace headroom::cli

@@ -1,0 +1,168 @@
+#include "services/headroom/plan.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "common/bytes_text.h"
+#include "common/checked_math.h"
+#include "common/status.h"
+#include "kernels/gemm.h"
+#include "services/worker/model/weights.h"
+
+namespace headroom::cli {
+namespace {
+
+constexpr int64_t kMostTokens = int64_t{1} << 26;
+constexpr int64_t kMostSequences = 1024;
+constexpr const char* kJsonLanes[] = {"resident", "fetched", "in_place"};
+
+absl::Status CheckRange(const PlanOptions& options, const ModelConfig& config) {
+  if (options.context_tokens + options.max_tokens < 1) {
+    return absl::InvalidArgumentError("--context is not set");
+  }
+  const std::optional<int64_t> bytes =
+      CheckedMul(config.kv_geometry().BytesPerToken(),
+                 2 * options.sequences * (options.context_tokens + options.max_tokens));
+  if (!bytes.has_value()) {
+    return absl::InvalidArgumentError("--context, --max-tokens and --sequences: their keys and values "
+                                      "are beyond 2^63 bytes");
+  }
+  return absl::OkStatus();
+}
+
+double TotalBytes(const coordinator::Prediction& prediction) {
+  double total = 0;
+  for (const auto& lane : prediction.lanes) total += static_cast<double>(lane.bytes);
+  return total > 0 ? total : 1;
+}
+
+}  // namespace
+
+void AddPlanFlags(Flags& flags, PlanOptions* options) {
+  flags.Group("What is to be served");
+  flags.Text("model", "DIR", &options->model_dir, "Folder of the model; only config.json is read.");
+  flags.Integer("context", &options->context_tokens, 1, kMostTokens, "Tokens of the prompt.",
+                "none, must be set");
+  flags.Integer("max-tokens", &options->max_tokens, 0, kMostTokens, "Tokens of the answer.");
+  flags.Integer("sequences", &options->sequences, 1, kMostSequences,
+                "Such sequences side by side.");
+  flags.Text("placement", "WHERE", &options->placement,
+             "auto, resident, fetched, in-place, or LANE=SHARE,...; see generate.");
+  flags.Group("What there is");
+  flags.Bytes("gpu-memory", &options->gpu_memory_bytes, "Device memory of the worker.",
+              "none, must be set");
+  flags.Bytes("host-memory", &options->host_memory_bytes, "Host memory of the kvstore.",
+              "none, must be set");
+  flags.Integer("max-chunk-tokens", &options->max_chunk_tokens, kMinChunkTokens, kMaxChunkTokens,
+                "As the worker's.");
+  flags.Group("Output");
+  flags.Switch("json", &options->json, "One JSON object in place of the text.");
+}
+
+absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options) {
+  PlanReport report;
+  report.options = options;
+  HEADROOM_ASSIGN_OR_RETURN(report.config, ReadModelConfig(options.model_dir));
+  HEADROOM_RETURN_IF_ERROR(CheckRange(options, report.config));
+  absl::StatusOr<coordinator::PlacementSpec> spec = coordinator::ParsePlacement(options.placement);
+  if (!spec.ok()) return Annotate(spec.status(), "--placement");
+  HEADROOM_ASSIGN_OR_RETURN(
+      report.budget,
+      DivideBudget(report.config, WeightBytes(report.config, kernels::PackedWeightBytes),
+                   options.gpu_memory_bytes, options.max_chunk_tokens,
+                   report.config.max_position_tokens));
+  coordinator::PredictInput input;
+  input.geometry = report.config.kv_geometry();
+  input.spec = *spec;
+  input.num_sequences = options.sequences;
+  input.prompt_tokens = options.context_tokens;
+  input.max_tokens = options.max_tokens;
+  input.pool_bytes = report.budget.kv_pool_bytes;
+  input.tail_bytes_per_sequence = report.budget.tail_bytes_per_sequence;
+  input.host_capacity_bytes = options.host_memory_bytes;
+  report.prediction = coordinator::Predict(input);
+  const int64_t tokens = options.context_tokens + options.max_tokens;
+  if (tokens > report.config.max_position_tokens) {
+    report.prediction.does_not_fit.push_back(
+        absl::StrCat("a sequence of ", tokens, " tokens: the model was trained for ",
+                     report.config.max_position_tokens));
+  }
+  return report;
+}
+
+std::string PlanAsText(const PlanReport& report) {
+  const PlanOptions& options = report.options;
+  const ModelConfig& config = report.config;
+  const DeviceBudget& budget = report.budget;
+  const coordinator::Prediction& prediction = report.prediction;
+  std::string text = absl::StrFormat(
+      "%s: %d layers of %d KV heads of %d: %s of keys and values a token\n", config.architecture,
+      config.num_layers, config.num_kv_heads, config.head_dim,
+      FormatBytes(config.kv_geometry().BytesPerToken()));
+  absl::StrAppendFormat(&text, "%d sequence%s of %d tokens of prompt and %d of answer\n\n",
+                        options.sequences, options.sequences == 1 ? "" : "s",
+                        options.context_tokens, options.max_tokens);
+  absl::StrAppendFormat(&text, "%-10s %18s %24s %7s\n", "lane", "KV heads per layer",
+                        "bytes of one decode step", "share");
+  const double total = TotalBytes(prediction);
+  for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
+    const coordinator::LanePrediction& use = prediction.lanes[lane];
+    absl::StrAppendFormat(&text, "%-10s %18.2f %24s %6.1f%%\n",
+                          coordinator::LaneName(static_cast<coordinator::Lane>(lane)),
+                          use.kv_heads, FormatBytes(use.bytes),
+                          100 * static_cast<double>(use.bytes) / total);
+  }
+  const auto line = [&text](const char* name, int64_t bytes, const char* note = "") {
+    absl::StrAppendFormat(&text, "%-16s %11s%s\n", name, FormatBytes(bytes), note);
+  };
+  text += '\n';
+  line("device memory", budget.budget_bytes);
+  line("  weights", budget.weights_bytes);
+  line("  staging ring", budget.ring_bytes);
+  line("  activations", budget.activation_bytes,
+       absl::StrCat("  (chunks of ", budget.max_chunk_tokens, " tokens)").c_str());
+  line("  KV pool", budget.kv_pool_bytes);
+  line("    tails", prediction.tail_bytes);
+  line("    resident", prediction.resident_bytes);
+  line("host memory", options.host_memory_bytes);
+  line("  extents", prediction.host_bytes);
+  text += '\n';
+  if (report.fits()) text += "all of it fits\n";
+  for (const std::string& what : prediction.does_not_fit) {
+    absl::StrAppend(&text, "does not fit: ", what, "\n");
+  }
+  return text;
+}
+
+Json PlanAsJson(const PlanReport& report) {
+  const DeviceBudget& budget = report.budget;
+  const coordinator::Prediction& prediction = report.prediction;
+  const double total = TotalBytes(prediction);
+  Json::Object lanes;
+  for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
+    const coordinator::LanePrediction& use = prediction.lanes[lane];
+    lanes.emplace_back(kJsonLanes[lane],
+                       Json::Object{{"kv_heads", use.kv_heads},
+                                    {"bytes", use.bytes},
+                                    {"share", static_cast<double>(use.bytes) / total}});
+  }
+  Json::Array does_not_fit;
+  for (const std::string& what : prediction.does_not_fit) does_not_fit.emplace_back(what);
+  return Json::Object{
+      {"fits", report.fits()},
+      {"does_not_fit", std::move(does_not_fit)},
+      {"lanes", std::move(lanes)},
+      {"gpu_memory", Json::Object{{"budget_bytes", budget.budget_bytes},
+                                  {"weights_bytes", budget.weights_bytes},
+                                  {"ring_bytes", budget.ring_bytes},
+                                  {"activation_bytes", budget.activation_bytes},
+                                  {"kv_pool_bytes", budget.kv_pool_bytes},
+                                  {"tail_bytes", prediction.tail_bytes},
+                                  {"resident_bytes", prediction.resident_bytes},
+                                  {"max_chunk_tokens", budget.max_chunk_tokens}}},
+      {"host_memory", Json::Object{{"capacity_bytes", report.options.host_memory_bytes},
+                                   {"extent_bytes", prediction.host_bytes}}}};
+}
+
+}  // namespace headroom::cli

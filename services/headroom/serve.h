@@ -1,0 +1,31 @@
+// `headroom serve`: coordinator, worker and kvstore as supervised processes of this host.
+#ifndef HEADROOM_SERVICES_HEADROOM_SERVE_H_
+#define HEADROOM_SERVICES_HEADROOM_SERVE_H_
+
+#include <string>
+#include <vector>
+
+#include "common/log.h"
+#include "services/headroom/service_flags.h"
+#include "services/headroom/supervisor.h"
+
+namespace headroom::cli {
+
+struct ServeOptions {
+  CoordinatorProcessOptions coordinator;  // admin_address empty: a socket in the private folder
+  WorkerOptions worker;
+  kvstore::KvStoreOptions store;  // segment_dir empty: a private folder in shared memory
+  LogOptions log;
+};
+
+// The three processes, with their sockets in `socket_dir`. Fills in the addresses that they reach each
+// other at.
+std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& socket_dir);
+
+// Blocks until SIGTERM, SIGINT or SIGHUP. Sockets lie in a private folder (mode 0700) that is removed
+// at the end, and so is the segment unless its folder was given. Returns the exit code, see Supervisor.
+int RunServe(ServeOptions options);
+
+}  // namespace headroom::cli
+
+#endif  // HEADROOM_SERVICES_HEADROOM_SERVE_H_

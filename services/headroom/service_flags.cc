@@ -1,0 +1,234 @@
+#include "services/headroom/service_flags.h"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "common/bytes_text.h"
+#include "common/fd.h"
+#include "common/segment_format.h"
+#include "services/kvstore/memory_limits.h"
+
+namespace headroom::cli {
+namespace {
+
+constexpr int64_t kMost32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMost64 = std::numeric_limits<int64_t>::max();
+
+const char* LevelName(LogLevel level) {
+  switch (level) {
+    case LogLevel::kDebug:
+      return "debug";
+    case LogLevel::kInfo:
+      return "info";
+    case LogLevel::kWarning:
+      return "warning";
+    case LogLevel::kError:
+      return "error";
+  }
+  return "info";
+}
+
+// A command line being written.
+class Arguments {
+ public:
+  explicit Arguments(std::string subcommand) : args_{std::move(subcommand)} {}
+
+  template <typename T>
+  Arguments& Set(absl::string_view name, const T& value) {
+    const std::string text = absl::StrCat(value);
+    // An empty value is the default everywhere.
+    if (!text.empty()) args_.push_back(absl::StrCat("--", name, "=", text));
+    return *this;
+  }
+  Arguments& SetIf(absl::string_view name, bool value) {
+    if (value) args_.push_back(absl::StrCat("--", name));
+    return *this;
+  }
+  std::vector<std::string> Take(const LogOptions& log) {
+    AppendLogArguments(log, &args_);
+    return std::move(args_);
+  }
+
+ private:
+  std::vector<std::string> args_;
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------- reading
+
+void AddLogFlags(Flags& flags, LogOptions* options) {
+  flags.Group("Log lines (standard error)");
+  flags.Add("log-level", "debug|info|warning|error", LevelName(options->level),
+            "The least that is worth a line.", [options](const std::string& text) {
+              const absl::StatusOr<LogLevel> level = ParseLogLevel(text);
+              if (level.ok()) options->level = *level;
+              return level.status();
+            });
+  flags.Switch("log-json", &options->json, "One JSON object a line.");
+}
+
+void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
+  flags.Group("Device");
+  flags.Choice("device", {"auto", "cpu", "cuda"}, &options->device,
+               "What computes; auto takes cuda where /dev/nvidiactl is.");
+  flags.Bytes("gpu-memory", &options->gpu_memory_bytes,
+              "Device memory for everything: weights, resident keys and values, tails, staging ring, "
+              "activations. What does not fit lies in host memory.",
+              "what is free less 1 GiB on cuda, weights and 2 GiB on cpu");
+  flags.Integer("threads", &options->compute_threads, 0, 1024,
+                "Threads of the CPU device's computing.", "as many as may run");
+  flags.Integer("max-chunk-tokens", &options->max_chunk_tokens, 1, kMost32,
+                "Most new tokens of one sequence in one step, beside what the memory allows.");
+  flags.Integer("max-context-tokens", &options->max_context_tokens, 0, kMost64,
+                "Longest context that the worker lays tables out for.", "what the model was trained for");
+  flags.Integer("max-sequences", &options->max_sequences, 1, kMost32,
+                "Sequences that may be open side by side.");
+  flags.Group("");
+  flags.Seed("delay-seed", &options->delay_seed,
+             "For tests: delays each device operation by 0 to 5 ms, drawn from this seed.");
+}
+
+void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options) {
+  flags.Group("Host memory");
+  flags.Text("segment-dir", "DIR", &options->segment_dir,
+             "Folder of the segment's files, on a tmpfs; made if it is not there. Its keys and values "
+             "outlive the process.");
+  flags.Bytes("host-memory", &options->host_memory_bytes, "Bytes of keys and values.",
+              "the size of the segment in --segment-dir, else a quarter of the memory that this "
+              "process may use");
+  flags.Integer("max-extents", &options->max_extents, 0, kMost32,
+                "Entries of the index, 64 bytes each.", "one for each 64 KiB of --host-memory");
+}
+
+void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
+  coordinator::CoordinatorOptions& server = options->server;
+  flags.Group("Serving");
+  flags.Text("listen", "ADDR", &server.listen_address,
+             "Where clients connect: HOST:PORT or unix:PATH. A port of 0 picks one.");
+  flags.Integer("max-queue", &server.max_queue, 1, kMost32, "Requests that may wait.");
+  flags.Integer("max-sessions", &server.max_sessions, 1, kMost32, "Sessions that are kept.");
+  flags.Integer("context-limit", &server.context_limit_tokens, 0, kMost64,
+                "Most tokens of a sequence.", "what the model was trained for");
+  flags.Bytes("max-message-bytes", &server.max_message_bytes,
+              "Largest request; a million token ids take some 4 MB.");
+  flags.Switch("allow-clean-segment", &server.allow_clean_segment,
+               "Empties a segment that holds another model's keys, instead of refusing it.");
+  flags.Switch("reflection", &server.reflection, "Answers gRPC server reflection (grpcurl).");
+  flags.Duration("drain-timeout", &options->drain_timeout,
+                 "After SIGTERM or SIGINT running requests have so long to finish; a second signal "
+                 "ends them.");
+}
+
+// ---------------------------------------------------------------- writing
+
+void AppendLogArguments(const LogOptions& log, std::vector<std::string>* args) {
+  args->push_back(absl::StrCat("--log-level=", LevelName(log.level)));
+  if (log.json) args->push_back("--log-json");
+}
+
+std::vector<std::string> WorkerArguments(const WorkerOptions& options, const LogOptions& log) {
+  Arguments arguments("worker");
+  arguments.Set("listen", options.listen_address)
+      .Set("model", options.model_dir)
+      .Set("device", options.device)
+      .Set("gpu-memory", options.gpu_memory_bytes)
+      .Set("threads", options.compute_threads)
+      .Set("max-chunk-tokens", options.max_chunk_tokens)
+      .Set("max-context-tokens", options.max_context_tokens)
+      .Set("max-sequences", options.max_sequences);
+  if (options.delay_seed.has_value()) arguments.Set("delay-seed", *options.delay_seed);
+  return arguments.Take(log);
+}
+
+std::vector<std::string> StoreArguments(const kvstore::KvStoreOptions& options,
+                                        const LogOptions& log) {
+  Arguments arguments("kvstore");
+  arguments.Set("listen", options.listen_address)
+      .Set("segment-dir", options.segment_dir)
+      .Set("host-memory", options.host_memory_bytes)
+      .Set("max-extents", options.max_extents);
+  return arguments.Take(log);
+}
+
+std::vector<std::string> CoordinatorArguments(const CoordinatorProcessOptions& options,
+                                              const LogOptions& log) {
+  const coordinator::CoordinatorOptions& server = options.server;
+  Arguments arguments("coordinator");
+  arguments.Set("listen", server.listen_address)
+      .Set("model", server.model_dir)
+      .Set("worker", server.worker_address)
+      .Set("kvstore", server.store_address)
+      .Set("admin", server.admin_address)
+      .Set("max-queue", server.max_queue)
+      .Set("max-sessions", server.max_sessions)
+      .Set("context-limit", server.context_limit_tokens)
+      .Set("max-message-bytes", server.max_message_bytes)
+      .SetIf("allow-clean-segment", server.allow_clean_segment)
+      .SetIf("reflection", server.reflection)
+      .Set("drain-timeout", absl::FormatDuration(options.drain_timeout));
+  return arguments.Take(log);
+}
+
+// ---------------------------------------------------------------- checks
+
+absl::StatusOr<int64_t> DefaultHostMemoryBytes(const std::string& segment_dir) {
+  std::error_code error;
+  std::filesystem::path dir = std::filesystem::absolute(segment_dir, error).lexically_normal();
+  if (error) return absl::InvalidArgumentError(absl::StrCat("--segment-dir ", segment_dir));
+  struct stat data = {};
+  if (stat((dir / kDataFile).c_str(), &data) == 0 && S_ISREG(data.st_mode) && data.st_size > 0) {
+    return data.st_size;
+  }
+  Fd fd;
+  for (;; dir = dir.parent_path()) {  // where the folder would be made
+    fd = Fd(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (fd.valid() || dir == dir.parent_path()) break;
+  }
+  int64_t least = kvstore::kUnlimited;
+  if (fd.valid()) {
+    for (const kvstore::MemoryLimit& limit : kvstore::FindMemoryLimits(fd.get(), dir)) {
+      least = std::min(least, limit.free_bytes);
+    }
+  }
+  if (least == kvstore::kUnlimited) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("how much memory is free in ", dir.string(),
+                     " cannot be found out: set --host-memory"));
+  }
+  constexpr int64_t kStep = int64_t{1} << 20;
+  return std::max(kStep, least / 4 / kStep * kStep);
+}
+
+absl::Status CheckListenAddress(const std::string& flag, const std::string& address) {
+  absl::string_view path = address;
+  if (!absl::ConsumePrefix(&path, "unix:")) return absl::OkStatus();
+  absl::ConsumePrefix(&path, "//");  // unix:///absolute/path
+  sockaddr_un name = {};
+  name.sun_family = AF_UNIX;
+  if (path.empty() || path.size() >= sizeof(name.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat(flag, " ", address, ": the path has ",
+                                                   path.size(), " bytes, expected 1 to ",
+                                                   sizeof(name.sun_path) - 1));
+  }
+  std::memcpy(name.sun_path, path.data(), path.size());
+  const Fd socket_fd(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (socket_fd.valid() && (connect(socket_fd.get(), reinterpret_cast<const sockaddr*>(&name),
+                                    sizeof(name)) == 0 ||
+                            errno == EAGAIN)) {
+    return absl::UnavailableError(
+        absl::StrCat(flag, " ", address, ": another process listens there"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace headroom::cli
