@@ -553,10 +553,10 @@ TEST_F(CpuDeviceTest, TheEndOfADeviceRunsWhatIsEnqueued) {
 
 // A ring of two slots, filled on one stream and read on the other, with the waits that it needs.
 std::vector<uint32_t> RunRing(std::optional<uint64_t> delay_seed) {
-  const std::unique_ptr<Device> device = MakeDevice(kArenaBytes, delay_seed);
   constexpr int kSlots = 2, kRounds = 12;
   std::vector<uint32_t> from(kRounds * 16), to(kRounds * 16);
   std::iota(from.begin(), from.end(), uint32_t{1});
+  const std::unique_ptr<Device> device = MakeDevice(kArenaBytes, delay_seed);
   EXPECT_OK(device->RegisterHost(from.data(), kRounds * 64));
   EXPECT_OK(device->RegisterHost(to.data(), kRounds * 64));
   const StreamId copy = Must(device->CreateStream("copy"));
@@ -596,10 +596,9 @@ TEST(CpuDevice, DelaysChangeNothing) {
 // What ThreadSanitizer is shown, in a process of its own: a copy and its consumer, with the wait
 // between them or without.
 void CopyAndConsume(bool wait) {
+  std::vector<float> from(64);
   const std::unique_ptr<Device> device = MakeDevice();
-  std::vector<float> from(64), to(64);
   ASSERT_OK(device->RegisterHost(from.data(), 256));
-  ASSERT_OK(device->RegisterHost(to.data(), 256));
   const StreamId copy = Must(device->CreateStream("copy"));
   const StreamId compute = Must(device->CreateStream("compute"));
   const EventId filled = Must(device->CreateEvent());
