@@ -69,7 +69,7 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   budget.budget_bytes = budget_bytes;
   budget.weights_bytes = weights_bytes;
   budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
-  const int64_t rest = budget_bytes - weights_bytes;
+  const int64_t rest = std::max<int64_t>(budget_bytes, 0) - weights_bytes;
   budget.mlp_slice_rows = kMinChunkTokens;
   while (budget.mlp_slice_rows < kMaxMlpSliceRows &&
          2 * budget.mlp_slice_rows * 3 * config.intermediate * kFloat <= rest / 16) {

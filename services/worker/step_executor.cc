@@ -390,8 +390,8 @@ absl::Status StepExecutor::EnqueuePromotions() {
   for (const CopyArgs& copy : promotions_) HEADROOM_RETURN_IF_ERROR(device_.Copy(copy_, copy));
   promotions_.clear();
   HEADROOM_RETURN_IF_ERROR(device_.Record(copy_, promoted_));
-  HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, promoted_));
-  return device_.Wait(seal_, promoted_);
+  // Sealing into the copies waits for the compute stream anyway.
+  return device_.Wait(compute_, promoted_);
 }
 
 // ---------------------------------------------------------------- the layers of a step

@@ -116,7 +116,11 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   return harness;
 }
 
-WorkerHarness::~WorkerHarness() { executor_.reset(); }
+// The device may still read the segment.
+WorkerHarness::~WorkerHarness() {
+  executor_.reset();
+  device_.reset();
+}
 
 // ---------------------------------------------------------------- steps by hand
 

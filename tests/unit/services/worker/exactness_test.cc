@@ -12,11 +12,18 @@
 namespace headroom {
 namespace {
 
+// Under ThreadSanitizer everything takes some twenty times as long: the same paths, less of each.
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThoroughly = false;
 #else
 constexpr bool kThoroughly = true;
 #endif
+
+template <typename T>
+std::vector<T> Either(std::vector<T> thoroughly, std::vector<T> briefly) {
+  return kThoroughly ? thoroughly : briefly;
+}
+constexpr int Either(int thoroughly, int briefly) { return kThoroughly ? thoroughly : briefly; }
 
 RandomModelSpec SmallModel() {
   RandomModelSpec spec;
@@ -85,11 +92,11 @@ class Exactness : public ::testing::Test {
 
 TEST_F(Exactness, ResidentIsFetched) {
   Start(SmallModel());
-  TestRequest request = Request(1, 400, 20);
+  TestRequest request = Request(1, 400, Either(20, 4));
   request.max_run_tokens = 128;
   const TestOutput resident = Run(request, kResident);
   ASSERT_EQ(resident.scored.size(), 399u);
-  ASSERT_EQ(resident.drawn.size(), 20u);
+  ASSERT_EQ(resident.drawn.size(), static_cast<size_t>(request.num_draws));
   EXPECT_EQ(Difference(resident, Run(request, kFetched)), "");
   EXPECT_EQ(Difference(resident, Run(request, kMixed)), "");
 }
@@ -99,11 +106,11 @@ TEST_F(Exactness, EveryWholeHeadMix) {
   RandomModelSpec spec = SmallModel();
   spec.num_layers = 2;
   Start(spec);
-  TestRequest request = Request(2, 200, 8);
+  TestRequest request = Request(2, Either(200, 140), Either(8, 2));
   request.max_run_tokens = 64;
   request.chunk_tokens = 72;
   const TestOutput resident = Run(request, kResident);
-  for (uint64_t mask = 0; mask < 64; mask += kThoroughly ? 1 : 13) {
+  for (uint64_t mask = 0; mask < 64; mask += Either(1, 23)) {
     const uint64_t version = 100 + mask;
     Prepare(WholeHeadPlan(version, harness_->geometry(), [&](int32_t layer, int32_t head) {
       return mask >> (3 * layer + head) & 1 ? Lane::kResident : Lane::kFetched;
@@ -114,9 +121,9 @@ TEST_F(Exactness, EveryWholeHeadMix) {
 
 TEST_F(Exactness, KeysThatTheTailHoldsNeedNoLane) {
   Start(SmallModel());
-  TestRequest request = Request(3, 170, 60);
+  TestRequest request = Request(3, 170, Either(60, 5));
   request.max_run_tokens = 64;
-  for (const int64_t chunk : {1, 50, 1000}) {
+  for (const int64_t chunk : Either<int64_t>({1, 50, 1000}, {50})) {
     request.chunk_tokens = chunk;
     const TestOutput in_tail = Run(request, kFetched, SealedRule::kLeast);
     for (const StepRecord& step : harness_->steps()) {
@@ -130,15 +137,15 @@ TEST_F(Exactness, KeysThatTheTailHoldsNeedNoLane) {
 
 TEST_F(Exactness, TheChunksOfAPromptDoNotShow) {
   Start(SmallModel());
-  TestRequest request = Request(4, kThoroughly ? 700 : 330, 5);
+  TestRequest request = Request(4, Either(700, 330), Either(5, 2));
   request.max_run_tokens = 256;
   const TestOutput whole = Run(request, kResident);
-  for (const int64_t chunk : {1, 7, 64, 65, 255, 300}) {
+  for (const int64_t chunk : Either<int64_t>({1, 7, 64, 65, 255, 300}, {65, 300})) {
     request.chunk_tokens = chunk;
     for (const uint64_t plan : {kResident, kFetched, kMixed}) {
       for (const SealedRule rule :
            {SealedRule::kCoordinator, SealedRule::kAtOnce, SealedRule::kLeast}) {
-        if (!kThoroughly && (chunk == 1 || plan == kMixed) && rule != SealedRule::kAtOnce) continue;
+        if (!kThoroughly && (plan == kResident || rule != SealedRule::kAtOnce)) continue;
         ASSERT_EQ(Difference(whole, Run(request, plan, rule)), "")
             << "chunks of " << chunk << ", plan " << plan << ", rule " << static_cast<int>(rule);
       }
@@ -149,16 +156,16 @@ TEST_F(Exactness, TheChunksOfAPromptDoNotShow) {
 TEST_F(Exactness, OtherSequencesOfTheBatchDoNotShow) {
   Start(SmallModel());
   std::vector<TestRequest> requests;
-  const int64_t lengths[] = {1, 63, 130, 257, 600};
+  const int64_t lengths[] = {1, 63, 130, 257, Either(600, 320)};
   for (int i = 0; i < 5; ++i) {
-    requests.push_back(Request(10 + i, lengths[i], 10 + 7 * i));
+    requests.push_back(Request(10 + i, lengths[i], Either(10 + 7 * i, 3 + i)));
     requests.back().temperature = i % 2 == 0 ? 0.0f : 0.8f;
     requests.back().seed = 77 + i;
     requests.back().chunk_tokens = i == 4 ? 150 : 1000;
   }
   std::vector<TestOutput> alone;
   for (const TestRequest& request : requests) alone.push_back(Run(request, kResident));
-  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+  for (const uint64_t plan : Either<uint64_t>({kResident, kFetched, kMixed}, {kMixed})) {
     for (const bool chunks_together : {false, true}) {
       harness_->set_segment_used(0);
       RunOptions options;
@@ -176,7 +183,7 @@ TEST_F(Exactness, OtherSequencesOfTheBatchDoNotShow) {
 
 TEST_F(Exactness, ThreadsDoNotShow) {
   Start(SmallModel());
-  TestRequest request = Request(20, 450, 10);
+  TestRequest request = Request(20, 450, Either(10, 2));
   request.max_run_tokens = 128;
   const TestOutput one = Run(request, kFetched);
   WorkerHarnessOptions options;
@@ -188,14 +195,14 @@ TEST_F(Exactness, ThreadsDoNotShow) {
 
 TEST_F(Exactness, AHeadMayBeSplitAtAnExtentBorder) {
   Start(SmallModel());
-  TestRequest request = Request(30, 390, 40);
+  TestRequest request = Request(30, 390, Either(40, 2));
   request.max_run_tokens = 128;
   request.chunk_tokens = 200;
   const TestOutput resident = Run(request, kResident);
   uint64_t version = 200;
-  for (const int64_t border : {64, 128, 256, 384}) {
+  for (const int64_t border : Either<int64_t>({64, 128, 256, 384}, {128})) {
     for (const Lane below : {Lane::kResident, Lane::kFetched}) {
-      for (int32_t head = 0; head < 3; head += kThoroughly ? 1 : 2) {
+      for (int32_t head = 0; head < Either(3, 1); ++head) {
         Prepare(SplitHeadPlan(++version, harness_->geometry(), head, border, below));
         ASSERT_EQ(Difference(resident, Run(request, version)), "")
             << "head " << head << " at " << border << ", below " << static_cast<int>(below);
@@ -206,17 +213,18 @@ TEST_F(Exactness, AHeadMayBeSplitAtAnExtentBorder) {
 
 TEST_F(Exactness, DecodeBesideAPrefillIsDecodeAlone) {
   Start(SmallModel());
-  std::vector<TestRequest> requests = {Request(40, 300, 40), Request(41, 900, 3)};
+  std::vector<TestRequest> requests = {Request(40, Either(300, 130), Either(40, 12)),
+                                       Request(41, Either(900, 400), 3)};
   requests[0].max_run_tokens = 64;
   requests[1].max_run_tokens = 256;
   requests[1].chunk_tokens = 300;
   const TestOutput first = Run(requests[0], kResident);
   const TestOutput second = Run(requests[1], kResident);
-  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+  for (const uint64_t plan : Either<uint64_t>({kResident, kFetched, kMixed}, {kMixed})) {
     harness_->set_segment_used(0);
     RunOptions options;
     options.plan_version = plan;
-    options.first_draws_alone = 5;
+    options.first_draws_alone = 3;
     const auto both = harness_->Run(requests, options);
     ASSERT_TRUE(both.ok()) << both.status();
     EXPECT_EQ(Difference(first, (*both)[0]), "") << plan;
@@ -227,16 +235,18 @@ TEST_F(Exactness, DecodeBesideAPrefillIsDecodeAlone) {
 // Copies are made, filled and dropped between the steps of sequences that are being computed.
 TEST_F(Exactness, ThePlanMayChangeWithEveryStep) {
   Start(SmallModel());
-  std::vector<TestRequest> requests = {Request(60, 280, 50), Request(61, 500, 20)};
+  std::vector<TestRequest> requests = {Request(60, Either(280, 130), Either(50, 12)),
+                                       Request(61, Either(500, 200), Either(20, 3))};
   std::vector<TestOutput> alone;
   for (TestRequest& request : requests) {
     request.max_run_tokens = 64;
     request.chunk_tokens = 130;
     alone.push_back(Run(request, kResident));
   }
-  for (const std::vector<uint64_t>& cycle :
-       {std::vector<uint64_t>{kResident, kFetched}, {kFetched, kMixed, kResident},
-        {kMixed, kMixed, kFetched, kResident, kResident}}) {
+  for (const std::vector<uint64_t>& cycle : Either<std::vector<uint64_t>>(
+           {{kResident, kFetched}, {kFetched, kMixed, kResident},
+            {kMixed, kMixed, kFetched, kResident, kResident}},
+           {{kFetched, kMixed, kResident}})) {
     harness_->set_segment_used(0);
     RunOptions options;
     options.plan_cycle = cycle;
@@ -252,13 +262,14 @@ TEST_F(Exactness, LengthsAroundBordersInARingThatWraps) {
   Start(SmallModel());
   const int64_t head_block = kBlockTokens * harness_->geometry().BytesPerTokenPerHead();
   std::vector<TestOutput> whole;
-  const int64_t lengths[] = {63, 64, 65, 255, 256, 257, 1000};
+  const std::vector<int64_t> lengths =
+      Either<int64_t>({63, 64, 65, 255, 256, 257, 1000}, {65, 257});
   for (const int64_t length : lengths) whole.push_back(Run(Request(length, length, 6), kResident));
-  for (const int64_t blocks : {1, 3, 5, 12}) {
+  for (const int64_t blocks : Either<int64_t>({1, 3, 5, 12}, {1, 3})) {
     WorkerHarnessOptions options;
     options.ring_bytes = kNumContexts * 2 * blocks * head_block;
     Restart(options);
-    for (size_t i = 0; i < std::size(lengths); ++i) {
+    for (size_t i = 0; i < lengths.size(); ++i) {
       TestRequest request = Request(lengths[i], lengths[i], 6);
       request.max_run_tokens = blocks == 3 ? 64 : 512;
       request.chunk_tokens = blocks == 5 ? 1000 : 333;
@@ -273,7 +284,7 @@ TEST_F(Exactness, LengthsAroundBordersInARingThatWraps) {
 TEST_F(Exactness, EveryGroupAndHeadSize) {
   for (const int64_t group : {1, 2, 3, 4, 5, 8}) {
     for (const int64_t head_dim : {64, 128}) {
-      if (!kThoroughly && group != 3 && group != 8) continue;
+      if (!kThoroughly && group != 3) continue;
       RandomModelSpec spec = SmallModel();
       spec.num_layers = 2;
       spec.num_kv_heads = 2;
@@ -281,7 +292,7 @@ TEST_F(Exactness, EveryGroupAndHeadSize) {
       spec.head_dim = head_dim;
       Start(spec);
       const int64_t head_block = kBlockTokens * harness_->geometry().BytesPerTokenPerHead();
-      TestRequest request = Request(50, 300, 6);
+      TestRequest request = Request(50, Either(300, 200), Either(6, 2));
       const TestOutput resident = Run(request, kResident);
       WorkerHarnessOptions options;
       options.ring_bytes = kNumContexts * 2 * 2 * head_block;

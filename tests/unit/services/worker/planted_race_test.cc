@@ -13,6 +13,7 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,7 +47,6 @@ constexpr Planted kPlanted[] = {
     {"sealed-before-tail-reuse", "compute", "seal", 0, "chunks"},
     {"sealed-before-chunk-buffer-reuse", "compute", "seal", 0, "long-chunk"},
     {"promoted-before-read", "compute", "copy", 0, "promote"},
-    {"promoted-before-mirror", "seal", "copy", 0, "promote"},
 };
 
 // Drops the waits of one kind.
@@ -161,6 +161,8 @@ int RunChild(const std::vector<std::string>& args, std::string* output) {
   unlink(log.c_str());
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
+
+void PrintTo(const Planted& planted, std::ostream* out) { *out << planted.name; }
 
 class PlantedRace : public ::testing::TestWithParam<Planted> {};
 

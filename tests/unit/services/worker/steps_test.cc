@@ -446,6 +446,9 @@ TEST_F(Steps, OperationsRefuseMemoryThatIsNotTheDevices) {
   EXPECT_EQ(device.RmsNorm(*stream, norm).code(), absl::StatusCode::kInternal);
   norm.out = reinterpret_cast<float*>(*arena + 1024);
   EXPECT_EQ(device.RmsNorm(*stream, norm).code(), absl::StatusCode::kOk);
+  const auto event = device.CreateEvent();
+  ASSERT_TRUE(event.ok() && device.Record(*stream, *event).ok());
+  EXPECT_TRUE(device.Synchronize(*event, absl::Seconds(30)).ok());
 }
 
 }  // namespace
