@@ -21,17 +21,28 @@ inline constexpr int kBlock = static_cast<int>(kBlockTokens);
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Queries that share a pass over a block, and vectors of keys or columns of a pass: 6 x 4
-// accumulators of AVX-512's 32 registers; 2 x 2, of two registers each, of AVX2's 16.
+// Queries that share a pass over a block, and vectors of keys or columns of a pass of kN queries.
+// AVX-512: 6 x 4 accumulators of 32 registers. AVX2, where a vector is two of 16 registers: 6 x 1
+// as the GEMM has them; few queries, whose values come in pairs of vectors, 2 x 2. One query takes
+// 1 x 4: with fewer accumulators it waits for each multiply-add to end.
 #if defined(__AVX512F__)
-inline constexpr int kGroup = 6;
-inline constexpr int kPass = 4;
+inline constexpr int kNarrowGroup = 6, kWideGroup = 6;
+template <int kN>
+inline constexpr int kNarrowPass = 4;
+template <int kN>
+inline constexpr int kWidePass = 4;
 #elif defined(__AVX2__)
-inline constexpr int kGroup = 2;
-inline constexpr int kPass = 2;
+inline constexpr int kNarrowGroup = 2, kWideGroup = 6;
+template <int kN>
+inline constexpr int kNarrowPass = kN == 1 ? 4 : 2;
+template <int kN>
+inline constexpr int kWidePass = kN == 1 ? 4 : kN == 2 ? 2 : 1;
 #else
-inline constexpr int kGroup = 1;
-inline constexpr int kPass = 2;
+inline constexpr int kNarrowGroup = 1, kWideGroup = 1;
+template <int kN>
+inline constexpr int kNarrowPass = 2;
+template <int kN>
+inline constexpr int kWidePass = 2;
 #endif
 inline constexpr int kBlockVectors = kBlock / kLanes;
 
@@ -156,8 +167,6 @@ inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words) {
       at[r] = begin + r < rows.count ? rows.keys + (begin + r) * d : kZeroRow;
     }
     for (int column = 0; column < d; column += 32) {
-      // The next block of the same run is wanted next.
-      for (int r = 0; r < 16; ++r) __builtin_prefetch(at[r] + column + kBlock * d);
       TransposeTile(at, column, words + column / 2 * kBlock + begin);
     }
   }
@@ -166,6 +175,10 @@ inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words) {
 // K and V of a block for few queries.
 class NarrowBlock {
  public:
+  static constexpr int kGroup = kNarrowGroup;
+  template <int kN>
+  static constexpr int kPass = kNarrowPass<kN>;
+
   void Set(const BlockRows& rows, int32_t d) {
     rows_ = rows;
     d_ = d;
@@ -174,21 +187,41 @@ class NarrowBlock {
   const BlockRows& rows() const { return rows_; }
 
   // Dimension i of keys [16 v, 16 v + 16).
-  F32x16 Key(int32_t i, int v) const {
+  F32x16 Key(size_t i, size_t v) const {
     const uint32_t* words = words_ + i / 2 * kBlock + v * kLanes;
     return i % 2 == 0 ? LowBf16(words) : HighBf16(words);
   }
-  // Columns [column, column + 32) of key j, in the order of ToLanes.
-  void Value(int j, int32_t column, F32x16& a, F32x16& b) const {
-    LoadBf16EvenOdd(rows_.values + int64_t{j} * d_ + column, a, b);
+  // Columns from `column` on of key j, in the order of ToLanes.
+  template <int kCount>
+  void Value(int j, int32_t column, F32x16 (&value)[kCount]) const {
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; v += 2) {
+      LoadBf16EvenOdd(rows_.values + int64_t{j} * d_ + column + v * kLanes, value[v], value[v + 1]);
+    }
   }
-  void PrefetchValue(int j, int32_t column) const {
-    __builtin_prefetch(rows_.values + int64_t{j + kBlock} * d_ + column);
+  // Lines [begin, begin + count) of the 2 d that K (or V) of the run's next block has. They are
+  // asked for bit by bit while this block is computed: in one go they would fill the core's miss
+  // buffers, and all else would wait for them (2.6 us a block of 3 queries, 1.8 so).
+  void PrefetchKeys(int64_t begin, int count) const { Prefetch(rows_.keys, begin, count); }
+  void PrefetchValues(int64_t begin, int count) const { Prefetch(rows_.values, begin, count); }
+  template <int kCount>
+  static void ToLanes(F32x16 (&o)[kCount]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; v += 2) Deinterleave(o[v], o[v + 1]);
   }
-  static void ToLanes(F32x16& a, F32x16& b) { Deinterleave(a, b); }
-  static void FromLanes(F32x16& a, F32x16& b) { Interleave(a, b); }
+  template <int kCount>
+  static void FromLanes(F32x16 (&o)[kCount]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; v += 2) Interleave(o[v], o[v + 1]);
+  }
 
  private:
+  static constexpr int kLine = 64 / sizeof(BFloat16);
+  void Prefetch(const BFloat16* rows, int64_t begin, int count) const {
+    const BFloat16* const line = rows + kBlock * d_ + begin * kLine;
+    for (int i = 0; i < count; ++i) __builtin_prefetch(line + i * kLine);
+  }
+
   BlockRows rows_;
   int32_t d_ = 0;
   alignas(64) uint32_t words_[kMaxHeadDim / 2 * kBlock];
@@ -197,6 +230,10 @@ class NarrowBlock {
 // K and V of a block for many queries: float32.
 class WideBlock {
  public:
+  static constexpr int kGroup = kWideGroup;
+  template <int kN>
+  static constexpr int kPass = kWidePass<kN>;
+
   void Set(const BlockRows& rows, int32_t d) {
     rows_ = rows;
     d_ = d;
@@ -215,14 +252,18 @@ class WideBlock {
   }
   const BlockRows& rows() const { return rows_; }
 
-  F32x16 Key(int32_t i, int v) const { return Load(keys_ + i * kBlock + v * kLanes); }
-  void Value(int j, int32_t column, F32x16& a, F32x16& b) const {
-    a = Load(values_ + j * d_ + column);
-    b = Load(values_ + j * d_ + column + kLanes);
+  F32x16 Key(size_t i, size_t v) const { return Load(keys_ + i * kBlock + v * kLanes); }
+  template <int kCount>
+  void Value(int j, int32_t column, F32x16 (&value)[kCount]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) value[v] = Load(values_ + j * d_ + column + v * kLanes);
   }
-  void PrefetchValue(int, int32_t) const {}
-  static void ToLanes(F32x16&, F32x16&) {}
-  static void FromLanes(F32x16&, F32x16&) {}
+  void PrefetchKeys(int64_t, int) const {}
+  void PrefetchValues(int64_t, int) const {}
+  template <int kCount>
+  static void ToLanes(F32x16 (&)[kCount]) {}
+  template <int kCount>
+  static void FromLanes(F32x16 (&)[kCount]) {}
 
  private:
   BlockRows rows_;
@@ -231,9 +272,17 @@ class WideBlock {
   alignas(64) float values_[kMaxHeadDim * kBlock];  // [64][d]
 };
 
+// One of the groups that a block's queries are taken in; each asks for its share of the next block.
+struct Group {
+  int index;
+  int count;
+};
+
 // scores[n][key] = q[n] . k[key], not scaled.
 template <int kN, typename Block>
-inline void Scores(const Query* queries, const Block& block, int32_t d, float (*scores)[kBlock]) {
+inline void Scores(const Query* queries, const Block& block, int32_t d, Group group,
+                   float (*scores)[kBlock]) {
+  constexpr int kPass = Block::template kPass<kN>;
   for (int first = 0; first < kBlockVectors; first += kPass) {
     F32x16 acc[kN][kPass];
 #pragma GCC unroll 8
@@ -241,9 +290,14 @@ inline void Scores(const Query* queries, const Block& block, int32_t d, float (*
 #pragma GCC unroll 4
       for (int v = 0; v < kPass; ++v) acc[n][v] = Zero();
     }
-    for (int32_t pair = 0; pair < d; pair += 2) {
+    // 2 d lines over all groups' passes over d / 2 pairs.
+    constexpr int kPasses = kBlockVectors / kPass;
+    const int lines = std::max(1, 4 / (kPasses * group.count));
+    const int64_t first_line = (int64_t{group.index} * kPasses + first / kPass) * (d / 2) * lines;
+    for (size_t pair = 0; pair < static_cast<size_t>(d); pair += 2) {
+      block.PrefetchKeys(first_line + static_cast<int64_t>(pair / 2) * lines, lines);
 #pragma GCC unroll 2
-      for (int32_t i = pair; i < pair + 2; ++i) {
+      for (size_t i = pair; i < pair + 2; ++i) {
         F32x16 k[kPass];
 #pragma GCC unroll 4
         for (int v = 0; v < kPass; ++v) k[v] = block.Key(i, first + v);
@@ -304,10 +358,13 @@ inline void Softmax(const Query* queries, const int* seen, float scale, float (*
 // o = o * rescale + weights . V over the keys that each query sees.
 template <int kN, typename Block>
 inline void AddValues(const Query* queries, const int* seen, const Block& block, int32_t d,
-                      const float (*weights)[kBlock], const float* rescale) {
+                      Group group, const float (*weights)[kBlock], const float* rescale) {
+  constexpr int kPass = Block::template kPass<kN>;
   const int common = *std::min_element(seen, seen + kN);
   const int last = *std::max_element(seen, seen + kN);
   for (int32_t column = 0; column < d; column += kPass * kLanes) {
+    constexpr int kLines = std::max(1, kPass / 2);
+    const int64_t first_line = column / (kPass * kLanes) * kBlock * kLines;
     F32x16 o[kN][kPass];
 #pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
@@ -316,16 +373,12 @@ inline void AddValues(const Query* queries, const int* seen, const Block& block,
       for (int v = 0; v < kPass; ++v) {
         o[n][v] = Mul(Load(from + v * kLanes), Broadcast(rescale[n]));
       }
-#pragma GCC unroll 2
-      for (int v = 0; v < kPass; v += 2) Block::ToLanes(o[n][v], o[n][v + 1]);
+      Block::ToLanes(o[n]);
     }
     const auto take = [&](int j, auto&& sees) __attribute__((always_inline)) {
       F32x16 value[kPass];
-#pragma GCC unroll 2
-      for (int v = 0; v < kPass; v += 2) {
-        block.PrefetchValue(j, column + v * kLanes);
-        block.Value(j, column + v * kLanes, value[v], value[v + 1]);
-      }
+      if (j % group.count == group.index) block.PrefetchValues(first_line + j * kLines, kLines);
+      block.Value(j, column, value);
 #pragma GCC unroll 8
       for (int n = 0; n < kN; ++n) {
         if (!sees(n)) continue;
@@ -338,8 +391,7 @@ inline void AddValues(const Query* queries, const int* seen, const Block& block,
     for (int j = common; j < last; ++j) take(j, [&](int n) { return j < seen[n]; });
 #pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kPass; v += 2) Block::FromLanes(o[n][v], o[n][v + 1]);
+      Block::FromLanes(o[n]);
 #pragma GCC unroll 4
       for (int v = 0; v < kPass; ++v) Store(queries[n].unit.o + column + v * kLanes, o[n][v]);
     }
@@ -347,7 +399,7 @@ inline void AddValues(const Query* queries, const int* seen, const Block& block,
 }
 
 template <int kN, typename Block>
-void AttendGroup(const Query* queries, const Block& block, int32_t d, float scale) {
+void AttendGroup(const Query* queries, const Block& block, int32_t d, float scale, Group group) {
   alignas(64) float scores[kN][kBlock];
   float rescale[kN];
   int seen[kN];
@@ -355,29 +407,31 @@ void AttendGroup(const Query* queries, const Block& block, int32_t d, float scal
     seen[n] = static_cast<int>(std::clamp<int64_t>(queries[n].pos - block.rows().first_pos + 1, 0,
                                                    block.rows().count));
   }
-  Scores<kN>(queries, block, d, scores);
+  Scores<kN>(queries, block, d, group, scores);
   Softmax<kN>(queries, seen, scale, scores, rescale);
-  AddValues<kN>(queries, seen, block, d, scores, rescale);
+  AddValues<kN>(queries, seen, block, d, group, scores, rescale);
+}
+
+// Only sizes of groups that the block has are compiled.
+template <int kN, typename Block>
+void AttendUpTo(const Query* queries, const Block& block, int32_t d, float scale, Group group) {
+  if constexpr (kN <= Block::kGroup) AttendGroup<kN>(queries, block, d, scale, group);
 }
 
 // All of `queries` against one block.
 template <typename Block>
 void AttendBlock(const Query* queries, int count, const Block& block, int32_t d, float scale) {
   // Even groups: 8 queries as 4 + 4, not 6 + 2.
-  const int groups = (count + kGroup - 1) / kGroup;
+  const int groups = (count + Block::kGroup - 1) / Block::kGroup;
   for (int g = 0; g < groups; ++g) {
     const Query* at = queries + count * g / groups;
     switch (count * (g + 1) / groups - count * g / groups) {
-      case 1: AttendGroup<1>(at, block, d, scale); break;
-#if defined(__AVX2__)
-      case 2: AttendGroup<2>(at, block, d, scale); break;
-#endif
-#if defined(__AVX512F__)
-      case 3: AttendGroup<3>(at, block, d, scale); break;
-      case 4: AttendGroup<4>(at, block, d, scale); break;
-      case 5: AttendGroup<5>(at, block, d, scale); break;
-      case 6: AttendGroup<6>(at, block, d, scale); break;
-#endif
+      case 1: AttendGroup<1>(at, block, d, scale, {g, groups}); break;
+      case 2: AttendUpTo<2>(at, block, d, scale, {g, groups}); break;
+      case 3: AttendUpTo<3>(at, block, d, scale, {g, groups}); break;
+      case 4: AttendUpTo<4>(at, block, d, scale, {g, groups}); break;
+      case 5: AttendUpTo<5>(at, block, d, scale, {g, groups}); break;
+      case 6: AttendUpTo<6>(at, block, d, scale, {g, groups}); break;
     }
   }
 }

@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/attention_block.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/runs.h"
 
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
@@ -20,7 +21,7 @@ constexpr int64_t kManyQueries = 256;
 // states (192 x 264 B) and the block (32 KiB at head_dim 64) it stays in L2. At 96 the widening took 6%.
 constexpr int64_t kQueriesATask = 192;
 // Up to this many queries share a pass over K and V as they lie.
-constexpr int64_t kNarrowQueries = 2 * kGroup;
+constexpr int64_t kNarrowQueries = 2 * kNarrowGroup;
 // Works of one pass over the scratch.
 constexpr int kMaxWorks = 256;
 
@@ -267,10 +268,13 @@ class UnitPass {
   }
 
   void Run() {
-    team_.ForEach(units_before_[num_works_], [&](int64_t i) {
+    // Units in a row, because each prefetches for the next.
+    ForEachRun(team_, units_before_[num_works_], [&](int64_t begin, int64_t end) {
       int w = 0;
-      while (units_before_[w + 1] <= i) ++w;
-      AttendUnit(launch_, works_[w], works_[w].first_unit + i - units_before_[w]);
+      for (int64_t i = begin; i < end; ++i) {
+        while (units_before_[w + 1] <= i) ++w;
+        AttendUnit(launch_, works_[w], works_[w].first_unit + i - units_before_[w]);
+      }
     });
     team_.ForEach(num_works_, [&](int64_t w) { FoldUnits(launch_, works_[w]); });
     num_works_ = 0;

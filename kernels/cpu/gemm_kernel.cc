@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/runs.h"
 
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
@@ -121,38 +122,14 @@ int64_t RowsABlock(const GemmArgs& g) {
   return (rows + kRows - 1) / kRows * kRows;
 }
 
-// Panels go to the members in runs, so that each streams its weights, of lengths that shrink towards
-// the end, so that all end together even if a core is also wanted elsewhere (by a copy stream, say):
-// guided self-scheduling, Polychronopoulos and Kuck, IEEE ToC 1987.
-struct Runs {
-  int64_t total;
-  int members;
-
-  int64_t End(int64_t begin) const {
-    return begin + std::max<int64_t>(1, (total - begin) / (2 * members));
-  }
-  int64_t Count() const {
-    int64_t count = 0;
-    for (int64_t at = 0; at < total; at = End(at)) ++count;
-    return count;
-  }
-  int64_t Begin(int64_t run) const {
-    int64_t at = 0;
-    for (; run > 0; --run) at = End(at);
-    return at;
-  }
-};
-
 }  // namespace
 
 void Gemm(const GemmArgs& g, CpuTeam& team) {
   if (g.m <= 0 || g.w.n <= 0) return;
   const int64_t rows = RowsABlock(g);
   const int64_t panels = (g.w.n + kPanelOutputs - 1) / kPanelOutputs;
-  const Runs runs{(g.m + rows - 1) / rows * panels, team.size()};
-  team.ForEach(runs.Count(), [&](int64_t run) {
-    const int64_t begin = runs.Begin(run);
-    const int64_t end = runs.End(begin);
+  // Panels in a row, because each prefetches for the next.
+  ForEachRun(team, (g.m + rows - 1) / rows * panels, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_begin = task / panels * rows;
       const int64_t panel = task % panels;
