@@ -41,10 +41,12 @@ absl::Status CheckOptions(const JsonReader& config) {
     HEADROOM_ASSIGN_OR_RETURN(const bool bias, config.BoolOr(name, false));
     if (bias) return Unsupported(config, name, "true", "false");
   }
-  HEADROOM_ASSIGN_OR_RETURN(const double partial, config.NumberOr("partial_rotary_factor", 1, 0, 1));
+  HEADROOM_ASSIGN_OR_RETURN(const double partial,
+                            config.NumberOr("partial_rotary_factor", 1, 0, 1));
   if (partial != 1) return Unsupported(config, "partial_rotary_factor", absl::StrCat(partial), "1");
-  constexpr std::array kRefused = {"quantization_config", "sliding_window", "attn_logit_softcapping",
-                                   "final_logit_softcapping", "query_pre_attn_scalar"};
+  constexpr std::array kRefused = {"quantization_config", "sliding_window",
+                                   "attn_logit_softcapping", "final_logit_softcapping",
+                                   "query_pre_attn_scalar"};
   for (const char* name : kRefused) {
     if (const Json* found = config.object().Find(name); found != nullptr) {
       return Unsupported(config, name, found->Dump(), "absent");

@@ -39,7 +39,8 @@ int64_t DtypeBytes(absl::string_view dtype) {
 absl::Status ReadFully(int fd, const std::string& path, int64_t offset, int64_t bytes, void* out) {
   auto* to = static_cast<char*>(out);
   while (bytes > 0) {
-    const ssize_t got = pread(fd, to, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
+    const auto most = static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30));
+    const ssize_t got = pread(fd, to, most, offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) {
       return absl::DataLossError(

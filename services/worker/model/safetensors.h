@@ -1,8 +1,8 @@
-// Reads weights in the safetensors format: an 8-byte little-endian header length, a JSON header, then
-// the tensors' bytes. One file, or shards named by model.safetensors.index.json.
+// Reads weights in the safetensors format: an 8-byte little-endian header length, a JSON header,
+// then the tensors' bytes. One file, or shards named by model.safetensors.index.json.
 //
-// Files are not trusted: the header is capped, every offset and product is checked before it is used,
-// ranges may neither overlap nor leave holes, and shards lie in the model's folder.
+// Files are not trusted: the header is capped, every offset and product is checked before it is
+// used, ranges may neither overlap nor leave holes, and shards lie in the model's folder.
 #ifndef HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 #define HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 

@@ -75,8 +75,8 @@ class Loader {
     return reinterpret_cast<const BFloat16*>(data);
   }
 
-  // A tensor that was not loaded: a wrong guess about the architecture must not pass silently. A copy
-  // of a tied embedding and stored frequencies, which older files have, say nothing new.
+  // A tensor that was not loaded: a wrong guess about the architecture must not pass silently. A
+  // copy of a tied embedding and stored frequencies, which older files have, say nothing new.
   absl::Status CheckNoneLeftOver(const ModelConfig& config) const {
     for (const auto& [name, tensor] : reader_.tensors()) {
       if (used_.contains(&tensor) || name.ends_with(".rotary_emb.inv_freq") ||
@@ -112,9 +112,9 @@ class Loader {
     HEADROOM_RETURN_IF_ERROR(reader_.Read(tensor, offset, bytes, piece_.data()));
     XXH3_128bits_update(hash_.get(), piece_.data(), static_cast<size_t>(bytes));
     done_bytes_ += bytes;
-    if (progress_) {  // the total counts padding: the last piece ends short of 1
-      progress_(std::min(1.0, static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_)));
-    }
+    // The total counts padding: the last piece ends short of 1.
+    const double share = static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_);
+    if (progress_) progress_(std::min(1.0, share));
     return absl::OkStatus();
   }
 

@@ -31,8 +31,8 @@ struct ModelWeights {
   const kernels::BFloat16* final_norm = nullptr;  // [hidden]
   kernels::PackedWeight lm_head;                  // [vocab, hidden]; the embedding where tied
   const float* inverse_frequency = nullptr;       // [head_dim / 2]
-  // XXH3-128 over names, shapes and bytes of the weights, the RoPE frequencies and the norms' epsilon:
-  // all that keys and values hang on.
+  // XXH3-128 over names, shapes and bytes of the weights, the RoPE frequencies and the norms'
+  // epsilon: all that keys and values hang on.
   std::array<uint8_t, 16> fingerprint = {};
 };
 
@@ -41,8 +41,8 @@ int64_t WeightBytes(const ModelConfig& config,
                     const std::function<int64_t(int64_t n, int64_t k)>& packed_bytes);
 int64_t WeightBytes(const ModelConfig& config, const Device& device);
 
-// Reads the safetensors of `model_dir` piece by piece into the arena (at most 8 MiB of host memory at
-// a time). `progress` gets the share done, never falling, at the end 1. Errors (NOT_FOUND,
+// Reads the safetensors of `model_dir` piece by piece into the arena (at most 8 MiB of host memory
+// at a time). `progress` gets the share done, never falling, at the end 1. Errors (NOT_FOUND,
 // INVALID_ARGUMENT, DATA_LOSS) name file and tensor, be it wrong, missing or one too many.
 absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const ModelConfig& config,
                                          Device& device,

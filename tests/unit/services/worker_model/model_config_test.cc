@@ -53,7 +53,8 @@ class ReadModelConfigTest : public testing::Test {
     std::string json = "{";
     std::istringstream lines(kConfig);
     for (std::string line; std::getline(lines, line);) {
-      if (line == "{" || line == "}" || line.find("\"" + name + "\"") != std::string::npos) continue;
+      const bool is_brace = line == "{" || line == "}";
+      if (is_brace || line.find("\"" + name + "\"") != std::string::npos) continue;
       json += line + (line.back() == ',' ? "" : ",");
     }
     json += value.empty() ? R"("last": 0})" : "\"" + name + "\": " + value + "}";
