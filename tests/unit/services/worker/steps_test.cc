@@ -110,7 +110,7 @@ TEST_F(Steps, ARepeatedStepGivesTheSame) {
   ASSERT_EQ(tokens.size(), 1u);
   EXPECT_EQ(Difference(tokens, Tokens(std::move(again))), "");
   // A chunk whose first keys were in the tail, which it has overwritten; then single tokens.
-  for (StepSequence piece : {Piece(1, 300, 280), Piece(1, 580, 1), Piece(1, 581, 30)}) {
+  for (StepSequence piece : {Piece(1, 300, 232), Piece(1, 532, 1), Piece(1, 533, 30)}) {
     auto step = StepOf(piece);
     auto repeated = std::make_unique<Step>(*step);
     repeated->attempt = 1;
@@ -119,15 +119,15 @@ TEST_F(Steps, ARepeatedStepGivesTheSame) {
     EXPECT_EQ(Difference(once, Tokens(std::move(repeated))), "") << piece.first_pos;
   }
   // And what follows is what follows without repetitions.
-  const auto last = Tokens(StepOf(Piece(1, 611, 5)));
+  const auto last = Tokens(StepOf(Piece(1, 563, 5)));
   auto opening = Opening(2, 640, 300);
   opening->sequences[0].token_ids = Piece(1, 0, 300).token_ids;
   EXPECT_EQ(Difference(tokens, Tokens(std::move(opening))), "");
   for (StepSequence piece :
-       {Piece(1, 300, 280), Piece(1, 580, 1), Piece(1, 581, 30), Piece(1, 611, 5)}) {
+       {Piece(1, 300, 232), Piece(1, 532, 1), Piece(1, 533, 30), Piece(1, 563, 5)}) {
     piece.sequence_id = 2;
     const auto without = Tokens(StepOf(piece));
-    if (piece.first_pos == 611) {
+    if (piece.first_pos == 563) {
       EXPECT_EQ(Difference(last, without), "");
     }
   }
