@@ -183,6 +183,7 @@ void Scheduler::Tick() {
 
 void Scheduler::ExpireRequests(absl::Time now) {
   const bool lost = !connected_ && now - disconnected_since_ > options_.lost_peer_timeout;
+  const bool store_lost = now - store_away_since_ > options_.lost_peer_timeout;
   // The reason to end now, or nothing.
   const auto over = [&](const Request& request) -> std::optional<absl::Status> {
     if (now >= request.deadline) return DeadlinePassedError();
@@ -196,7 +197,12 @@ void Scheduler::ExpireRequests(absl::Time now) {
     at = status.has_value() ? queue_.erase(at) : at + 1;
   }
   for (auto& request : running_) {
-    const std::optional<absl::Status> status = over(request->request());
+    std::optional<absl::Status> status = over(request->request());
+    // Whoever has extents enough goes on without the store.
+    if (!status.has_value() && store_lost && request->rows_in_flight() == 0 &&
+        !LeasesNeeded(*request).empty()) {
+      status = PeerLostError(now - store_away_since_, connect_failure_);
+    }
     if (status.has_value()) request->End(*status, v1::FINISH_REASON_TIME_LIMIT);
   }
 }

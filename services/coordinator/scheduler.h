@@ -124,6 +124,7 @@ class Scheduler {
   void ReconcileWithStore(const std::vector<v1::StoredSequence>& stored);
   void MaintainReattachment();
   void MaintainLeases();
+  std::vector<int64_t> LeasesNeeded(const RunningRequest& request) const;
   void OnLeased(uint64_t sequence_id, uint64_t connection, const absl::Status& status,
                 std::vector<v1::ExtentRun> runs);
   void MaintainCommits();
@@ -200,6 +201,7 @@ class Scheduler {
   uint64_t connections_ = 0;
   std::string connect_failure_;  // the latest, until connected
   absl::Time disconnected_since_;
+  absl::Time store_away_since_ = absl::InfiniteFuture();
   absl::Time reattach_since_;
   bool commit_in_flight_ = false;
   absl::Time commit_retry_;

@@ -66,6 +66,7 @@ void Scheduler::OnConnected(PeersFound found) {
   connected_ = true;
   reattach_ = false;
   store_answers_ = true;
+  store_away_since_ = absl::InfiniteFuture();
   ++connections_;
   connect_failure_.clear();
   auto facts = std::make_shared<PeerFacts>();
@@ -150,7 +151,12 @@ void Scheduler::OnStore(const absl::StatusOr<v1::GetStoreInfoResponse>& info) {
                          : absl::StrCat("the kvstore does not answer: ", info.status().message()));
   }
   store_answers_ = info.ok();
-  if (!info.ok()) return;
+  if (!info.ok()) {
+    store_away_since_ = std::min(store_away_since_, absl::Now());
+    connect_failure_ = std::string(info.status().message());
+    return;
+  }
+  store_away_since_ = absl::InfiniteFuture();
   MutexLock lock(&mutex_);
   if (facts_ == nullptr || facts_->store.generation() != info->generation()) return;
   auto facts = std::make_shared<PeerFacts>(*facts_);
@@ -173,21 +179,26 @@ void Scheduler::UpdateServing() {
 
 // ---------------------------------------------------------------- the store's side of sequences
 
+std::vector<int64_t> Scheduler::LeasesNeeded(const RunningRequest& request) const {
+  const SequenceProgress& progress = request.progress();
+  std::vector<int64_t> capacities;
+  int64_t have = request.sequence().capacity_tokens();
+  for (int64_t more; (more = NextLeaseTokens(capacity_.geometry, have,
+                                             std::max(progress.known_tokens, progress.next_pos),
+                                             progress.end_pos, request.reserved_tokens)) > 0;
+       have += more) {
+    capacities.push_back(more);
+  }
+  return capacities;
+}
+
 void Scheduler::MaintainLeases() {
   if (!connected_ || !store_answers_) return;
   for (auto& request : running_) {
     if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry)
       continue;
     const Sequence& sequence = request->sequence();
-    const SequenceProgress& progress = request->progress();
-    std::vector<int64_t> capacities;
-    int64_t have = sequence.capacity_tokens();
-    for (int64_t more; (more = NextLeaseTokens(capacity_.geometry, have,
-                                               std::max(progress.known_tokens, progress.next_pos),
-                                               progress.end_pos, request->reserved_tokens)) > 0;
-         have += more) {
-      capacities.push_back(more);
-    }
+    std::vector<int64_t> capacities = LeasesNeeded(*request);
     if (capacities.empty()) {
       request->leased = true;
       continue;

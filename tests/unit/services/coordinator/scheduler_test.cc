@@ -731,6 +731,26 @@ TEST_F(SchedulerTest, AStoreThatLostEverythingCostsARecomputation) {
   EXPECT_EQ(again->tokens(), FakeAnswer(Prompt(500), 5));
 }
 
+TEST_F(SchedulerTest, AStoreThatStaysAwayEndsOnlyWhoNeedsItsExtents) {
+  machine_->step_time = absl::Milliseconds(2);
+  SchedulerOptions options;
+  options.lost_peer_timeout = absl::Milliseconds(300);
+  Start(options);
+  auto has_enough = Submit(Prompt(200), 100);
+  ASSERT_TRUE(has_enough->WaitForTokens(1));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = true;
+  }
+  auto needs = Submit(Prompt(300), 5);
+  ASSERT_TRUE(needs->WaitForEnd());
+  EXPECT_EQ(needs->status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(ReasonOf(needs->status()), "PEER_LOST");
+  ASSERT_TRUE(has_enough->WaitForEnd());
+  EXPECT_TRUE(has_enough->status().ok()) << has_enough->status();
+  EXPECT_EQ(has_enough->tokens(), FakeAnswer(Prompt(200), 100));
+}
+
 TEST_F(SchedulerTest, PeersThatStayAwayEndTheRequests) {
   machine_->step_time = absl::Milliseconds(5);
   SchedulerOptions options;

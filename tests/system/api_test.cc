@@ -1,0 +1,387 @@
+// The public API over three processes: what it answers, what it refuses, and that clients who behave
+// badly cost nobody anything.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+#include "tests/system/test_env.h"
+
+namespace headroom {
+namespace {
+
+class Api : public testing::Test {
+ protected:
+  static void SetUpTestSuite() { cluster_ = std::make_unique<Cluster>(); }
+  static void TearDownTestSuite() { cluster_.reset(); }
+  void SetUp() override {
+    ASSERT_NO_FATAL_FAILURE(cluster_->AwaitServing());
+    worker_pid_ = cluster_->worker().pid();
+  }
+  // Whatever a test did: nothing is left of it, no process has died, and the next answer is right.
+  void TearDown() override {
+    EXPECT_TRUE(client().AwaitIdle(absl::Seconds(10))) << client().Load().ShortDebugString();
+    EXPECT_TRUE(cluster_->worker().running());
+    EXPECT_TRUE(cluster_->kvstore().running());
+    EXPECT_TRUE(cluster_->coordinator().running());
+    EXPECT_EQ(cluster_->worker().pid(), worker_pid_);
+    const Generation generation = client().Generate(Ask(RandomPrompt(99, 70), 4));
+    EXPECT_EQ(generation.tokens.size(), 4u) << generation.status;
+  }
+
+  static const TestClient& client() { return cluster_->client(); }
+  static v1::InferenceService::Stub& api() { return client().api(); }
+  // A request that would take very much longer than any test.
+  static v1::GenerateRequest Endless() {
+    v1::GenerateRequest request = Ask(RandomPrompt(5, 100), 8000);
+    request.clear_logprobs();
+    return request;
+  }
+  // The field that the server complains of, or what it says instead.
+  static std::string Complaint(const v1::GenerateRequest& request) {
+    const absl::Status status = client().GenerateOnce(request).status;
+    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
+    if (!absl::IsInvalidArgument(status) || violations.size() != 1) return status.ToString();
+    return violations[0].field;
+  }
+
+  static std::unique_ptr<Cluster> cluster_;
+  pid_t worker_pid_ = 0;
+};
+std::unique_ptr<Cluster> Api::cluster_;
+
+// ---------------------------------------------------------------- what it answers
+
+TEST_F(Api, StreamsOneAcceptanceDeltasAndOneEnd) {
+  const std::vector<int32_t> prompt = RandomPrompt(1, 150);
+  const Generation generation = client().Generate(Ask(prompt, 30));
+  ASSERT_TRUE(generation.status.ok()) << generation.status;
+  EXPECT_EQ(generation.accepted_events, 1);
+  EXPECT_FALSE(generation.accepted.request_id().empty());
+  EXPECT_TRUE(generation.accepted.has_seed());
+  EXPECT_EQ(std::vector<int32_t>(generation.accepted.prompt_token_ids().begin(),
+                                 generation.accepted.prompt_token_ids().end()),
+            prompt);
+  EXPECT_EQ(generation.tokens.size(), 30u);
+  const v1::Finished& finished = generation.finished;
+  EXPECT_EQ(finished.reason(), v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(finished.usage().prompt_tokens(), 150);
+  EXPECT_EQ(finished.usage().cached_tokens(), 0);
+  EXPECT_EQ(finished.usage().completion_tokens(), 30);
+  EXPECT_GT(finished.timings().prefill_ns(), 0);
+  EXPECT_GT(finished.timings().decode_ns(), 0);
+  EXPECT_GT(finished.timings().tpot_ns(), 0);
+  EXPECT_GE(finished.timings().ttft_ns(), finished.timings().prefill_ns());
+}
+
+TEST_F(Api, GenerateOnceIsGenerateInOneMessage) {
+  v1::GenerateRequest request = Ask(RandomPrompt(2, 150), 40);
+  Place(request, AllFetched());
+  const Generation streamed = client().Generate(request);
+  const Generation once = client().GenerateOnce(request);
+  EXPECT_EQ(Difference(once, streamed), "");
+  EXPECT_EQ(once.text, streamed.text);
+  EXPECT_FALSE(once.text.empty());
+  EXPECT_EQ(once.finished.reason(), streamed.finished.reason());
+  EXPECT_EQ(once.accepted.prompt_token_ids_size(), 150);
+}
+
+TEST_F(Api, TextGoesToTokensAndBack) {
+  for (const std::string text : {"hello world", "Größe: 5 € – 東京", "a\nb\t\"c\"\\"}) {
+    v1::TokenizeRequest tokenize;
+    tokenize.set_text(text);
+    v1::TokenizeResponse ids;
+    ASSERT_TRUE(api().Tokenize(TestClient::Context().get(), tokenize, &ids).ok());
+    EXPECT_GT(ids.token_ids_size(), 0);
+    v1::DetokenizeRequest detokenize;
+    *detokenize.mutable_token_ids() = ids.token_ids();
+    v1::DetokenizeResponse back;
+    ASSERT_TRUE(api().Detokenize(TestClient::Context().get(), detokenize, &back).ok());
+    EXPECT_EQ(back.text(), text);
+
+    v1::GenerateRequest request = Ask({}, 8);
+    request.set_prompt(text);
+    const Generation generation = client().Generate(request);
+    EXPECT_EQ(generation.accepted.prompt_token_ids_size(), ids.token_ids_size());
+    detokenize.clear_token_ids();
+    for (const int32_t id : generation.ids()) detokenize.add_token_ids(id);
+    ASSERT_TRUE(api().Detokenize(TestClient::Context().get(), detokenize, &back).ok());
+    EXPECT_EQ(generation.text, back.text());
+  }
+}
+
+TEST_F(Api, TellsAboutModelAndServer) {
+  v1::GetModelInfoResponse model;
+  ASSERT_TRUE(
+      api().GetModelInfo(TestClient::Context().get(), v1::GetModelInfoRequest(), &model).ok());
+  EXPECT_EQ(model.architecture(), "LlamaForCausalLM");
+  EXPECT_EQ(model.geometry().num_layers(), 4);
+  EXPECT_EQ(model.geometry().num_kv_heads(), 4);
+  EXPECT_EQ(model.geometry().head_dim(), 64);
+  EXPECT_EQ(model.num_q_heads(), 12);
+  EXPECT_EQ(model.vocab_size(), kTestVocab);
+  EXPECT_EQ(model.max_context_tokens(), kTestContext);
+  EXPECT_EQ(model.kv_bytes_per_token(), kTestTokenBytes);
+  EXPECT_TRUE(model.has_chat_template());
+
+  v1::GetServerInfoResponse server;
+  ASSERT_TRUE(
+      api().GetServerInfo(TestClient::Context().get(), v1::GetServerInfoRequest(), &server).ok());
+  EXPECT_FALSE(server.version().empty());
+  EXPECT_EQ(server.device_budget_bytes(), 48 << 20);
+  EXPECT_EQ(server.host_capacity_bytes(), 64u << 20);
+  EXPECT_NE(server.store_generation(), 0u);
+  EXPECT_NE(server.worker_incarnation(), 0u);
+
+  const v1::GetLoadResponse load = client().Load();
+  EXPECT_EQ(load.device_budget_bytes(), 48 << 20);
+  EXPECT_GT(load.device_used_bytes(), 0);
+  EXPECT_LE(load.device_used_bytes(), load.device_budget_bytes());
+  EXPECT_EQ(load.host_capacity_bytes(), 64u << 20);
+
+  const v1::GetStatusResponse status = client().Status();
+  ASSERT_EQ(status.processes_size(), 3);
+  for (const v1::ProcessStatus& process : status.processes()) {
+    EXPECT_TRUE(process.connected()) << process.name();
+    EXPECT_FALSE(process.address().empty()) << process.name();
+  }
+}
+
+TEST_F(Api, PromptLogprobsAreThoseOfTheSameTokensGenerated) {
+  const std::vector<int32_t> prompt = RandomPrompt(3, 300);
+  v1::GenerateRequest request = Ask(prompt, 60);
+  Place(request, AllFetched());
+  const Generation generated = client().Generate(request);
+  ASSERT_TRUE(generated.status.ok()) << generated.status;
+  std::vector<int32_t> all = prompt;
+  const std::vector<int32_t> answer = generated.ids();
+  all.insert(all.end(), answer.begin(), answer.end());
+
+  v1::GenerateRequest scoring = Ask(all, 0);
+  Place(scoring, AllResident());
+  const Generation scored = client().Generate(scoring);
+  ASSERT_TRUE(scored.status.ok()) << scored.status;
+  EXPECT_EQ(scored.tokens.size(), 0u);
+  EXPECT_EQ(scored.finished.reason(), v1::FINISH_REASON_LENGTH);
+  ASSERT_EQ(scored.finished.prompt_logprobs_size(), 359);
+  for (int i = 0; i < 60; ++i) {
+    const v1::TokenRecord& record = scored.finished.prompt_logprobs(299 + i);
+    EXPECT_EQ(record.token_id(), answer[i]);
+    EXPECT_EQ(std::bit_cast<uint32_t>(record.logprob()),
+              std::bit_cast<uint32_t>(generated.tokens[i].logprob()))
+        << i;
+  }
+  // Greedy: the drawn token is the likeliest.
+  EXPECT_EQ(generated.tokens[0].top(0).token_id(), answer[0]);
+}
+
+TEST_F(Api, StopsAtStringsAndTokens) {
+  v1::GenerateRequest request = Ask(RandomPrompt(4, 80), 40);
+  const Generation free = client().Generate(request);
+  ASSERT_EQ(free.tokens.size(), 40u) << free.status;
+  const int32_t eleventh = free.tokens[10].token_id();
+  request.mutable_stopping()->add_stop_token_ids(eleventh);
+  const Generation stopped = client().Generate(request);
+  EXPECT_EQ(stopped.finished.reason(), v1::FINISH_REASON_STOP);
+  EXPECT_EQ(stopped.finished.stop().stop_token_id(), eleventh);
+  EXPECT_LE(stopped.tokens.size(), 11u);
+}
+
+TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
+  v1::ForkSessionRequest fork;
+  fork.set_session_id("a");
+  fork.set_new_session_id("b");
+  v1::ForkSessionResponse forked;
+  EXPECT_EQ(api().ForkSession(TestClient::Context().get(), fork, &forked).error_code(),
+            grpc::StatusCode::UNIMPLEMENTED);
+  v1::ProfileResponse profile;
+  EXPECT_EQ(client()
+                .admin()
+                .Profile(TestClient::Context().get(), v1::ProfileRequest(), &profile)
+                .error_code(),
+            grpc::StatusCode::UNIMPLEMENTED);
+  v1::GenerateRequest request = Ask({10, 11}, 1);
+  Place(request, {{v1::LANE_IN_PLACE, 1}});
+  EXPECT_EQ(ReasonOf(client().Generate(request).status), "IN_PLACE_NOT_SERVED");
+}
+
+// ---------------------------------------------------------------- what it refuses
+
+TEST_F(Api, NamesTheFieldThatIsWrong) {
+  const auto complaint = [](auto&& change) {
+    v1::GenerateRequest request = Ask({10, 11, 12}, 2);
+    change(request);
+    return Complaint(request);
+  };
+  using R = v1::GenerateRequest;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(complaint([](R& r) { r.mutable_token_ids()->set_ids(1, kTestVocab); }),
+            "token_ids.ids[1]");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_token_ids()->set_ids(2, -1); }), "token_ids.ids[2]");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_token_ids()->clear_ids(); }), "token_ids.ids");
+  EXPECT_EQ(complaint([](R& r) { r.clear_input(); }), "input");
+  EXPECT_EQ(complaint([](R& r) { r.set_prompt(""); }), "prompt");
+  EXPECT_EQ(complaint([](R& r) {
+              r.mutable_token_ids()->mutable_ids()->Resize(kTestContext, 9);
+            }),
+            "token_ids.ids");
+  EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_temperature(nan); }),
+            "sampling.temperature");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_sampling()->set_temperature(-1); }),
+            "sampling.temperature");
+  EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_top_p(nan); }), "sampling.top_p");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_sampling()->set_top_k(-5); }), "sampling.top_k");
+  EXPECT_EQ(complaint([](R& r) {
+              for (int i = 0; i < 17; ++i) r.mutable_stopping()->add_stop_strings("x");
+            }),
+            "stopping.stop_strings");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_stopping()->add_stop_strings(""); }),
+            "stopping.stop_strings[0]");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_stopping()->set_max_tokens(-1); }),
+            "stopping.max_tokens");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_logprobs()->set_num_top(21); }), "logprobs.num_top");
+  EXPECT_EQ(complaint([](R& r) { r.set_session_id("not/valid"); }), "session_id");
+  EXPECT_EQ(complaint([](R& r) { Place(r, {{v1::LANE_RESIDENT, 0.5}}); }), "placement.shares");
+  EXPECT_EQ(complaint([](R& r) { r.mutable_placement()->set_chunk_tokens(0); }),
+            "placement.chunk_tokens");
+  EXPECT_EQ(complaint([](R& r) { r.set_n(2); }), "n");
+}
+
+TEST_F(Api, ServesThePromptThatJustFits) {
+  ClusterOptions options;
+  options.coordinator_args = {"--context-limit", "1024"};
+  Cluster small(options);
+  ASSERT_NO_FATAL_FAILURE(small.AwaitServing());
+  const Generation generation = small.client().Generate(Ask(RandomPrompt(6, 1023), 50));
+  EXPECT_TRUE(generation.status.ok()) << generation.status;
+  EXPECT_EQ(generation.tokens.size(), 1u);
+  EXPECT_EQ(generation.finished.reason(), v1::FINISH_REASON_LENGTH);
+  const absl::Status longer = small.client().Generate(Ask(RandomPrompt(6, 1024), 50)).status;
+  EXPECT_TRUE(absl::IsInvalidArgument(longer)) << longer;
+}
+
+TEST_F(Api, RefusesWhatNeverFitsWithTheNumbers) {
+  v1::GenerateRequest request = Ask(RandomPrompt(7, 8000), 10);
+  Place(request, AllResident());  // 31 MiB of keys and values
+  const absl::Status status = client().Generate(request).status;
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+  EXPECT_EQ(ReasonOf(status), "DOES_NOT_FIT");
+}
+
+// ---------------------------------------------------------------- clients that behave badly
+
+TEST_F(Api, ACancelledRequestFreesItsSequenceAndOthersGoOn) {
+  const Generation expected = client().Generate(Ask(RandomPrompt(8, 100), 40));
+  const auto context = TestClient::Context();
+  const auto stream = api().Generate(context.get(), Endless());
+  v1::GenerateResponse event;
+  while (stream->Read(&event) && !event.has_delta()) {
+  }
+  std::thread cancels([&] {
+    absl::SleepFor(absl::Milliseconds(20));
+    context->TryCancel();
+  });
+  EXPECT_EQ(Difference(client().Generate(Ask(RandomPrompt(8, 100), 40)), expected), "");
+  cancels.join();
+  while (stream->Read(&event)) {
+  }
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(Api, ACancelledGenerateOnceFreesItsSequence) {
+  const auto context = TestClient::Context();
+  std::thread cancels([&] {
+    EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(5)),
+                          [] { return client().Load().running_requests() == 1; }));
+    context->TryCancel();
+  });
+  v1::GenerateOnceRequest request;
+  *request.mutable_request() = Endless();
+  v1::GenerateOnceResponse response;
+  EXPECT_EQ(api().GenerateOnce(context.get(), request, &response).error_code(),
+            grpc::StatusCode::CANCELLED);
+  cancels.join();
+}
+
+TEST_F(Api, AClientThatStopsReadingPausesAndOthersGoOn) {
+  grpc::ChannelArguments args;
+  args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // or its window may grow beyond the whole answer
+  const auto own_connection = v1::InferenceService::NewStub(grpc::CreateCustomChannel(
+      cluster_->api_address(), grpc::InsecureChannelCredentials(), args));
+  const auto context = TestClient::Context(absl::Seconds(60));
+  v1::GenerateRequest request = Endless();
+  request.mutable_logprobs()->set_num_top(20);  // fills the connection's buffers sooner
+  const auto stream = own_connection->Generate(context.get(), request);
+  v1::GenerateResponse event;
+  ASSERT_TRUE(stream->Read(&event));
+  // Paused: the count of steps stands still although the request is far from its end.
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] {
+    const int64_t steps = client().Status().steps();
+    absl::SleepFor(Patience(absl::Milliseconds(200)));
+    return steps > 0 && client().Status().steps() == steps;
+  }));
+  EXPECT_EQ(client().Load().running_requests(), 1);
+  const Generation other = client().Generate(Ask(RandomPrompt(9, 100), 20));
+  EXPECT_EQ(other.tokens.size(), 20u) << other.status;
+  // It wakes up and is served further.
+  int tokens = 0;
+  while (tokens < 2000 && stream->Read(&event)) tokens += event.delta().tokens_size();
+  EXPECT_GE(tokens, 2000);
+  context->TryCancel();
+}
+
+TEST_F(Api, ADeadlineEndsARequest) {
+  const auto context = TestClient::Context();
+  context->set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(500));
+  const auto stream = api().Generate(context.get(), Endless());
+  v1::GenerateResponse event;
+  while (stream->Read(&event)) {
+  }
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+}
+
+TEST_F(Api, ATimeLimitEndsWithWhatThereIs) {
+  v1::GenerateRequest request = Endless();
+  request.mutable_stopping()->set_time_limit_ms(kSanitized ? 2000 : 300);
+  const Generation generation = client().Generate(request);
+  EXPECT_TRUE(generation.status.ok()) << generation.status;
+  EXPECT_EQ(generation.finished.reason(), v1::FINISH_REASON_TIME_LIMIT);
+  EXPECT_GT(generation.tokens.size(), 0u);
+}
+
+TEST_F(Api, AbortEndsARequestByItsId) {
+  const auto context = TestClient::Context();
+  context->AddMetadata("x-request-id", "doomed");
+  const auto stream = api().Generate(context.get(), Endless());
+  v1::GenerateResponse event;
+  while (stream->Read(&event) && !event.has_delta()) {
+  }
+  v1::AbortRequest abort;
+  abort.set_request_id("doomed");
+  v1::AbortResponse aborted;
+  EXPECT_TRUE(api().Abort(TestClient::Context().get(), abort, &aborted).ok());
+  while (stream->Read(&event)) {
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
+  EXPECT_TRUE(api().Abort(TestClient::Context().get(), abort, &aborted).ok()) << "again";
+}
+
+TEST_F(Api, ManyRequestsQueueAndAllAreServed) {
+  std::vector<v1::GenerateRequest> requests;
+  for (int i = 0; i < 40; ++i) requests.push_back(Ask(RandomPrompt(100 + i, 20 + 3 * i), 5));
+  for (const Generation& generation : client().GenerateAll(requests)) {
+    EXPECT_EQ(generation.tokens.size(), 5u) << generation.status;
+  }
+}
+
+}  // namespace
+}  // namespace headroom

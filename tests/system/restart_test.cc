@@ -1,0 +1,162 @@
+// Processes die, hang and come back: what is sealed stays, nothing waits for ever, and the next answer
+// is right.
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+#include "tests/system/test_env.h"
+
+namespace headroom {
+namespace {
+
+constexpr int32_t kLongAnswer = 600;
+
+v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
+                          int32_t max_tokens) {
+  v1::GenerateRequest request = Ask(prompt, max_tokens);
+  request.mutable_logprobs()->set_prompt(false);
+  Place(request, ResidentShare(0.5));
+  if (!session.empty()) request.set_session_id(session);
+  return request;
+}
+
+class Restart : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing()); }
+  void TearDown() override {
+    EXPECT_TRUE(client().AwaitIdle(absl::Seconds(20))) << client().Load().ShortDebugString();
+  }
+  const TestClient& client() const { return cluster_.client(); }
+
+  // A stream during which `fault` happens, at its 30th token. It ends as if nothing had been, or with
+  // UNAVAILABLE after a right beginning.
+  Generation GenerateUnderFault(const std::string& session, const std::vector<int32_t>& prompt,
+                                const Generation& expected,
+                                const std::function<void()>& fault) const {
+    Generation generation;
+    std::atomic<int> generated{0};
+    // The stream is on the other thread: processes end with the thread that has started them.
+    std::thread streams([&] {
+      generation = client().Generate(AskIn(session, prompt, kLongAnswer),
+                                     [&](int tokens) { generated.store(tokens); });
+    });
+    EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return generated.load() >= 30; }));
+    EXPECT_LT(generated.load(), kLongAnswer) << "it was over before";
+    fault();
+    streams.join();
+    if (generation.status.ok()) {
+      EXPECT_EQ(Difference(generation, expected), "");
+    } else {
+      EXPECT_TRUE(absl::IsUnavailable(generation.status)) << generation.status;
+      Generation beginning = expected;
+      beginning.tokens.resize(generation.tokens.size());
+      EXPECT_EQ(generation.ids(), beginning.ids());
+    }
+    return generation;
+  }
+
+  Cluster cluster_;
+};
+
+TEST_F(Restart, AKilledStoreComesBackWithItsSealedExtents) {
+  const std::vector<int32_t> first = RandomPrompt(1, 500);
+  std::vector<int32_t> second = first;
+  for (const int32_t id : RandomPrompt(2, 100)) second.push_back(id);
+  const Generation expected = client().Generate(AskIn("", second, 30));
+  ASSERT_TRUE(client().Generate(AskIn("s", first, 5)).status.ok());
+  EXPECT_TRUE(client().AwaitIdle(absl::Seconds(10)));
+
+  cluster_.kvstore().Kill();
+  EXPECT_TRUE(client().AwaitHealth("NOT_SERVING", absl::Seconds(10)));
+  cluster_.StartKvStore();
+  EXPECT_TRUE(client().AwaitHealth("SERVING", absl::Seconds(20)));
+
+  const Generation continued = client().Generate(AskIn("s", second, 30));
+  EXPECT_EQ(Difference(continued, expected), "");
+  EXPECT_GE(continued.cached_tokens(), 448);
+}
+
+TEST_F(Restart, AStreamOutlivesTheDeathOfTheStore) {
+  const std::vector<int32_t> prompt = RandomPrompt(3, 400);
+  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  ASSERT_TRUE(expected.status.ok()) << expected.status;
+  const Generation generation = GenerateUnderFault("s", prompt, expected, [this] {
+    cluster_.kvstore().Kill();
+    absl::SleepFor(absl::Milliseconds(300));
+    cluster_.StartKvStore();
+  });
+  EXPECT_TRUE(generation.status.ok()) << "the worker has the extents mapped";
+  EXPECT_TRUE(client().AwaitHealth("SERVING", absl::Seconds(20)));
+  const Generation again = client().Generate(AskIn("s", prompt, kLongAnswer));
+  EXPECT_EQ(Difference(again, expected), "");
+  EXPECT_GE(again.cached_tokens(), 256);
+}
+
+TEST_F(Restart, AKilledWorkerCostsAPause) {
+  const std::vector<int32_t> prompt = RandomPrompt(4, 400);
+  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  ASSERT_TRUE(expected.status.ok()) << expected.status;
+  GenerateUnderFault("s", prompt, expected, [this] {
+    cluster_.worker().Kill();
+    cluster_.StartWorker();
+  });
+  ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
+  const Generation again = client().Generate(AskIn("s", prompt, kLongAnswer));
+  EXPECT_EQ(Difference(again, expected), "");
+  EXPECT_GE(again.cached_tokens(), 256);
+}
+
+TEST_F(Restart, AWorkerThatIsAwayMakesHealthSaySo) {
+  cluster_.worker().Kill();
+  EXPECT_TRUE(client().AwaitHealth("NOT_SERVING", absl::Seconds(10)));
+  // A request waits for it.
+  const std::vector<int32_t> prompt = RandomPrompt(5, 100);
+  Generation generation;
+  std::thread waits([&] { generation = client().Generate(AskIn("", prompt, 10)); });
+  absl::SleepFor(absl::Milliseconds(500));
+  EXPECT_EQ(client().Load().waiting_requests(), 1);
+  cluster_.StartWorker();
+  waits.join();
+  EXPECT_EQ(generation.tokens.size(), 10u) << generation.status;
+  EXPECT_TRUE(client().AwaitHealth("SERVING", absl::Seconds(20)));
+}
+
+TEST_F(Restart, AProcessThatHangsForAWhileCostsAPause) {
+  const std::vector<int32_t> prompt = RandomPrompt(6, 400);
+  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  for (Process* const process : {&cluster_.worker(), &cluster_.kvstore()}) {
+    const Generation generation = GenerateUnderFault("", prompt, expected, [&] {
+      process->Signal(SIGSTOP);
+      absl::SleepFor(absl::Milliseconds(1500));
+      process->Signal(SIGCONT);
+    });
+    EXPECT_TRUE(generation.status.ok()) << generation.status;
+  }
+}
+
+TEST_F(Restart, AKilledCoordinatorLeavesNothingBehind) {
+  const std::vector<int32_t> prompt = RandomPrompt(7, 400);
+  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  const Generation broken =
+      GenerateUnderFault("", prompt, expected, [this] { cluster_.coordinator().Kill(); });
+  EXPECT_TRUE(absl::IsUnavailable(broken.status)) << broken.status;
+  cluster_.StartCoordinator();
+  ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
+  EXPECT_EQ(Difference(client().Generate(AskIn("", prompt, kLongAnswer)), expected), "");
+  // What the earlier one had allocated is freed.
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
+                        [&] { return client().Load().host_used_bytes() == 0; }))
+      << client().Load().host_used_bytes();
+}
+
+}  // namespace
+}  // namespace headroom

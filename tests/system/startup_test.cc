@@ -1,0 +1,182 @@
+// What a process says, and how it ends, when what it is given is wrong: exit code 2 and a line that
+// names the file, the tensor or the flag.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "tests/system/test_env.h"
+
+namespace headroom {
+namespace {
+
+constexpr absl::Duration kSoon = absl::Seconds(10);
+
+class Startup : public testing::Test {
+ protected:
+  void SetUp() override { MustWriteModel(SystemTestModel(), model_); }
+
+  CommandResult Worker(const std::vector<std::string>& more) const {
+    std::vector<std::string> args = {HeadroomBinary(), "worker",   "--listen",
+                                     Address("w"),     "--device", "cpu"};
+    args.insert(args.end(), more.begin(), more.end());
+    return RunCommand(args, Patience(kSoon));
+  }
+  CommandResult WorkerOfModel() const {
+    return Worker({"--model", model_, "--gpu-memory", "48MiB"});
+  }
+  std::string Address(const std::string& name) const {
+    return absl::StrCat("unix:", dir_.File(name + ".sock"));
+  }
+
+  // Exit code 2, and one line with all of these words.
+  static void ExpectRefused(const CommandResult& result, const std::vector<std::string>& words) {
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+    for (const std::string& word : words) {
+      EXPECT_TRUE(absl::StrContains(result.err, word)) << word << " in: " << result.err;
+    }
+  }
+
+  const TestDir dir_;
+  const std::string model_ = dir_.File("model");
+};
+
+TEST_F(Startup, AModelFolderThatIsNotThere) {
+  const std::string missing = dir_.File("nowhere");
+  ExpectRefused(Worker({"--model", missing}), {missing});
+  ExpectRefused(
+      RunCommand({HeadroomBinary(), "coordinator", "--listen", Address("a"), "--worker",
+                  Address("w"), "--kvstore", Address("k"), "--model", missing},
+                 Patience(kSoon)),
+      {missing});
+  // Its children say it, among what they log.
+  const CommandResult serve = RunCommand({HeadroomBinary(), "serve", "--listen", Address("a"),
+                                          "--host-memory", "64MiB", "--model", missing},
+                                         Patience(kSoon));
+  EXPECT_EQ(serve.exit_code, 2) << serve.err;
+  EXPECT_TRUE(absl::StrContains(serve.err, missing)) << serve.err;
+}
+
+TEST_F(Startup, AConfigThatIsNoJson) {
+  std::ofstream(model_ + "/config.json") << "{\"architectures\": [";
+  ExpectRefused(WorkerOfModel(), {"config.json"});
+}
+
+TEST_F(Startup, AConfigOfAnotherArchitecture) {
+  std::ofstream(model_ + "/config.json") << R"({"architectures": ["BertModel"]})";
+  ExpectRefused(WorkerOfModel(), {"config.json", "BertModel"});
+}
+
+TEST_F(Startup, WeightsThatAreMissingOrCutOff) {
+  const std::string weights = model_ + "/model.safetensors";
+  std::filesystem::resize_file(weights, std::filesystem::file_size(weights) - 1000);
+  ExpectRefused(WorkerOfModel(), {"model.safetensors"});
+  std::filesystem::resize_file(weights, 100);
+  ExpectRefused(WorkerOfModel(), {"model.safetensors"});
+  std::filesystem::remove(weights);
+  ExpectRefused(WorkerOfModel(), {"model.safetensors"});
+}
+
+TEST_F(Startup, ATensorThatIsMissingIsNamed) {
+  // The header's name of one tensor is changed, in place.
+  std::fstream weights(model_ + "/model.safetensors",
+                       std::ios::in | std::ios::out | std::ios::binary);
+  std::string head(1 << 16, '\0');
+  weights.read(head.data(), static_cast<std::streamsize>(head.size()));
+  const size_t at = head.find("model.layers.2.mlp.up_proj.weight");
+  ASSERT_NE(at, std::string::npos);
+  weights.clear();
+  weights.seekp(static_cast<std::streamoff>(at));
+  weights << "model.layers.2.mlp.XX_proj.weight";
+  weights.close();
+  ExpectRefused(WorkerOfModel(), {"model.layers.2.mlp.up_proj.weight"});
+}
+
+TEST_F(Startup, ATokenizerThatIsBroken) {
+  std::ofstream(model_ + "/tokenizer.json") << "{]";
+  ExpectRefused(
+      RunCommand({HeadroomBinary(), "coordinator", "--listen", Address("a"), "--worker",
+                  Address("w"), "--kvstore", Address("k"), "--model", model_},
+                 Patience(kSoon)),
+      {"tokenizer.json"});
+}
+
+TEST_F(Startup, TooLittleDeviceMemorySaysTheLeastAndThatWorks) {
+  const CommandResult refused = Worker({"--model", model_, "--gpu-memory", "6MiB"});
+  ExpectRefused(refused, {"--gpu-memory", "at least"});
+  std::smatch least;
+  ASSERT_TRUE(std::regex_search(refused.err, least, std::regex("at least ([0-9]+) MiB")))
+      << refused.err;
+  const int64_t mib = std::stoll(least[1]);
+  ExpectRefused(Worker({"--model", model_, "--gpu-memory", absl::StrCat(mib - 1, "MiB")}),
+                {"at least"});
+
+  ClusterOptions options;
+  options.model_dir = model_;
+  options.gpu_memory = absl::StrCat(mib, "MiB");
+  Cluster cluster(options);
+  ASSERT_NO_FATAL_FAILURE(cluster.AwaitServing());
+  v1::GenerateRequest request = Ask(RandomPrompt(1, 400), 10);
+  request.set_explain(true);
+  const Generation generation = cluster.client().Generate(request);
+  EXPECT_EQ(generation.tokens.size(), 10u) << generation.status;
+  EXPECT_GT(generation.LaneBytes(v1::LANE_FETCHED), 0);
+  EXPECT_LE(generation.finished.explanation().peak_bytes(), mib << 20);
+}
+
+TEST_F(Startup, AFlagThatIsWrongGetsTheNearestName) {
+  ExpectRefused(Worker({"--model", model_, "--gpu-memroy", "48MiB"}),
+                {"--gpu-memroy", "--gpu-memory"});
+  ExpectRefused(Worker({"--model", model_, "--gpu-memory", "48XiB"}), {"--gpu-memory", "48XiB"});
+  ExpectRefused(Worker({"--model", model_, "--max-sequences", "0"}), {"--max-sequences"});
+  ExpectRefused(Worker({}), {"--model"});
+  ExpectRefused(RunCommand({HeadroomBinary(), "generat"}, Patience(kSoon)),
+                {"generat", "generate"});
+}
+
+TEST_F(Startup, AStoreThatDoesNotFitSaysSo) {
+  const TestDir segments("/dev/shm");
+  const auto store = [&](const std::string& memory) {
+    return RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
+                       segments.File("segment"), "--host-memory", memory},
+                      Patience(kSoon));
+  };
+  ExpectRefused(store("900TiB"), {"--host-memory"});
+  EXPECT_FALSE(std::filesystem::exists(segments.File("segment") + "/data"));
+}
+
+TEST_F(Startup, ASecondStoreOnASegmentIsRefused) {
+  ClusterOptions options;
+  options.model_dir = model_;
+  Cluster cluster(options);
+  ASSERT_NO_FATAL_FAILURE(cluster.AwaitServing());
+  ExpectRefused(RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
+                            cluster.segment_dir(), "--host-memory", "64MiB"},
+                           Patience(kSoon)),
+                {cluster.segment_dir()});
+  // It has done the first no harm.
+  EXPECT_EQ(cluster.client().Generate(Ask(RandomPrompt(1, 300), 5)).tokens.size(), 5u);
+}
+
+TEST_F(Startup, AnAddressInUseIsAFailure) {
+  ClusterOptions options;
+  options.model_dir = model_;
+  Cluster cluster(options);
+  ASSERT_NO_FATAL_FAILURE(cluster.AwaitServing());
+  const CommandResult second =
+      RunCommand({HeadroomBinary(), "coordinator", "--listen", cluster.api_address(), "--worker",
+                  Address("w"), "--kvstore", Address("k"), "--model", model_},
+                 Patience(kSoon));
+  EXPECT_EQ(second.exit_code, 1) << second.err;
+  EXPECT_EQ(cluster.client().Health(), "SERVING");
+}
+
+}  // namespace
+}  // namespace headroom
