@@ -3,12 +3,14 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/device/device_factory.h"
 #include "common/status.h"
 
 namespace headroom {
@@ -80,11 +82,14 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   auto harness = std::unique_ptr<WorkerHarness>(new WorkerHarness());
   WorkerHarness& h = *harness;
   HEADROOM_ASSIGN_OR_RETURN(h.config_, ReadModelConfig(model_dir));
-  CpuDeviceOptions device;
-  device.arena_bytes = options.budget_bytes;
+  // On a GPU host the same tests run on the GPU.
+  const char* const kind = std::getenv("HEADROOM_TEST_DEVICE");
+  DeviceOptions device;
+  device.kind = kind != nullptr ? kind : "cpu";
+  device.memory_bytes = options.budget_bytes;
   device.compute_threads = options.compute_threads;
   device.delay_seed = options.delay_seed;
-  HEADROOM_ASSIGN_OR_RETURN(h.device_, CreateCpuDevice(device));
+  HEADROOM_ASSIGN_OR_RETURN(h.device_, CreateDevice(device));
   if (options.wrap_device) h.device_ = options.wrap_device(std::move(h.device_));
   HEADROOM_ASSIGN_OR_RETURN(
       h.budget_, DivideBudget(h.config_, WeightBytes(h.config_, *h.device_), options.budget_bytes,
