@@ -46,8 +46,9 @@ std::optional<int64_t> TakeDigits(absl::string_view& text) {
 
 absl::Status NoSize(absl::string_view text) {
   return absl::InvalidArgumentError(
-      absl::StrCat("'", text, "' is no size: expected a number with B, KB, MB, GB, TB, KiB, MiB, GiB, "
-                   "TiB or nothing after it, such as 340MiB or 1.5GiB"));
+      absl::StrCat("'", text,
+                   "' is no size: expected a number with B, KB, MB, GB, TB, KiB, MiB, GiB, TiB or "
+                   "nothing after it, such as 340MiB or 1.5GiB"));
 }
 
 }  // namespace

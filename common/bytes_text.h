@@ -10,9 +10,9 @@
 
 namespace headroom {
 
-// "340MiB", "1.5 GiB", "64MB", "4096": KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of 1024,
-// in any case; no unit or B is bytes. A fraction of a byte is dropped. INVALID_ARGUMENT: not a size,
-// negative, or beyond int64.
+// "340MiB", "1.5 GiB", "64MB", "4096": KB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB of
+// 1024, in any case; no unit or B is bytes. A fraction of a byte is dropped. INVALID_ARGUMENT: not
+// a size, negative, or beyond int64.
 absl::StatusOr<int64_t> ParseBytes(absl::string_view text);
 
 // In the largest unit (KiB to TiB) that keeps the number at 1 or more, with one digit after the

@@ -26,10 +26,10 @@ struct ExitStatus {
 // Move-only. Destroyed while it runs, it is killed and waited for. For one thread.
 class ChildProcess {
  public:
-  // Runs this program (/proc/self/exe) with `args`: in a process group of its own, so that Ctrl-C at a
-  // terminal reaches only us; without standard input; with no signal blocked; without variables that
-  // begin with HEADROOM_ (they are flags, and the child's are in `args`). When the calling THREAD
-  // ends, the child gets `death_signal`. Errors are the system's.
+  // Runs this program (/proc/self/exe) with `args`: in a process group of its own, so that Ctrl-C
+  // at a terminal reaches only us; without standard input; with no signal blocked; without
+  // variables that begin with HEADROOM_ (they are flags, and the child's are in `args`). When the
+  // calling THREAD ends, the child gets `death_signal`. Errors are the system's.
   static absl::StatusOr<ChildProcess> Start(const std::vector<std::string>& args, int death_signal);
   ~ChildProcess();
   ChildProcess(ChildProcess&& other) noexcept;

@@ -25,7 +25,8 @@ int GenerateCommand(const std::vector<std::string>& args) {
   flags.Group("Server (one of the first two)");
   flags.Text("server", "ADDR", &options.server, "A running server: HOST:PORT or unix:PATH.");
   flags.Text("model", "DIR", &options.model_dir,
-             "A model's folder: starts a private serve for this call, and stops it.");
+             "A model's folder: starts a private serve for this call, and stops it. Not used with "
+             "--server, and neither are the next four.");
   flags.Choice("device", {"auto", "cpu", "cuda"}, &options.device, "Of the private serve.");
   flags.Bytes("gpu-memory", &options.gpu_memory_bytes, "Of the private serve.",
               "see headroom serve --help");
@@ -66,8 +67,8 @@ int HealthCommand(const std::vector<std::string>& args) {
   std::string service;
   absl::Duration timeout = absl::Seconds(5);
   Flags flags("headroom health",
-              "Whether a server is ready: exit code 0 only if it says SERVING. Works for coordinator, "
-              "worker and kvstore.");
+              "Whether a server is ready: exit code 0 only if it says SERVING. Works for "
+              "coordinator, worker and kvstore.");
   flags.Group("Server");
   flags.Text("server", "ADDR", &server, "HOST:PORT or unix:PATH.");
   flags.Text("service", "NAME", &service,

@@ -33,8 +33,8 @@ const std::vector<Command>& Commands();
 // `args` with the subcommand in front.
 int RunCommand(const std::vector<std::string>& args);
 
-// Reads the flags of `command`; if that is the end (--help, or an error, which is printed), the exit
-// code.
+// Reads the flags of `command`; if that is the end (--help, or an error, which is printed), the
+// exit code.
 std::optional<int> ParseOrExit(const char* command, const std::vector<std::string>& args,
                                Flags& flags);
 // Prints that a flag must be set.

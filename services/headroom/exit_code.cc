@@ -34,7 +34,8 @@ std::string DescribeError(const absl::Status& status) {
   std::string line =
       absl::StrCat(absl::StatusCodeToString(status.code()), ": ", status.message());
   for (const FieldViolation& violation : FieldViolationsOf(status)) {
-    if (absl::StrContains(line, violation.field) && absl::StrContains(line, violation.description)) {
+    if (absl::StrContains(line, violation.field) &&
+        absl::StrContains(line, violation.description)) {
       continue;
     }
     absl::StrAppend(&line, "; ", violation.field, ": ", violation.description);

@@ -1,6 +1,7 @@
 #include "services/headroom/flags.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "common/bytes_text.h"
 #include "services/headroom/nearest_name.h"
@@ -61,7 +63,8 @@ const char* NonEmptyVariable(absl::string_view flag) {
 
 namespace {
 
-// Reads `name = value` lines; refuses names that are no flag, and leaves out what the environment says.
+// Reads `name = value` lines; refuses names that are no flag, and leaves out what the environment
+// says.
 class CheckedConfig : public CLI::ConfigTOML {
  public:
   CheckedConfig(std::vector<std::string> names, std::vector<std::string> list_names)
@@ -78,7 +81,11 @@ class CheckedConfig : public CLI::ConfigTOML {
 
  private:
   void Check(const CLI::ConfigItem& item) const {
-    const std::string name = item.fullname();
+    if (!item.parents.empty()) {
+      throw CLI::ConfigError(absl::StrCat("there is a section [", item.parents.front(),
+                                          "]: flags stand outside of sections"));
+    }
+    const std::string& name = item.name;
     if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
       throw CLI::ConfigError(absl::StrCat("'", name, "' is no flag; the nearest is '",
                                           NearestName(name, names_), "'"));
@@ -139,13 +146,12 @@ Flags::Flags(std::string command, std::string about, std::string notes)
   CLI::App& app = impl_->app;
   app.formatter(std::make_shared<HelpFormatter>());
   app.get_formatter()->column_width(kNameColumns);
-  app.set_help_flag("-h,--help", "Shows this and ends.");
-  app.get_help_ptr()->group("Other");
+  app.set_help_flag();  // it comes last, in Parse()
   app.allow_extras();
   absl::StrAppend(&notes, notes.empty() ? "" : "\n\n",
                   "Each flag --some-flag is also the variable HEADROOM_SOME_FLAG, and a line\n"
-                  "'some-flag = value' of the file that --config names. The command line wins over\n"
-                  "the variable, the variable over the file.");
+                  "'some-flag = value' of the file that --config names. The command line wins\n"
+                  "over the variable, the variable over the file.");
   app.footer(notes);
 }
 
@@ -272,7 +278,9 @@ void Flags::Bytes(const std::string& name, int64_t* value, const std::string& wh
 }
 
 void Flags::Duration(const std::string& name, absl::Duration* value, const std::string& what) {
-  Add(name, "TIME", absl::FormatDuration(*value), what, [value](const std::string& text) {
+  const std::string default_text =
+      *value == absl::InfiniteDuration() ? "none" : absl::FormatDuration(*value);
+  Add(name, "TIME", default_text, what, [value](const std::string& text) {
     double seconds;
     absl::Duration duration;
     if (absl::SimpleAtod(text, &seconds) && std::isfinite(seconds)) {
@@ -293,10 +301,12 @@ void Flags::Duration(const std::string& name, absl::Duration* value, const std::
 
 absl::StatusOr<Parsed> Flags::Parse(const std::vector<std::string>& args) {
   CLI::App& app = impl_->app;
+  app.set_help_flag("-h,--help", "Shows this and ends.")->group("Other");
   const char* const config = NonEmptyVariable("config");
   CLI::Option* const option =
       app.set_config("--config", config != nullptr ? config : "",
-                     "A file of flags: lines 'name = value', # begins a comment.", config != nullptr);
+                     "A file of flags: lines 'name = value', # begins a comment.",
+                     config != nullptr);
   option->option_text("FILE");
   option->group("Other");
   app.config_formatter(std::make_shared<CheckedConfig>(impl_->names, impl_->list_names));
@@ -319,12 +329,15 @@ absl::StatusOr<Parsed> Flags::Parse(const std::vector<std::string>& args) {
           absl::StrCat("'", extra, "' belongs to no flag; see ", impl_->command, " --help"));
     }
     const std::string name = extra.substr(0, extra.find('='));
-    return absl::InvalidArgumentError(absl::StrCat("there is no flag '", name, "'; the nearest is '",
-                                                   NearestName(name, known), "'"));
+    return absl::InvalidArgumentError(absl::StrCat("there is no flag '", name,
+                                                   "'; the nearest is '", NearestName(name, known),
+                                                   "'"));
   }
   return Parsed::kRun;
 }
 
-std::string Flags::Help() const { return impl_->app.help(); }
+std::string Flags::Help() const {
+  return absl::StrReplaceAll(impl_->app.help(), {{"\n\n\n", "\n\n"}});
+}
 
 }  // namespace headroom::cli

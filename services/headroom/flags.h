@@ -35,9 +35,9 @@ class Flags {
   // none.
   void Group(std::string heading);
 
-  // Each flag sets `*value` if it is given; what `*value` is before is the default and shown as such.
-  // `name` is without dashes, `metavar` what stands for the value in the help. Pointers must outlive
-  // Parse().
+  // Each flag sets `*value` if it is given; what `*value` is before is the default and shown as
+  // such. `name` is without dashes, `metavar` what stands for the value in the help. Pointers must
+  // outlive Parse().
   void Text(const std::string& name, const std::string& metavar, std::string* value,
             const std::string& what);
   void Text(const std::string& name, const std::string& metavar, std::optional<std::string>* value,
@@ -69,9 +69,11 @@ class Flags {
   void Add(const std::string& name, const std::string& metavar, const std::string& default_text,
            const std::string& what, Take take);
 
-  // `args` without program and subcommand. INVALID_ARGUMENT names flag, variable or file and what was
-  // expected; for an unknown name the nearest known one.
+  // `args` without program and subcommand. INVALID_ARGUMENT names flag, variable or file and what
+  // was expected; for an unknown name the nearest known one.
+  // May be called once.
   absl::StatusOr<Parsed> Parse(const std::vector<std::string>& args);
+  // After Parse().
   std::string Help() const;
 
   // The variable of a flag: "gpu-memory" is HEADROOM_GPU_MEMORY.

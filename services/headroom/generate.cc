@@ -30,9 +30,9 @@ void Write(absl::string_view text, std::FILE* file) {
 }
 
 absl::Status CheckServer(const GenerateCommandOptions& options) {
-  if (options.server.empty() == options.model_dir.empty()) {
+  if (options.server.empty() && options.model_dir.empty()) {
     return absl::InvalidArgumentError(
-        "give one of --server (a running server) and --model (a private one for this call)");
+        "give --server (a running server) or --model (a private one for this call)");
   }
   return absl::OkStatus();
 }
@@ -103,6 +103,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
                ? GenerateFromModel(*request, options, &canceller)
                : GenerateAndPrint(options.server, *request, options, &canceller);
   if (status.ok()) return kExitOk;
+  if (canceller.cancelled()) status = absl::CancelledError("a signal has cancelled the call");
   PrintError(kCommand, status);
   return ExitCodeOfCall(status);
 }

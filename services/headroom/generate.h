@@ -13,7 +13,7 @@ namespace headroom::cli {
 
 struct GenerateCommandOptions {
   GenerateOptions generate;
-  // One of the two: where a server is, or a model for a private `serve` with the flags below.
+  // Where a server is; or else a model for a private `serve` with what follows.
   std::string server;
   std::string model_dir;
   std::string device = "auto";
@@ -21,7 +21,7 @@ struct GenerateCommandOptions {
   int64_t host_memory_bytes = 0;
   int32_t threads = 0;
   absl::Duration timeout = absl::InfiniteDuration();
-  LogOptions log = {LogLevel::kWarning, false, ""};  // of the private serve
+  LogOptions log = {LogLevel::kError, false, ""};  // of the private serve
 };
 
 // For the main thread. Prints the answer to standard output, errors to standard error; SIGINT and

@@ -17,9 +17,9 @@ class GenerateClient {
  public:
   explicit GenerateClient(std::string address) : address_(std::move(address)) {}
 
-  // Blocks until the answer has ended; `on_text` gets each piece of it as it comes. Returns the same
-  // as GenerateOnce would. Errors are the server's with their details; one about a message's size
-  // names the flag that sets it.
+  // Blocks until the answer has ended; `on_text` gets each piece of it as it comes. Returns the
+  // same as GenerateOnce would. Errors are the server's with their details; one about a message's
+  // size names the flag that sets it.
   absl::StatusOr<v1::GenerateOnceResponse> Generate(
       const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
       const std::function<void(absl::string_view)>& on_text);

@@ -1,5 +1,6 @@
 #include "services/headroom/generate_report.h"
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -15,6 +16,9 @@ using LaneUses = google::protobuf::RepeatedPtrField<v1::LaneUse>;
 constexpr std::pair<v1::Lane, const char*> kLanes[] = {{v1::LANE_RESIDENT, "resident"},
                                                        {v1::LANE_FETCHED, "fetched"},
                                                        {v1::LANE_IN_PLACE, "in_place"}};
+
+// Means over steps carry the last bits of divisions.
+double Rounded(double value) { return std::round(value * 1e6) / 1e6; }
 
 double Ms(int64_t ns) { return static_cast<double>(ns) / 1e6; }
 
@@ -40,7 +44,7 @@ Json LanesAsJson(const LaneUses& lanes) {
   Json::Object object;
   for (const auto& [lane, name] : kLanes) {
     const v1::LaneUse use = UseOf(lanes, lane);
-    object.emplace_back(name, Json::Object{{"kv_heads", use.kv_heads()},
+    object.emplace_back(name, Json::Object{{"kv_heads", Rounded(use.kv_heads())},
                                            {"bytes", use.bytes()},
                                            {"ms", Ms(use.busy_ns())},
                                            {"share", ShareOf(use.bytes(), total)}});
@@ -143,7 +147,8 @@ std::string ExplainAsText(const v1::Finished& finished) {
                         usage.prompt_tokens(), usage.cached_tokens(), usage.completion_tokens());
   const v1::Timings& timings = finished.timings();
   absl::StrAppendFormat(
-      &text, "queue %.1f ms, prefill %.1f ms, first token %.1f ms, decode %.1f ms, a token %.1f ms\n",
+      &text,
+      "queue %.1f ms, prefill %.1f ms, first token %.1f ms, decode %.1f ms, a token %.1f ms\n",
       Ms(timings.queue_ns()), Ms(timings.prefill_ns()), Ms(timings.ttft_ns()),
       Ms(timings.decode_ns()), Ms(timings.tpot_ns()));
   return text;

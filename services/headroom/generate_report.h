@@ -10,8 +10,8 @@
 namespace headroom::cli {
 
 // The contract of --json. Lanes are those of the decode steps, or of the prefill where there was no
-// decode step; shares are of bytes. A log-probability is written so that reading it as a double and
-// rounding it to a float gives the same bits.
+// decode step; shares are of bytes. kv_heads are rounded to a millionth. A log-probability is
+// written so that reading it as a double and rounding it to a float gives the same bits.
 Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs, bool logprobs);
 
 // The table of --explain; ends with a newline.

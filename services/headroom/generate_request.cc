@@ -132,8 +132,8 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
   flags.Switch("chat", &options->chat,
                "The prompt is what a user says, put through the model's chat template.");
   flags.Text("session", "ID", &options->session,
-             "Continues this session from the longest common prefix of tokens, and keeps its keys and "
-             "values; made if it is not there.");
+             "Continues this session from the longest common prefix of tokens, and keeps its keys "
+             "and values; made if it is not there.");
   flags.Group("Answer");
   flags.Integer("max-tokens", &options->max_tokens, 0, kMost32,
                 "Most tokens of the answer; 0 only processes the prompt. Default: what the context "
@@ -153,8 +153,8 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
   flags.Seed("seed", &options->seed, "Fixes what is drawn.");
   flags.Group("Placement");
   flags.Text("placement", "WHERE", &options->placement,
-             "Where keys are attended: auto, resident, fetched, in-place, or shares of the KV heads of "
-             "each layer that sum to 1, such as resident=0.25,fetched=0.75.");
+             "Where keys are attended: auto, resident, fetched, in-place, or shares of the KV "
+             "heads of each layer that sum to 1, such as resident=0.25,fetched=0.75.");
   flags.Switch("deterministic", &options->deterministic,
                "Freezes shares and chunk borders: the same request gives the same bits.");
   flags.Integer("chunk-tokens", &options->chunk_tokens, 1, kMost32,
@@ -169,8 +169,8 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                "Shows on standard error what each lane did: KV heads (mean a layer), bytes, time, "
                "share of the bytes; device memory; timings.");
   flags.Switch("json", &options->json,
-               "One JSON object in place of the text. placement.lanes are those of the decode steps; "
-               "of the prefill if there was no decode step.");
+               "One JSON object in place of the text. placement.lanes are those of the decode "
+               "steps; of the prefill if there was no decode step.");
 }
 
 absl::StatusOr<v1::GenerateRequest> BuildRequest(const GenerateOptions& options) {

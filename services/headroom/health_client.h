@@ -1,5 +1,5 @@
-// Asks a server's health (grpc.health.v1.Health, whose messages the distribution does not ship: they
-// are put together here).
+// Asks a server's health (grpc.health.v1.Health, whose messages the distribution does not ship:
+// they are put together here).
 #ifndef HEADROOM_SERVICES_HEADROOM_HEALTH_CLIENT_H_
 #define HEADROOM_SERVICES_HEADROOM_HEALTH_CLIENT_H_
 

@@ -12,8 +12,8 @@ namespace headroom::cli {
 int PlanCommand(const std::vector<std::string>& args) {
   PlanOptions options;
   Flags flags("headroom plan",
-              "Which keys would be attended where, what that takes of device and host memory, and what "
-              "will not fit. Runs nothing.",
+              "Which keys would be attended where, what that takes of device and host memory, and "
+              "what will not fit. Runs nothing.",
               "Exit codes: 0 if all fits, 1 if something does not, 2 for wrong usage.");
   AddPlanFlags(flags, &options);
   if (const auto code = ParseOrExit("plan", args, flags)) return *code;
@@ -35,13 +35,13 @@ int PlanCommand(const std::vector<std::string>& args) {
 int BenchCommand(const std::vector<std::string>& args) {
   BenchOptions options;
   Flags flags("headroom bench",
-              "Measures prefill and decode of a model in this process, beside what the machine can do "
-              "(GEMM, reads, copies), measured in the same run.");
+              "Measures prefill and decode of a model in this process, beside what the machine can "
+              "do (GEMM, reads, copies), measured in the same run.");
   flags.Group("What to measure");
   flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
   flags.TextList("work", "ITEM", &options.work,
-                 "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident or fetched. "
-                 "May be given several times. Default: the items of --set.");
+                 "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident or "
+                 "fetched. May be given several times. Default: the items of --set.");
   flags.Text("set", "NAME", &options.set, "A named set of items.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
                 "Measurements of each item.");

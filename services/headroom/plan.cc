@@ -13,22 +13,24 @@
 namespace headroom::cli {
 namespace {
 
-constexpr int64_t kMostTokens = int64_t{1} << 26;
+// Of one sequence, and of all: planning looks at each extent border.
+constexpr int64_t kMostTokens = int64_t{1} << 24;
+constexpr int64_t kMostTokensOfAll = int64_t{1} << 28;
 constexpr int64_t kMostSequences = 1024;
 constexpr const char* kJsonLanes[] = {"resident", "fetched", "in_place"};
 
-absl::Status CheckRange(const PlanOptions& options, const ModelConfig& config) {
-  if (options.context_tokens + options.max_tokens < 1) {
-    return absl::InvalidArgumentError("--context is not set");
-  }
-  const std::optional<int64_t> bytes =
-      CheckedMul(config.kv_geometry().BytesPerToken(),
-                 2 * options.sequences * (options.context_tokens + options.max_tokens));
-  if (!bytes.has_value()) {
-    return absl::InvalidArgumentError("--context, --max-tokens and --sequences: their keys and values "
-                                      "are beyond 2^63 bytes");
-  }
-  return absl::OkStatus();
+absl::Status CheckRange(const PlanOptions& options) {
+  const auto check = [](const char* flag, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
+  };
+  HEADROOM_RETURN_IF_ERROR(check("--context", options.context_tokens, 1, kMostTokens));
+  HEADROOM_RETURN_IF_ERROR(check("--max-tokens", options.max_tokens, 0, kMostTokens));
+  HEADROOM_RETURN_IF_ERROR(check("--sequences", options.sequences, 1, kMostSequences));
+  return check("--sequences times --context and --max-tokens:",
+               options.sequences * (options.context_tokens + options.max_tokens), 1,
+               kMostTokensOfAll);
 }
 
 double TotalBytes(const coordinator::Prediction& prediction) {
@@ -63,8 +65,13 @@ void AddPlanFlags(Flags& flags, PlanOptions* options) {
 absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options) {
   PlanReport report;
   report.options = options;
+  HEADROOM_RETURN_IF_ERROR(CheckRange(options));
   HEADROOM_ASSIGN_OR_RETURN(report.config, ReadModelConfig(options.model_dir));
-  HEADROOM_RETURN_IF_ERROR(CheckRange(options, report.config));
+  if (!CheckedMul(report.config.kv_geometry().BytesPerToken(), 2 * kMostTokensOfAll)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.model_dir, "/config.json: keys and values of one token take ",
+                     report.config.kv_geometry().BytesPerToken(), " bytes"));
+  }
   absl::StatusOr<coordinator::PlacementSpec> spec = coordinator::ParsePlacement(options.placement);
   if (!spec.ok()) return Annotate(spec.status(), "--placement");
   HEADROOM_ASSIGN_OR_RETURN(

@@ -1,4 +1,5 @@
-// `headroom plan`: what a context would take, before anything runs. Pure but for reading config.json.
+// `headroom plan`: what a context would take, before anything runs. Pure but for reading
+// config.json.
 #ifndef HEADROOM_SERVICES_HEADROOM_PLAN_H_
 #define HEADROOM_SERVICES_HEADROOM_PLAN_H_
 
@@ -37,8 +38,8 @@ struct PlanReport {
 
 void AddPlanFlags(Flags& flags, PlanOptions* options);
 
-// INVALID_ARGUMENT: an option or the model's config.json is wrong. RESOURCE_EXHAUSTED: --gpu-memory is
-// below what the model needs at all; says how much that is.
+// INVALID_ARGUMENT: an option or the model's config.json is wrong. RESOURCE_EXHAUSTED:
+// --gpu-memory is below what the model needs at all; says how much that is.
 absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options);
 std::string PlanAsText(const PlanReport& report);
 Json PlanAsJson(const PlanReport& report);

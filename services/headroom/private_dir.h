@@ -12,8 +12,8 @@ namespace headroom::cli {
 // Move-only; removes the folder with all that is in it when it is destroyed.
 //
 // A process that is killed leaves its folder behind, in shared memory perhaps gigabytes of it. So a
-// folder is locked while its owner lives, and Make() first removes those of the same user beside the
-// new one that are not.
+// folder is locked while its owner lives, and Make() first removes those of the same user beside
+// the new one that are not.
 class PrivateDir {
  public:
   // `parent`/headroom-private-XXXXXX, mode 0700. Errors name the folder.

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "absl/time/clock.h"
+
 namespace headroom::cli {
 
 absl::StatusOr<ProcessSignals> ProcessSignals::Block(std::initializer_list<int> signals) {
@@ -46,11 +48,16 @@ SignalThread::~SignalThread() {
 }
 
 void SignalThread::Loop() {
+  absl::Time last = absl::InfinitePast();
   for (;;) {
     pollfd fds[] = {{signals_.fd(), POLLIN, 0}, {stop_.get(), POLLIN, 0}};
     if (poll(fds, 2, -1) < 0 && errno != EINTR) return;
     if (fds[1].revents != 0) return;
-    while (const int signal = signals_.Take()) on_signal_(signal);
+    while (const int signal = signals_.Take()) {
+      const absl::Time now = absl::Now();
+      if (now - last >= kSameSignal) on_signal_(signal);
+      last = now;
+    }
   }
 }
 

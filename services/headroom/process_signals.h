@@ -5,14 +5,20 @@
 #include <functional>
 #include <initializer_list>
 #include <thread>
+#include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "common/fd.h"
 
 namespace headroom::cli {
 
-// Made on the main thread before any other starts: threads inherit that the signals are blocked. They
-// stay blocked until the process ends.
+// Who stops a process may signal it and its group (timeout does, and so do terminals through a
+// wrapper): what comes so soon after a signal is the same one.
+inline constexpr absl::Duration kSameSignal = absl::Milliseconds(300);
+
+// Made on the main thread before any other starts: threads inherit that the signals are blocked.
+// They stay blocked until the process ends.
 class ProcessSignals {
  public:
   static absl::StatusOr<ProcessSignals> Block(std::initializer_list<int> signals);
@@ -28,7 +34,8 @@ class ProcessSignals {
   Fd fd_;
 };
 
-// A thread that hands each signal to `on_signal`, until it is destroyed.
+// A thread that hands each signal to `on_signal` (of those within kSameSignal the first), until it
+// is destroyed.
 class SignalThread {
  public:
   SignalThread(ProcessSignals signals, std::function<void(int)> on_signal);

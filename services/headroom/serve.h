@@ -18,12 +18,13 @@ struct ServeOptions {
   LogOptions log;
 };
 
-// The three processes, with their sockets in `socket_dir`. Fills in the addresses that they reach each
-// other at.
+// The three processes, with their sockets in `socket_dir`. Fills in the addresses that they reach
+// each other at.
 std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& socket_dir);
 
-// Blocks until SIGTERM, SIGINT or SIGHUP. Sockets lie in a private folder (mode 0700) that is removed
-// at the end, and so is the segment unless its folder was given. Returns the exit code, see Supervisor.
+// Blocks until SIGTERM, SIGINT or SIGHUP. Sockets lie in a private folder (mode 0700) that is
+// removed at the end, and so is the segment unless its folder was given. Returns the exit code,
+// see Supervisor.
 int RunServe(ServeOptions options);
 
 }  // namespace headroom::cli

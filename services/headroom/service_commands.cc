@@ -50,8 +50,8 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   options.server.store_address = kDefaultStoreAddress;
   LogOptions log{.process = "coordinator"};
   Flags flags("headroom coordinator",
-              "The public API: sessions, batching, placement. Needs a worker and a kvstore, which may "
-              "come later and go.");
+              "The public API: sessions, batching, placement. Needs a worker and a kvstore, which "
+              "may come later and go.");
   flags.Group("Model and peers");
   flags.Text("model", "DIR", &options.server.model_dir,
              "Folder of the model: tokenizer, chat template, config.json. The weights are the "

@@ -82,15 +82,16 @@ void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
   flags.Choice("device", {"auto", "cpu", "cuda"}, &options->device,
                "What computes; auto takes cuda where /dev/nvidiactl is.");
   flags.Bytes("gpu-memory", &options->gpu_memory_bytes,
-              "Device memory for everything: weights, resident keys and values, tails, staging ring, "
-              "activations. What does not fit lies in host memory.",
+              "Device memory for everything: weights, resident keys and values, tails, staging "
+              "ring, activations. What does not fit lies in host memory.",
               "what is free less 1 GiB on cuda, weights and 2 GiB on cpu");
   flags.Integer("threads", &options->compute_threads, 0, 1024,
                 "Threads of the CPU device's computing.", "as many as may run");
   flags.Integer("max-chunk-tokens", &options->max_chunk_tokens, 1, kMost32,
                 "Most new tokens of one sequence in one step, beside what the memory allows.");
   flags.Integer("max-context-tokens", &options->max_context_tokens, 0, kMost64,
-                "Longest context that the worker lays tables out for.", "what the model was trained for");
+                "Longest context that the worker lays tables out for.",
+                "what the model was trained for");
   flags.Integer("max-sequences", &options->max_sequences, 1, kMost32,
                 "Sequences that may be open side by side.");
   flags.Group("");
@@ -101,8 +102,8 @@ void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
 void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options) {
   flags.Group("Host memory");
   flags.Text("segment-dir", "DIR", &options->segment_dir,
-             "Folder of the segment's files, on a tmpfs; made if it is not there. Its keys and values "
-             "outlive the process.");
+             "Folder of the segment's files, on a tmpfs; made if it is not there. Its keys and "
+             "values outlive the process.");
   flags.Bytes("host-memory", &options->host_memory_bytes, "Bytes of keys and values.",
               "the size of the segment in --segment-dir, else a quarter of the memory that this "
               "process may use");

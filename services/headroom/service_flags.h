@@ -1,5 +1,5 @@
-// What each service can be told, as flags: read from a command line, and written as one (by `serve`,
-// for the processes that it starts).
+// What each service can be told, as flags: read from a command line, and written as one (by
+// `serve`, for the processes that it starts).
 #ifndef HEADROOM_SERVICES_HEADROOM_SERVICE_FLAGS_H_
 #define HEADROOM_SERVICES_HEADROOM_SERVICE_FLAGS_H_
 

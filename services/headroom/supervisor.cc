@@ -81,12 +81,13 @@ void Supervisor::TakeSignals() {
   while (const int signal = signals_.Take()) {
     if (phase_ == Phase::kRunning) {
       LogInfo(absl::StrCat("stopping: ", strsignal(signal)));
+      stop_asked_ = absl::Now();
       BeginStop(0);
-    } else {
+    } else if (absl::Now() - stop_asked_ >= kSameSignal) {
       LogWarning("a second signal: everything is killed");
       exit_code_ = exit_code_ == 0 ? 1 : exit_code_;
+      EnterStopping(SIGKILL);
       SignalAll(true, SIGKILL);
-      SignalAll(false, SIGKILL);
     }
   }
 }
@@ -146,12 +147,14 @@ void Supervisor::AdvanceStop() {
     SignalAll(phase_ == Phase::kDraining, SIGKILL);
     phase_deadline_ = absl::InfiniteFuture();
   }
-  if (phase_ == Phase::kDraining && !AnyRuns(true)) {
-    phase_ = Phase::kStopping;
-    phase_deadline_ = absl::Now() + kStopGrace;
-    for (Child& child : children_) child.start_at = absl::InfiniteFuture();
-    SignalAll(false, SIGTERM);
-  }
+  if (phase_ == Phase::kDraining && !AnyRuns(true)) EnterStopping(SIGTERM);
+}
+
+void Supervisor::EnterStopping(int signal) {
+  phase_ = Phase::kStopping;
+  phase_deadline_ = absl::Now() + kStopGrace;
+  for (Child& child : children_) child.start_at = absl::InfiniteFuture();
+  SignalAll(false, signal);
 }
 
 bool Supervisor::AnyRuns(bool drains_first) const {

@@ -37,9 +37,9 @@ class Supervisor {
   Supervisor(std::vector<ChildSpec> specs, ProcessSignals signals, absl::Duration drain_timeout);
 
   // Starts all, starts again what dies, until SIGTERM or SIGINT, which stop them in order; a second
-  // signal kills. Returns the exit code: 0; 1 after a second signal or if one cannot be started; that
-  // of a process that ends by itself with an error at its first start, since another start would not
-  // help.
+  // signal kills. Returns the exit code: 0; 1 after a second signal or if one cannot be started;
+  // that of a process that ends by itself with an error at its first start, since another start
+  // would not help.
   int Run();
 
  private:
@@ -61,6 +61,7 @@ class Supervisor {
   void StartDue();
   void BeginStop(int exit_code);
   void AdvanceStop();
+  void EnterStopping(int signal);
   // Whether children of this kind still run.
   bool AnyRuns(bool drains_first) const;
   void SignalAll(bool drains_first, int signal);
@@ -70,6 +71,7 @@ class Supervisor {
   const absl::Duration drain_timeout_;
   Phase phase_ = Phase::kRunning;
   absl::Time phase_deadline_ = absl::InfiniteFuture();
+  absl::Time stop_asked_ = absl::InfinitePast();
   int exit_code_ = 0;
 };
 
