@@ -15,6 +15,7 @@
 #include "common/checked_math.h"
 #include "common/device/arena.h"
 #include "common/device/cpu/cpu_stream.h"
+#include "common/device/cpu/streaming_copy.h"
 #include "common/futex.h"
 #include "common/mutex.h"
 #include "common/status.h"
@@ -89,13 +90,12 @@ void TouchRanges([[maybe_unused]] const Args& args) {
 
 void RunCopy(const CopyArgs& a) {
   if (a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes) {
-    std::memcpy(a.dst, a.src, static_cast<size_t>(a.width_bytes * a.height));
+    StreamingCopy(a.dst, a.src, a.width_bytes * a.height);
     return;
   }
   for (int64_t row = 0; row < a.height; ++row) {
-    std::memcpy(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes,
-                static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes,
-                static_cast<size_t>(a.width_bytes));
+    StreamingCopy(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes,
+                  static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes);
   }
 }
 
