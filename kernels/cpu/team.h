@@ -31,8 +31,9 @@ class CpuTeam {
     RunErased([](void* f, int member) { (*static_cast<F*>(f))(member); }, &fn);
   }
 
-  // Calls fn(index) for every index in [0, count); members take indices as they get free. Use only
-  // where the result of an index does not depend on who computes it.
+  // Calls fn(index) for every index in [0, count); members take indices as they get free, and one
+  // that gets no processor in the meantime is not waited for. Use only where the result of an index
+  // does not depend on who computes it.
   template <typename Fn>
   void ForEach(int64_t count, Fn&& fn) {
     if (count <= 0) return;
@@ -41,19 +42,34 @@ class CpuTeam {
       return;
     }
     next_.store(0, std::memory_order_relaxed);
-    Run([&](int) {
+    auto take = [&] {
       for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) fn(i);
-    });
+    };
+    using Take = decltype(take);
+    OfferErased([](void* f, int) { (*static_cast<Take*>(f))(); }, &take);
   }
 
  private:
   void RunErased(void (*fn)(void*, int), void* context);
+  // Calls fn on the caller and on whoever comes before that has returned.
+  void OfferErased(void (*fn)(void*, int), void* context);
+  void Announce(uint32_t kind);
   void MemberLoop(int member);
+  void Join(int member);
+
+  // Lowest bit of an epoch: the kind of its run.
+  static constexpr uint32_t kRun = 0;
+  static constexpr uint32_t kOffer = 1;
+  // Bit of gate_.
+  static constexpr uint32_t kOpen = uint32_t{1} << 31;
 
   const int size_;
   // Each on a cache line of its own: one is polled while others change.
-  alignas(64) std::atomic<uint32_t> epoch_{0};    // grows by one to start a run
+  alignas(64) std::atomic<uint32_t> epoch_{0};    // grows by two to start a run
   alignas(64) std::atomic<uint32_t> running_{0};  // members other than 0 still in the run
+  // Of an offer: kOpen while members may join, and how many are inside. fn_ and context_ stay as they
+  // are while it is open or somebody is inside.
+  alignas(64) std::atomic<uint32_t> gate_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
   void (*fn_)(void*, int) = nullptr;

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/futex.h"
+#include "common/status.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -64,21 +65,33 @@ CpuStream::~CpuStream() {
 absl::Status CpuStream::Push(const CpuOp& op) {
   const uint32_t at = pushed_.load(std::memory_order_relaxed);
   if (at - popped_seen_ == kCapacity) popped_seen_ = popped_.load(std::memory_order_acquire);
-  if (at - popped_seen_ == kCapacity) {
-    const absl::Time deadline = absl::Now() + kFullTimeout;
-    while (at - popped_seen_ == kCapacity) {
-      FutexWait(popped_, popped_seen_, absl::Seconds(1));
-      popped_seen_ = popped_.load(std::memory_order_acquire);
-      if (absl::Now() > deadline) {
-        return absl::DeadlineExceededError(
-            absl::StrCat("stream ", name_, " has made no progress"));
-      }
-    }
-  }
+  if (at - popped_seen_ == kCapacity) HEADROOM_RETURN_IF_ERROR(AwaitRoom(at));
   ops_[at % kCapacity] = op;
-  pushed_.store(at + 1, std::memory_order_release);
-  FutexWakeAll(pushed_);
+  pushed_.exchange(at + 1, std::memory_order_acq_rel);
+  if (asleep_.load(std::memory_order_relaxed)) FutexWakeAll(pushed_);
   return absl::OkStatus();
+}
+
+absl::Status CpuStream::AwaitRoom(uint32_t at) {
+  const absl::Time deadline = absl::Now() + kFullTimeout;
+  const uint32_t target = at - kCapacity / 2;
+  wake_at_.exchange(target, std::memory_order_acq_rel);
+  for (;;) {
+    popped_seen_ = popped_.load(std::memory_order_acquire);
+    if (static_cast<int32_t>(popped_seen_ - target) >= 0) return absl::OkStatus();
+    if (absl::Now() > deadline) {
+      return absl::DeadlineExceededError(absl::StrCat("stream ", name_, " has made no progress"));
+    }
+    FutexWait(popped_, popped_seen_, absl::Seconds(1));
+  }
+}
+
+void CpuStream::Sleep(uint32_t at) {
+  asleep_.exchange(true, std::memory_order_acq_rel);
+  if (pushed_.load(std::memory_order_acquire) == at) {
+    FutexWait(pushed_, at, absl::Milliseconds(500));
+  }
+  asleep_.store(false, std::memory_order_relaxed);
 }
 
 void CpuStream::Loop() {
@@ -91,7 +104,7 @@ void CpuStream::Loop() {
       if (spin < kSpins) {
         Pause();
       } else {
-        FutexWait(pushed_, at, absl::Milliseconds(500));
+        Sleep(at);
       }
     }
     const CpuOp& op = ops_[at % kCapacity];
@@ -100,8 +113,8 @@ void CpuStream::Loop() {
           std::chrono::microseconds(NextRandom(random) % (kMaxDelayUs + 1)));
     }
     RunOp(op, team_);
-    popped_.store(at + 1, std::memory_order_release);
-    FutexWakeAll(popped_);
+    popped_.exchange(at + 1, std::memory_order_acq_rel);
+    if (wake_at_.load(std::memory_order_relaxed) == at + 1) FutexWakeAll(popped_);
   }
 }
 

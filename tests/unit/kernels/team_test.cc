@@ -67,6 +67,27 @@ TEST(CpuTeam, ARunSeesAllWritesOfTheRunBefore) {
   EXPECT_EQ(values, expected);
 }
 
+// A member that comes late must find its own run, a later one, or a closed gate: never the arguments
+// of a run that has returned. Short ones, of both kinds in turn.
+TEST(CpuTeam, OffersAndRunsFollowEachOther) {
+  CpuTeam team(4);
+  std::vector<int64_t> values(5, 1), next(5);
+  int64_t expected = 1;
+  for (int run = 0; run < 20000; ++run) {
+    team.ForEach(5, [&](int64_t i) {
+      next[i] = std::accumulate(values.begin(), values.end(), int64_t{0}) % 1000003;
+    });
+    values.swap(next);
+    expected = 5 * expected % 1000003;
+    if (run % 3 == 0) {
+      std::vector<int> calls(4, 0);
+      team.Run([&](int member) { ++calls[member]; });
+      ASSERT_EQ(calls, std::vector<int>(4, 1));
+    }
+    ASSERT_EQ(values, std::vector<int64_t>(5, expected)) << run;
+  }
+}
+
 TEST(CpuTeam, WakesFromSleep) {
   CpuTeam team(3);
   for (int run = 0; run < 20; ++run) {
