@@ -67,8 +67,8 @@ TEST(CpuTeam, ARunSeesAllWritesOfTheRunBefore) {
   EXPECT_EQ(values, expected);
 }
 
-// A member that comes late must find its own run, a later one, or a closed gate: never the arguments
-// of a run that has returned. Short ones, of both kinds in turn.
+// A member that comes late must find its own run, a later one, or a closed gate: never the
+// arguments of a run that has returned. Short ones, of both kinds in turn.
 TEST(CpuTeam, OffersAndRunsFollowEachOther) {
   CpuTeam team(4);
   std::vector<int64_t> values(5, 1), next(5);
