@@ -319,15 +319,18 @@ TEST_F(Api, AClientThatStopsReadingPausesAndOthersGoOn) {
   const auto context = TestClient::Context(absl::Seconds(60));
   v1::GenerateRequest request = Endless();
   request.mutable_logprobs()->set_num_top(20);  // fills the connection's buffers sooner
+  const int64_t before = client().Status().steps();
   const auto stream = own_connection->Generate(context.get(), request);
   v1::GenerateResponse event;
   ASSERT_TRUE(stream->Read(&event));
   // Paused: the count of steps stands still although the request is far from its end.
+  int64_t steps = 0;
   EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] {
-    const int64_t steps = client().Status().steps();
-    absl::SleepFor(Patience(absl::Milliseconds(200)));
-    return steps > 0 && client().Status().steps() == steps;
+    steps = client().Status().steps();
+    absl::SleepFor(Patience(absl::Seconds(1)));
+    return client().Status().steps() == steps;
   }));
+  EXPECT_LT(steps - before, 6000);
   EXPECT_EQ(client().Load().running_requests(), 1);
   const Generation other = client().Generate(Ask(RandomPrompt(9, 100), 20));
   EXPECT_EQ(other.tokens.size(), 20u) << other.status;

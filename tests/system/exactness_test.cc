@@ -66,7 +66,7 @@ TEST_F(Exactness, HoldsForEveryPlacementAndChunkSize) {
 
 TEST_F(Exactness, HoldsForAHeadThatIsSplitBetweenLanes) {
   const std::vector<int32_t> prompt = RandomPrompt(2, 1100);
-  const Generation expected = client().Generate(AskPlaced(prompt, AllFetched()));
+  const Generation expected = client().Generate(AskPlaced(prompt, AllResident()));
   const Generation split = client().Generate(AskPlaced(prompt, ResidentShare(0.4)));
   EXPECT_EQ(Difference(split, expected), "");
 }
