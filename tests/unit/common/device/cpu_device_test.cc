@@ -602,12 +602,16 @@ void CopyAndConsume(bool wait) {
   const StreamId copy = Must(device->CreateStream("copy"));
   const StreamId compute = Must(device->CreateStream("compute"));
   const EventId filled = Must(device->CreateEvent());
+  const EventId consumed = Must(device->CreateEvent());
   auto* const tile = reinterpret_cast<float*>(Must(device->Allocate(256, "tile")));
   auto* const out = reinterpret_cast<float*>(Must(device->Allocate(256, "out")));
   ASSERT_OK(device->Copy(copy, Plain(tile, from.data(), 256)));
   ASSERT_OK(device->Record(copy, filled));
   if (wait) ASSERT_OK(device->Wait(compute, filled));
   ASSERT_OK(device->SwiGlu(compute, {.gate_up = tile, .out = out, .rows = 1, .width = 32}));
+  // The consumer must run before the device ends its streams: ending one after the other orders them.
+  ASSERT_OK(device->Record(compute, consumed));
+  ASSERT_OK(device->Synchronize(consumed, kSoon));
 }
 
 TEST(DISABLED_Planted, WaitIsThere) { CopyAndConsume(true); }
