@@ -64,7 +64,11 @@ absl::Status GenerateAndPrint(const std::string& address, const v1::GenerateRequ
   } else if (isatty(STDOUT_FILENO)) {
     Write("\n", stdout);
   }
-  if (generate.explain) Write(ExplainAsText(response.finished()), stderr);
+  if (generate.explain) {
+    // Both may end up on one screen, and the answer has no newline at its end.
+    const bool new_line = !generate.json && !isatty(STDOUT_FILENO);
+    Write(absl::StrCat(new_line ? "\n" : "", ExplainAsText(response.finished())), stderr);
+  }
   if (std::ferror(stdout)) return absl::UnavailableError("standard output cannot be written");
   return absl::OkStatus();
 }
