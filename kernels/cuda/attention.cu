@@ -1,9 +1,11 @@
 // Exact attention over keys in pieces; attention.h states the fold.
 //
-// A block of threads takes some queries (rows x GQA group) of one KV head of one item, and blocks
-// of 64 keys one after the other: scores with a thread for each key, the softmax with a warp for
-// each query, P V with a thread for each pair of columns. A query takes exactly the keys that it
-// sees, in chains of fixed order, so that its bits do not depend on the queries beside it.
+// A block of four warps takes some queries (rows x GQA group) of one KV head of one item, and
+// blocks of 64 keys one after the other, on the tensor cores: q and p are split into two bfloat16
+// (see tensor_core.cuh), K and V are bfloat16 already. With many queries every warp has 16 of its
+// own; with few, warps share 16 queries and divide the keys of the scores, then the columns of the
+// result. All sums have one order, whichever way: a query's bits depend on the keys that it sees
+// alone.
 //
 // Where there are few queries, units of keys are computed side by side into scratch and folded in
 // order by a second kernel; else a block of threads walks all keys and folds at each unit's border.
@@ -12,6 +14,7 @@
 
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/tensor_core.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
@@ -20,9 +23,16 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlock = static_cast<int>(kBlockTokens);
 constexpr int64_t kMaxGridY = 65535;
-// Queries of a block of threads: of a decode step, and of a chunk.
-constexpr int kFewQueries = 8;
-constexpr int kManyQueries = 32;
+// Queries of a warp, or of the warps that share them: the rows of a product.
+constexpr int kRowQueries = 16;
+// How many such rows a block of threads has in a decode step, and in a chunk (where a wide head's
+// result must be divided over two warps to fit their registers).
+constexpr int kFewRows = 1;
+constexpr int kFewQueries = kFewRows * kRowQueries;
+template <int kD>
+constexpr int kManyRows = kD <= 128 ? 4 : 2;
+// From so many queries of an item on, more rows at once are worth it.
+constexpr int64_t kManyQueries = 33;
 // Blocks of threads that keep every multiprocessor of a large GPU (132) busy.
 constexpr int64_t kEnoughBlocks = 264;
 
@@ -99,38 +109,56 @@ struct FoldWeights {
 };
 
 // Shared memory of a block of threads.
-template <int kD, int kQueries>
+template <int kD, int kRows>
 struct Shared {
-  float q[kQueries][kD];
-  float p[kQueries][kBlock];                // scores, then exp(score - m)
-  uint32_t keys[kBlock][kD / 2 + 1];        // an odd stride: threads meet no bank conflict
-  float decay[kQueries];                    // what the block multiplies o by
-  float m[kQueries], l[kQueries];           // of U
-  float fold_m[kQueries], fold_l[kQueries];  // of R
+  static constexpr int kStages = kD <= 128 ? 2 : 1;
+  static constexpr int kStride = kD + 8;  // so that the rows of a matrix lie in different banks
+  // What warps tell each other of the 16 queries that they share.
+  struct Exchange {
+    uint32_t hi[kWarps][kWarp][4], lo[kWarps][kWarp][4];  // p of a slice of 16 keys
+    float sum[kWarps][kRowQueries];                       // of a slice
+    float largest[kWarps][kRowQueries];
+  };
+  BFloat16 keys[kStages][kBlock][kStride];
+  BFloat16 values[kStages][kBlock][kStride];
+  Exchange exchange[kRows < kWarps ? kRows : 1];
 };
 
-// The queries [first, first + count) of one KV head, held by a block of threads: o of U in
-// registers, R in the state.
-template <int kD, int kQueries>
+// The queries [first, first + kRows x 16) of one KV head, held by a block of threads: U in
+// registers, R in the state. A row of queries belongs to kParts warps; `part` has the keys of
+// kSlices of the four slices of a block, and kTiles x 8 columns of the result.
+template <int kD, int kRows>
 class Tile {
  public:
-  static constexpr int kPairs = kD / 2;                  // of columns
-  static constexpr int kParts = kThreads / kPairs;       // of the queries, in P V
-  static constexpr int kEach = kQueries / kParts;        // queries of a thread in P V
-  static constexpr int kScoreEach = kQueries / (kThreads / kBlock);
-  static_assert(kThreads % kPairs == 0 && kQueries % kParts == 0 && kQueries % kWarps == 0);
+  static constexpr int kQueries = kRows * kRowQueries;
+  static constexpr int kParts = kWarps / kRows;
+  static constexpr int kSlices = kWarps / kParts;
+  static constexpr int kTiles = kD / 8 / kParts;
+  using SharedMemory = Shared<kD, kRows>;
 
-  __device__ Tile(const Work& work, Shared<kD, kQueries>& shared, int32_t kv_head, int64_t first)
+  __device__ Tile(const Work& work, SharedMemory& shared, int32_t kv_head, int64_t first)
       : work_(work),
         s_(shared),
         kv_head_(kv_head),
         first_(first),
-        count_(static_cast<int>(work.num_queries() - first < kQueries ? work.num_queries() - first
-                                                                      : kQueries)),
-        column_(static_cast<int>(threadIdx.x) % kPairs * 2),
-        part_(static_cast<int>(threadIdx.x) / kPairs * kEach) {
-    for (int i = threadIdx.x; i < kQueries * kD; i += kThreads) {
-      s_.q[i / kD][i % kD] = i / kD < count_ ? work.q(kv_head, first + i / kD)[i % kD] : 0.0f;
+        count_(static_cast<int>(
+            work.num_queries() - first < kQueries ? work.num_queries() - first : kQueries)),
+        row_(static_cast<int>(threadIdx.x) / kWarp / kParts),
+        part_(static_cast<int>(threadIdx.x) / kWarp % kParts),
+        lane_(static_cast<int>(threadIdx.x) % kWarp),
+        quad_(lane_ / 4),
+        pair_(lane_ % 4) {
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float2 q = make_float2(0, 0);
+        if (Has(i % 2)) {
+          q = *reinterpret_cast<const float2*>(work.q(kv_head, first + Query(i % 2)) + step * 16 +
+                                               2 * pair_ + i / 2 * 8);
+        }
+        Split(q, q_hi_[step][i], q_lo_[step][i]);
+      }
     }
   }
 
@@ -139,61 +167,75 @@ class Tile {
   // U and R as an earlier launch left them, or empty.
   __device__ void Open(bool u_from_state, bool r_from_state) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      o_[i] = make_float2(0, 0);
-      if (u_from_state && part_ + i < count_) o_[i] = Pair(U(part_ + i));
-    }
-    for (int n = threadIdx.x; n < kQueries; n += kThreads) {
-      const bool u = u_from_state && n < count_;
-      const bool r = r_from_state && n < count_;
-      s_.m[n] = u ? U(n)[kD] : -CUDART_INF_F;
-      s_.l[n] = u ? U(n)[kD + 1] : 0.0f;
-      s_.fold_m[n] = r ? R(n)[kD] : -CUDART_INF_F;
-      s_.fold_l[n] = r ? R(n)[kD + 1] : 0.0f;
+    for (int h = 0; h < 2; ++h) {
+      const bool u = u_from_state && Has(h);
+      const bool r = r_from_state && Has(h);
+      m_[h] = u ? U(h)[kD] : -CUDART_INF_F;
+      l_[h] = u ? U(h)[kD + 1] : 0.0f;
+      fold_m_[h] = r ? R(h)[kD] : -CUDART_INF_F;
+      fold_l_[h] = r ? R(h)[kD + 1] : 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        SetPair(h, tile, u ? Load(U(h), tile) : make_float2(0, 0));
+      }
     }
     r_written_ = r_from_state;
-    __syncthreads();
   }
 
   // The item's keys in [begin, end); `begin` is a block's. With kFold units are folded at borders.
   template <bool kFold>
   __device__ void Walk(int64_t begin, int64_t end) {
-    for (int32_t i = 0; i < work_.item.span_count; ++i) {
-      const KvSpan span = work_.span(i);
-      int64_t pos = begin < span.first_pos ? span.first_pos : begin;
-      const int64_t whole = span.first_pos + span.count;
-      const int64_t span_end = end < whole ? end : whole;
-      for (; pos < span_end; pos = FloorToBlock(pos) + kBlockTokens) {
-        const int64_t block_end = FloorToBlock(pos) + kBlockTokens;
-        const int64_t stop = block_end < span_end ? block_end : span_end;
-        TakeBlock(KeyRow(span, kv_head_, pos, kD), ValueRow(span, kv_head_, pos, kD), pos,
-                  static_cast<int>(stop - pos));
-        if (kFold && stop % kUnitTokens == 0) FoldUnit();
+    Cursor cursor{0, begin, end};
+    Block block, next;
+    if (!Next(cursor, block)) return;
+    int stage = 0;
+    LoadBlock(block, stage);
+    for (;;) {
+      const bool more = Next(cursor, next);
+      if constexpr (SharedMemory::kStages == 2) {
+        if (more) LoadBlock(next, 1 - stage);
+        CommitCopies();  // also when empty: groups are counted
+        AwaitCopies<1>();
+      } else {
+        AwaitCopies<0>();
       }
+      __syncthreads();
+      TakeBlock(block, stage);
+      if (kFold && (block.pos + block.keys) % kUnitTokens == 0) FoldUnit();
+      __syncthreads();  // the stage is free
+      if (!more) break;
+      if constexpr (SharedMemory::kStages == 1) {
+        LoadBlock(next, 0);
+      } else {
+        stage = 1 - stage;
+      }
+      block = next;
     }
+    AwaitCopies<0>();
   }
 
   // U and R to the state; with `finish` the result, o / l of fold(R, U), too.
   __device__ void Close(bool finish) {
     if (finish) FoldUnit();
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int n = part_ + i;
-      if (n >= count_) continue;
-      if (finish) {
-        const float inverse = 1.0f / s_.fold_l[n];
-        const float2 o = r_written_ ? Pair(R(n)) : make_float2(0, 0);
-        StorePair(work_.out(kv_head_, first_ + n),
-                  make_float2(__fmul_rn(o.x, inverse), __fmul_rn(o.y, inverse)));
+    for (int h = 0; h < 2; ++h) {
+      if (!Has(h)) continue;
+      const float inverse = 1.0f / fold_l_[h];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (finish) {
+          const float2 o = r_written_ ? Load(R(h), tile) : make_float2(0, 0);
+          Store(work_.out(kv_head_, first_ + Query(h)), tile,
+                make_float2(__fmul_rn(o.x, inverse), __fmul_rn(o.y, inverse)));
+        }
+        if (!r_written_) Store(R(h), tile, make_float2(0, 0));
+        Store(U(h), tile, PairOf(h, tile));
       }
-      if (!r_written_) StorePair(R(n), make_float2(0, 0));
-      StorePair(U(n), o_[i]);
-    }
-    for (int n = threadIdx.x; n < count_; n += kThreads) {
-      R(n)[kD] = s_.fold_m[n];
-      R(n)[kD + 1] = s_.fold_l[n];
-      U(n)[kD] = s_.m[n];
-      U(n)[kD + 1] = s_.l[n];
+      if (!Leads()) continue;
+      R(h)[kD] = fold_m_[h];
+      R(h)[kD + 1] = fold_l_[h];
+      U(h)[kD] = m_[h];
+      U(h)[kD + 1] = l_[h];
     }
   }
 
@@ -201,172 +243,306 @@ class Tile {
   template <typename Partial>
   __device__ void StoreUnit(Partial&& partial) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (part_ + i < count_) StorePair(partial(part_ + i), o_[i]);
-    }
-    for (int n = threadIdx.x; n < count_; n += kThreads) {
-      partial(n)[kD] = s_.m[n];
-      partial(n)[kD + 1] = s_.l[n];
+    for (int h = 0; h < 2; ++h) {
+      if (!Has(h)) continue;
+      float* const to = partial(Query(h));
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) Store(to, tile, PairOf(h, tile));
+      if (!Leads()) continue;
+      to[kD] = m_[h];
+      to[kD + 1] = l_[h];
     }
   }
 
  private:
-  __device__ float* R(int n) const { return work_.state(kv_head_, first_ + n); }
-  __device__ float* U(int n) const { return R(n) + kD + 2; }
-  __device__ float2 Pair(const float* row) const {
-    return *reinterpret_cast<const float2*>(row + column_);
+  // Up to 64 keys, rows one behind the other.
+  struct Block {
+    const uint8_t* key_rows;
+    const uint8_t* value_rows;
+    int64_t pos;
+    int keys;
+  };
+  struct Cursor {
+    int32_t span;
+    int64_t pos;
+    int64_t end;
+  };
+
+  // A thread holds of two queries, h = 0 and 1, columns 2 pair and the next of each tile.
+  __device__ int Query(int h) const { return row_ * kRowQueries + quad_ + h * 8; }
+  __device__ bool Has(int h) const { return Query(h) < count_; }
+  __device__ bool Leads() const { return part_ == 0 && pair_ == 0; }
+  __device__ int Column(int tile) const { return (part_ * kTiles + tile) * 8 + 2 * pair_; }
+  __device__ float* R(int h) const { return work_.state(kv_head_, first_ + Query(h)); }
+  __device__ float* U(int h) const { return R(h) + kD + 2; }
+  __device__ float2 Load(const float* row, int tile) const {
+    return *reinterpret_cast<const float2*>(row + Column(tile));
   }
-  __device__ void StorePair(float* row, float2 value) const {
-    *reinterpret_cast<float2*>(row + column_) = value;
+  __device__ void Store(float* row, int tile, float2 value) const {
+    *reinterpret_cast<float2*>(row + Column(tile)) = value;
+  }
+  __device__ float2 PairOf(int h, int tile) const {
+    return make_float2(o_[tile][2 * h], o_[tile][2 * h + 1]);
+  }
+  __device__ void SetPair(int h, int tile, float2 value) {
+    o_[tile][2 * h] = value.x;
+    o_[tile][2 * h + 1] = value.y;
   }
 
-  // How many of `keys` keys from `pos` on query n sees.
-  __device__ int Seen(int n, int64_t pos, int keys) const {
-    if (n >= count_) return 0;
-    const int64_t seen = work_.pos(first_ + n) + 1 - pos;
-    return seen <= 0 ? 0 : seen < keys ? static_cast<int>(seen) : keys;
-  }
-
-  // Up to 64 keys of a head, rows one behind the other.
-  __device__ void TakeBlock(const uint8_t* key_rows, const uint8_t* value_rows, int64_t pos,
-                            int keys) {
-    constexpr int kVectors = kD / 8;  // 16-byte pieces of a row
-    for (int i = threadIdx.x; i < kBlock * kVectors; i += kThreads) {
-      const int row = i / kVectors;
-      const int word = i % kVectors * 4;
-      const uint4 piece = row < keys ? reinterpret_cast<const uint4*>(key_rows)[i]
-                                     : make_uint4(0, 0, 0, 0);
-      s_.keys[row][word] = piece.x;
-      s_.keys[row][word + 1] = piece.y;
-      s_.keys[row][word + 2] = piece.z;
-      s_.keys[row][word + 3] = piece.w;
+  __device__ bool Next(Cursor& cursor, Block& block) const {
+    for (; cursor.span < work_.item.span_count; ++cursor.span) {
+      const KvSpan span = work_.span(cursor.span);
+      const int64_t pos = cursor.pos < span.first_pos ? span.first_pos : cursor.pos;
+      const int64_t whole = span.first_pos + span.count;
+      const int64_t span_end = cursor.end < whole ? cursor.end : whole;
+      if (pos >= span_end) continue;
+      const int64_t block_end = FloorToBlock(pos) + kBlockTokens;
+      block.key_rows = KeyRow(span, kv_head_, pos, kD);
+      block.value_rows = ValueRow(span, kv_head_, pos, kD);
+      block.pos = pos;
+      block.keys = static_cast<int>((block_end < span_end ? block_end : span_end) - pos);
+      cursor.pos = block_end;
+      return true;
     }
-    __syncthreads();
-    Score();
-    __syncthreads();
-    Softmax(pos, keys);
-    __syncthreads();
-    AddValues(reinterpret_cast<const uint32_t*>(value_rows), pos, keys);
+    return false;
   }
 
-  __device__ void Score() {
-    const int key = static_cast<int>(threadIdx.x) % kBlock;
-    const int from = static_cast<int>(threadIdx.x) / kBlock * kScoreEach;
-    float score[kScoreEach] = {};
-#pragma unroll 4
-    for (int word = 0; word < kD / 2; ++word) {
-      const uint32_t k = s_.keys[key][word];
+  // Rows that do not exist become zeros.
+  __device__ void LoadBlock(const Block& block, int stage) {
+    constexpr int kPieces = kD / 8;  // 16 bytes each
+    for (int i = threadIdx.x; i < kBlock * kPieces; i += kThreads) {
+      const int row = i / kPieces;
+      const int column = i % kPieces * 8;
+      const int bytes = row < block.keys ? 16 : 0;
+      const int64_t offset = bytes == 0 ? 0 : int64_t{i} * 16;
+      CopyAsync16(&s_.keys[stage][row][column], block.key_rows + offset, bytes);
+      CopyAsync16(&s_.values[stage][row][column], block.value_rows + offset, bytes);
+    }
+    CommitCopies();
+  }
+
+  // How many of the block's keys the query h sees.
+  __device__ int Seen(int h, const Block& block) const {
+    if (!Has(h)) return 0;
+    const int64_t seen = work_.pos(first_ + Query(h)) + 1 - block.pos;
+    return seen <= 0 ? 0 : seen < block.keys ? static_cast<int>(seen) : block.keys;
+  }
+
+  // Of slice `slice` of the warp, the key that register i of its tile t belongs to.
+  __device__ int KeyOf(int slice, int t, int i) const {
+    return (part_ * kSlices + slice) * 16 + t * 8 + 2 * pair_ + i % 2;
+  }
+
+  __device__ void TakeBlock(const Block& block, int stage) {
+    float p[kSlices][2][4];  // scores, then exp(score - m)
+    Score(stage, p);
+    const int seen[2] = {Seen(0, block), Seen(1, block)};
+    float decay[2], sum[kWarps][2];
+    uint32_t hi[kSlices][4], lo[kSlices][4];
+    Softmax(seen, p, decay, sum);
 #pragma unroll
-      for (int n = 0; n < kScoreEach; ++n) {
-        const float2 q = *reinterpret_cast<const float2*>(&s_.q[from + n][2 * word]);
-        score[n] = __fmaf_rn(q.x, WidenLow(k), score[n]);
-        score[n] = __fmaf_rn(q.y, WidenHigh(k), score[n]);
+    for (int slice = 0; slice < kSlices; ++slice) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const of = &p[slice][i / 2][i % 2 * 2];
+        Split(make_float2(of[0], of[1]), hi[slice][i], lo[slice][i]);
+      }
+    }
+    if constexpr (kParts > 1) {
+      auto& exchange = s_.exchange[row_];
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice) {
+        const int at = part_ * kSlices + slice;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          exchange.hi[at][lane_][i] = hi[slice][i];
+          exchange.lo[at][lane_][i] = lo[slice][i];
+        }
+        if (pair_ == 0) {
+          exchange.sum[at][quad_] = sum[slice][0];
+          exchange.sum[at][quad_ + 8] = sum[slice][1];
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int at = 0; at < kWarps; ++at) {
+        sum[at][0] = exchange.sum[at][quad_];
+        sum[at][1] = exchange.sum[at][quad_ + 8];
       }
     }
 #pragma unroll
-    for (int n = 0; n < kScoreEach; ++n) s_.p[from + n][key] = __fmul_rn(score[n], work_.a.scale);
-  }
-
-  __device__ void Softmax(int64_t pos, int keys) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    for (int n = static_cast<int>(threadIdx.x) / kWarp; n < kQueries; n += kWarps) {
-      const int seen = Seen(n, pos, keys);
-      const float a = lane < seen ? s_.p[n][lane] : -CUDART_INF_F;
-      const float b = lane + kWarp < seen ? s_.p[n][lane + kWarp] : -CUDART_INF_F;
-      const float old = s_.m[n];
-      const float m = fmaxf(old, WarpReduce(fmaxf(a, b), Largest()));
-      const float pa = lane < seen ? expf(__fsub_rn(a, m)) : 0.0f;
-      const float pb = lane + kWarp < seen ? expf(__fsub_rn(b, m)) : 0.0f;
-      const float sum = WarpReduce(__fadd_rn(pa, pb), Sum());
-      s_.p[n][lane] = pa;
-      s_.p[n][lane + kWarp] = pb;
-      __syncwarp();  // every lane has read m
-      if (lane == 0) {
-        const float decay = seen > 0 ? expf(__fsub_rn(old, m)) : 1.0f;
-        s_.decay[n] = decay;
-        s_.l[n] = __fmaf_rn(s_.l[n], decay, sum);
-        s_.m[n] = m;
+    for (int h = 0; h < 2; ++h) {
+      const float total = __fadd_rn(__fadd_rn(__fadd_rn(sum[0][h], sum[1][h]), sum[2][h]),
+                                    sum[3][h]);
+      l_[h] = __fmaf_rn(l_[h], decay[h], total);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o_[tile][i] = __fmul_rn(o_[tile][i], decay[i / 2]);
+    }
+#pragma unroll
+    for (int slice = 0; slice < kWarps; ++slice) {
+      if constexpr (kParts > 1) {
+        AddValues(stage, slice, s_.exchange[row_].hi[slice][lane_],
+                  s_.exchange[row_].lo[slice][lane_]);
+      } else {
+        AddValues(stage, slice, hi[slice], lo[slice]);
       }
     }
   }
 
-  // Keys that a query does not see are left out (their p is 0, but their values may be anything).
-  __device__ void AddValues(const uint32_t* value_rows, int64_t pos, int keys) {
+  __device__ void Score(int stage, float (&score)[kSlices][2][4]) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const float decay = s_.decay[part_ + i];
-      o_[i] = make_float2(__fmul_rn(o_[i].x, decay), __fmul_rn(o_[i].y, decay));
-    }
-    const bool all_seen = Seen(0, pos, keys) == keys;
-    for (int key = 0; key < keys; key += 4) {
-      uint32_t v[4];
+    for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        v[j] = key + j < keys ? value_rows[(key + j) * kPairs + column_ / 2] : 0;
-      }
+      for (int t = 0; t < 2; ++t) {
+        const int key = (part_ * kSlices + slice) * 16 + t * 8 + lane_ % 8;
+        float(&c)[4] = score[slice][t];
+        c[0] = c[1] = c[2] = c[3] = 0;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const float4 four = *reinterpret_cast<const float4*>(&s_.p[part_ + i][key]);
-        const float p[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (!all_seen && p[j] == 0) continue;
-          o_[i].x = __fmaf_rn(p[j], WidenLow(v[j]), o_[i].x);
-          o_[i].y = __fmaf_rn(p[j], WidenHigh(v[j]), o_[i].y);
+        for (int step = 0; step < kD / 16; step += 2) {
+          uint32_t k[4];  // of 32 dimensions
+          LoadMatrices(k, &s_.keys[stage][key][step * 16 + lane_ / 8 * 8]);
+          Multiply(c, q_hi_[step], k[0], k[1]);
+          Multiply(c, q_lo_[step], k[0], k[1]);
+          Multiply(c, q_hi_[step + 1], k[2], k[3]);
+          Multiply(c, q_lo_[step + 1], k[2], k[3]);
         }
       }
     }
   }
 
+  // Scores to exp(score - m) with the new m; their sums by slice; what the old sums are scaled by.
+  __device__ void Softmax(const int (&seen)[2], float (&p)[kSlices][2][4], float (&decay)[2],
+                          float (&sum)[kWarps][2]) {
+    float largest[2] = {-CUDART_INF_F, -CUDART_INF_F};
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = p[slice][t][i];
+          x = KeyOf(slice, t, i) < seen[i / 2] ? __fmul_rn(x, work_.a.scale) : -CUDART_INF_F;
+          largest[i / 2] = fmaxf(largest[i / 2], x);
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) largest[h] = QuadReduce(largest[h], Largest());
+    if constexpr (kParts > 1) {
+      auto& exchange = s_.exchange[row_];
+      if (pair_ == 0) {
+        exchange.largest[part_][quad_] = largest[0];
+        exchange.largest[part_][quad_ + 8] = largest[1];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        largest[0] = fmaxf(largest[0], exchange.largest[part][quad_]);
+        largest[1] = fmaxf(largest[1], exchange.largest[part][quad_ + 8]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float m = fmaxf(m_[h], largest[h]);
+      decay[h] = seen[h] > 0 ? expf(__fsub_rn(m_[h], m)) : 1.0f;
+      m_[h] = m;
+    }
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = p[slice][t][i];
+          x = KeyOf(slice, t, i) < seen[i / 2] ? expf(__fsub_rn(x, m_[i / 2])) : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float first = __fadd_rn(p[slice][0][2 * h], p[slice][0][2 * h + 1]);
+        const float second = __fadd_rn(p[slice][1][2 * h], p[slice][1][2 * h + 1]);
+        sum[slice][h] = QuadReduce(__fadd_rn(first, second), Sum());
+      }
+    }
+  }
+
+  // o += p V of one slice of 16 keys. Keys that a query does not see have p = 0.
+  __device__ void AddValues(int stage, int slice, const uint32_t (&hi)[4],
+                            const uint32_t (&lo)[4]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile += 2) {
+      uint32_t v[4];
+      const int column = (part_ * kTiles + tile) * 8 + lane_ / 16 * 8;
+      LoadMatricesTransposed(v, &s_.values[stage][slice * 16 + lane_ % 16][column]);
+      Multiply(o_[tile], hi, v[0], v[1]);
+      Multiply(o_[tile + 1], hi, v[2], v[3]);
+      Multiply(o_[tile], lo, v[0], v[1]);
+      Multiply(o_[tile + 1], lo, v[2], v[3]);
+    }
+  }
+
   // R = fold(R, U), U = empty.
   __device__ void FoldUnit() {
-    __syncthreads();  // m and l are those of all queries' last block
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int n = part_ + i;
-      if (n >= count_) continue;
-      const FoldWeights fold(s_.fold_m[n], s_.fold_l[n], s_.m[n], s_.l[n]);
-      const float2 r = r_written_ ? Pair(R(n)) : make_float2(0, 0);
-      StorePair(R(n), make_float2(fold(r.x, o_[i].x), fold(r.y, o_[i].y)));
-      o_[i] = make_float2(0, 0);
+    for (int h = 0; h < 2; ++h) {
+      const FoldWeights fold(fold_m_[h], fold_l_[h], m_[h], l_[h]);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (Has(h)) {
+          const float2 r = r_written_ ? Load(R(h), tile) : make_float2(0, 0);
+          const float2 u = PairOf(h, tile);
+          Store(R(h), tile, make_float2(fold(r.x, u.x), fold(r.y, u.y)));
+        }
+        SetPair(h, tile, make_float2(0, 0));
+      }
+      fold_m_[h] = fold.m;
+      fold_l_[h] = fold.l;
+      m_[h] = -CUDART_INF_F;
+      l_[h] = 0;
     }
     r_written_ = true;
-    __syncthreads();
-    for (int n = threadIdx.x; n < kQueries; n += kThreads) {
-      const FoldWeights fold(s_.fold_m[n], s_.fold_l[n], s_.m[n], s_.l[n]);
-      s_.fold_m[n] = fold.m;
-      s_.fold_l[n] = fold.l;
-      s_.m[n] = -CUDART_INF_F;
-      s_.l[n] = 0;
-    }
-    __syncthreads();
+  }
+
+  // op over the four lanes of a query, in the same order each time.
+  template <typename Op>
+  __device__ static float QuadReduce(float value, Op op) {
+    value = op(value, __shfl_xor_sync(kFullMask, value, 1));
+    return op(value, __shfl_xor_sync(kFullMask, value, 2));
   }
 
   const Work& work_;
-  Shared<kD, kQueries>& s_;
+  SharedMemory& s_;
   const int32_t kv_head_;
   const int64_t first_;
   const int count_;
-  const int column_;  // the thread's pair of columns
-  const int part_;    // its first query in P V
-  float2 o_[kEach];
-  bool r_written_ = false;  // the state's R holds something
+  const int row_;   // which 16 queries
+  const int part_;  // which of the warps that share them
+  const int lane_, quad_, pair_;
+  uint32_t q_hi_[kD / 16][4], q_lo_[kD / 16][4];
+  float o_[kTiles][4];
+  float m_[2], l_[2];            // of U
+  float fold_m_[2], fold_l_[2];  // of R
+  bool r_written_ = false;       // the state's R holds something
 };
 
 // Block (head and tile of queries, item): all keys of the launch, in order. Tiles of late rows see
 // the most keys and go first.
-template <int kD, int kQueries>
+template <int kD, int kRows>
 __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ AttendArgs a,
                                                         int64_t first_item) {
+  constexpr int kQueries = Tile<kD, kRows>::kQueries;
   extern __shared__ __align__(16) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<kD, kQueries>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kD, kRows>*>(memory);
   const AttendItem item = a.items.device[first_item + blockIdx.y];
   const Work work(a, item);
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
   const int64_t tiles = (work.num_queries() + kQueries - 1) / kQueries;
   if (blockIdx.x >= heads * tiles) return;
   const auto head = static_cast<int32_t>(item.kv_head_begin + blockIdx.x % heads);
-  Tile<kD, kQueries> tile(work, shared, head, (tiles - 1 - blockIdx.x / heads) * kQueries);
+  Tile<kD, kRows> tile(work, shared, head, (tiles - 1 - blockIdx.x / heads) * kQueries);
   tile.Open(item.reset == 0, item.reset == 0);
   const int64_t seen = tile.last_pos() + 1;
   const int64_t end = work.end_pos() < seen ? work.end_pos() : seen;
@@ -376,11 +552,12 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
 }
 
 // Block (unit, head and tile of queries; item): one unit, to scratch.
-template <int kD, int kQueries>
+template <int kD>
 __global__ void __launch_bounds__(kThreads) UnitKernel(const __grid_constant__ AttendArgs a,
                                                         UnitWindow window) {
+  constexpr int kQueries = kFewQueries;
   extern __shared__ __align__(16) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<kD, kQueries>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kD, kFewRows>*>(memory);
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
@@ -392,7 +569,7 @@ __global__ void __launch_bounds__(kThreads) UnitKernel(const __grid_constant__ A
   if (in_window >= window.count || unit * kUnitTokens >= work.end_pos()) return;
   const int64_t head = task % heads;
   const int64_t first_query = task / heads * kQueries;
-  Tile<kD, kQueries> tile(work, shared, static_cast<int32_t>(item.kv_head_begin + head),
+  Tile<kD, kFewRows> tile(work, shared, static_cast<int32_t>(item.kv_head_begin + head),
                           first_query);
   // A unit that an earlier launch opened goes on from there.
   tile.Open(item.reset == 0 && begin_pos > unit * kUnitTokens, false);
@@ -500,15 +677,14 @@ Extents ExtentsOf(const AttendArgs& a) {
   return e;
 }
 
-template <int kD, int kQueries>
+template <int kD, int kRows>
 cudaError_t LaunchWalk(const AttendArgs& a, const Extents& e, cudaStream_t stream) {
-  const int64_t x = e.heads * CeilDiv(e.queries, kQueries);
+  const int64_t x = e.heads * CeilDiv(e.queries, Tile<kD, kRows>::kQueries);
   for (int64_t first = 0; first < a.items.count; first += kMaxGridY) {
     const int64_t y = a.items.count - first < kMaxGridY ? a.items.count - first : kMaxGridY;
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
-    WalkKernel<kD, kQueries>
-        <<<grid, kThreads, sizeof(Shared<kD, kQueries>), stream>>>(a, first);
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, WalkKernel<kD, kRows>, grid, kThreads,
+                                           sizeof(Shared<kD, kRows>), a, first));
   }
   return cudaSuccess;
 }
@@ -521,12 +697,10 @@ cudaError_t LaunchUnits(const AttendArgs& a, const Extents& e, int64_t window_un
   const int64_t tasks = e.heads * CeilDiv(e.queries, kFewQueries);
   for (; window.first < e.units; window.first += window.count) {
     const dim3 units(static_cast<unsigned>(window.count * tasks), y);
-    UnitKernel<kD, kFewQueries>
-        <<<units, kThreads, sizeof(Shared<kD, kFewQueries>), stream>>>(a, window);
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, UnitKernel<kD>, units, kThreads,
+                                           sizeof(Shared<kD, kFewRows>), a, window));
     const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
-    FoldKernel<kD><<<folds, kD, 0, stream>>>(a, window);
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
   }
   return cudaSuccess;
 }
@@ -538,11 +712,11 @@ cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
   const int64_t a_unit = a.items.count * e.heads * e.queries * (kD + 2);  // floats of scratch
   const int64_t fit = a.scratch_floats / a_unit;
   const int64_t window = fit < e.units ? fit : e.units;
-  if (e.queries > kManyQueries) return LaunchWalk<kD, kManyQueries>(a, e, stream);
+  if (e.queries >= kManyQueries) return LaunchWalk<kD, kManyRows<kD>>(a, e, stream);
   // A window of fewer than four units would leave less side by side than it costs to fold them.
   if (e.blocks >= kEnoughBlocks || e.units <= 2 || window < 4 || !e.keys_everywhere ||
       a.items.count > kMaxGridY) {
-    return LaunchWalk<kD, kFewQueries>(a, e, stream);
+    return LaunchWalk<kD, kFewRows>(a, e, stream);
   }
   return LaunchUnits<kD>(a, e, window, stream);
 }
@@ -550,11 +724,10 @@ cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
 template <int kD>
 cudaError_t Load() {
   HEADROOM_CUDA_RETURN_IF_ERROR(
-      LoadKernel(WalkKernel<kD, kManyQueries>, sizeof(Shared<kD, kManyQueries>)));
+      LoadKernel(WalkKernel<kD, kManyRows<kD>>, sizeof(Shared<kD, kManyRows<kD>>)));
   HEADROOM_CUDA_RETURN_IF_ERROR(
-      LoadKernel(WalkKernel<kD, kFewQueries>, sizeof(Shared<kD, kFewQueries>)));
-  HEADROOM_CUDA_RETURN_IF_ERROR(
-      LoadKernel(UnitKernel<kD, kFewQueries>, sizeof(Shared<kD, kFewQueries>)));
+      LoadKernel(WalkKernel<kD, kFewRows>, sizeof(Shared<kD, kFewRows>)));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, sizeof(Shared<kD, kFewRows>)));
   return LoadKernel(FoldKernel<kD>);
 }
 

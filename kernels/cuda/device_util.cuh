@@ -91,6 +91,19 @@ cudaError_t LoadKernel(Kernel* kernel, int64_t shared_bytes) {
                               static_cast<int>(shared_bytes));
 }
 
+// Enqueues kernel(arguments...). What it returns is the launch's own error: cudaGetLastError()
+// would also tell of calls before it, and of events that were asked too early.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid, int threads,
+                     int64_t shared_bytes, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace headroom::kernels::cuda

@@ -58,14 +58,12 @@ __global__ void RopeTableKernel(RopeTableArgs a) {
 
 cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
   if (args.rows.count == 0) return cudaSuccess;
-  EmbedKernel<<<args.rows.count, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOn(stream, EmbedKernel, dim3(args.rows.count), kThreads, 0, args);
 }
 
 cudaError_t LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  RmsNormKernel<<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOn(stream, RmsNormKernel, dim3(static_cast<unsigned>(args.rows)), kThreads, 0, args);
 }
 
 cudaError_t LaunchSwiGlu(const SwiGluArgs& args, cudaStream_t stream) {
@@ -77,16 +75,14 @@ cudaError_t LaunchSwiGlu(const SwiGluArgs& args, cudaStream_t stream) {
     part.rows = args.rows - row < kMaxRows ? args.rows - row : kMaxRows;
     const dim3 grid(static_cast<unsigned>(CeilDiv(args.width, kThreads)),
                     static_cast<unsigned>(part.rows));
-    SwiGluKernel<<<grid, kThreads, 0, stream>>>(part);
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, SwiGluKernel, grid, kThreads, 0, part));
   }
   return cudaSuccess;
 }
 
 cudaError_t LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream) {
   if (args.positions.count == 0) return cudaSuccess;
-  RopeTableKernel<<<args.positions.count, 128, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOn(stream, RopeTableKernel, dim3(args.positions.count), 128, 0, args);
 }
 
 cudaError_t LoadElementwise() {

@@ -9,6 +9,7 @@
 // Tiles of A (float32, split when it is read) and W go through shared memory, several stages ahead.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/tensor_core.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
@@ -34,18 +35,6 @@ using Skinny = Tiling<16, 32, 64, 1, 4, 6>;
 using Middle = Tiling<64, 64, 32, 2, 2, 4>;
 using Wide = Tiling<128, 128, 32, 2, 4, 3>;
 
-__device__ void CopyAsync16(void* shared, const void* global, int bytes) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(to), "l"(global), "r"(bytes));
-}
-__device__ void CommitCopies() { asm volatile("cp.async.commit_group;"); }
-template <int kLeft>
-__device__ void AwaitCopies() {
-  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft));
-}
-
 // Rows [row, row + kRows) x columns [column, column + kColumns) of a [num_rows, num_columns]
 // matrix to shared memory; what lies outside becomes zero. 16 bytes at once where kVector (rows
 // and columns are multiples of 16 bytes).
@@ -65,21 +54,6 @@ __device__ void LoadTile(const T* matrix, int64_t stride, int64_t row, int64_t n
       *to = inside ? matrix[r * stride + c] : T();
     }
   }
-}
-
-// hi and lo of two neighbours, packed as the products want them.
-__device__ void Split(float2 a, uint32_t& hi, uint32_t& lo) {
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(hi) : "f"(a.y), "f"(a.x));
-  const float x = __fsub_rn(a.x, WidenLow(hi));
-  const float y = __fsub_rn(a.y, WidenHigh(hi));
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(lo) : "f"(y), "f"(x));
-}
-
-__device__ void Multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <typename T, bool kVector>
@@ -139,8 +113,8 @@ __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
         }
 #pragma unroll
         for (int n = 0; n < T::kMmaN; ++n) {
-          Multiply(hi[m][n], a_hi, b[n]);
-          Multiply(lo[m][n], a_lo, b[n]);
+          Multiply(hi[m][n], a_hi, b[n][0], b[n][1]);
+          Multiply(lo[m][n], a_lo, b[n][0], b[n][1]);
         }
       }
     }
@@ -172,18 +146,14 @@ cudaError_t Launch(GemmArgs g, cudaStream_t stream) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool vector =
       g.w.k % 8 == 0 && g.a_stride % 4 == 0 && aligned(g.a) && aligned(g.w.data);
+  void (*const kernel)(GemmArgs) = vector ? GemmKernel<T, true> : GemmKernel<T, false>;
   constexpr int64_t kMaxRows = int64_t{65535} * T::kM;  // of a grid's second dimension
   const int64_t m = g.m;
   for (int64_t row = 0; row < m; row += kMaxRows) {
     g.m = m - row < kMaxRows ? m - row : kMaxRows;
     const dim3 grid(static_cast<unsigned>(CeilDiv(g.w.n, T::kN)),
                     static_cast<unsigned>(CeilDiv(g.m, T::kM)));
-    if (vector) {
-      GemmKernel<T, true><<<grid, T::kThreads, T::kSharedBytes, stream>>>(g);
-    } else {
-      GemmKernel<T, false><<<grid, T::kThreads, T::kSharedBytes, stream>>>(g);
-    }
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, kernel, grid, T::kThreads, T::kSharedBytes, g));
     g.a += kMaxRows * g.a_stride;
     g.c += kMaxRows * g.c_stride;
   }

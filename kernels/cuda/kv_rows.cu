@@ -119,8 +119,7 @@ cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
   if (longest == 0) return cudaSuccess;
   if (args.items.count > kMaxGridY) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(longest), static_cast<unsigned>(args.items.count));
-  RopeAppendKernel<<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOn(stream, RopeAppendKernel, grid, kThreads, 0, args);
 }
 
 cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
@@ -139,8 +138,7 @@ cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
     }
     if (most == 0) continue;
     const dim3 grid(static_cast<unsigned>(most), static_cast<unsigned>(part.items.count));
-    CopyKvRowsKernel<<<grid, kThreads, 0, stream>>>(part);
-    HEADROOM_CUDA_RETURN_IF_ERROR(cudaGetLastError());
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, CopyKvRowsKernel, grid, kThreads, 0, part));
   }
   return cudaSuccess;
 }
@@ -148,8 +146,8 @@ cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
 cudaError_t LaunchAwait(const uint64_t* doorbell, uint64_t expected, int64_t deadline_us,
                         uint32_t* status, uint32_t expired_status, cudaStream_t stream) {
   const uint64_t deadline_ns = deadline_us > 0 ? static_cast<uint64_t>(deadline_us) * 1000 : 0;
-  AwaitKernel<<<1, 1, 0, stream>>>(doorbell, expected, deadline_ns, status, expired_status);
-  return cudaGetLastError();
+  return LaunchOn(stream, AwaitKernel, dim3(1), 1, 0, doorbell, expected, deadline_ns, status,
+                  expired_status);
 }
 
 cudaError_t LoadKvRows() {

@@ -216,8 +216,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
 
 cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   if (args.rows.count == 0) return cudaSuccess;
-  SampleKernel<<<args.rows.count, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOn(stream, SampleKernel, dim3(args.rows.count), kThreads, 0, args);
 }
 
 cudaError_t LoadSample() { return LoadKernel(SampleKernel); }

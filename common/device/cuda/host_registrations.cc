@@ -40,7 +40,6 @@ absl::Status HostRegistrations::Add(uint8_t* data, int64_t bytes) {
     if (status.ok()) added.push_back(piece);
   }
   if (!status.ok()) {
-    static_cast<void>(cudaGetLastError());  // or the next launch would report it
     for (const Piece& piece : added) static_cast<void>(cudaHostUnregister(piece.data));
   }
   MutexLock lock(&mutex_);

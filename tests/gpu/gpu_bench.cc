@@ -1,0 +1,257 @@
+// How fast the CUDA kernels are in Llama-3-8B's shapes, beside what the card can move in the same
+// run. No model is needed: contents are random, but not zero.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "tests/gpu/gpu_test_util.h"
+
+namespace headroom {
+namespace {
+
+using kernels::BFloat16;
+
+constexpr int64_t kHidden = 4096, kIntermediate = 14336, kVocab = 128256;
+constexpr int32_t kQHeads = 32, kKvHeads = 8, kHeadDim = 128;
+constexpr int64_t kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim;
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+void Require(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
+class Bench {
+ public:
+  Bench() {
+    DeviceOptions options;
+    options.kind = "cuda";
+    options.memory_bytes = int64_t{14} << 30;
+    auto device = CreateDevice(options);
+    Require(device.status());
+    device_ = *std::move(device);
+    stream_ = device_->CreateStream("compute").value();
+    event_ = device_->CreateEvent().value();
+    std::printf("%s\n", std::string(device_->name()).c_str());
+  }
+
+  void Run() {
+    Copies();
+    Gemms();
+    Decodes();
+    Prefills();
+    Small();
+  }
+
+ private:
+  uint8_t* Take(int64_t bytes) {
+    auto memory = device_->Allocate(bytes, "bench");
+    Require(memory.status());
+    return *memory;
+  }
+  // bfloat16 or float32 in (-1, 1), one MiB over and over.
+  template <typename T>
+  T* Random(int64_t count) {
+    std::vector<T> values(kMiB / sizeof(T));
+    std::mt19937 random(1);
+    for (T& value : values) {
+      const float number = static_cast<float>(random()) * 0x1p-31f - 1.0f;
+      if constexpr (sizeof(T) == 2) {
+        value = kernels::ToBFloat16(number);
+      } else {
+        value = number;
+      }
+    }
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    uint8_t* const data = Take(bytes);
+    for (int64_t at = 0; at < bytes; at += kMiB) {
+      Require(device_->Upload(data + at, values.data(), std::min(kMiB, bytes - at)));
+    }
+    return reinterpret_cast<T*>(data);
+  }
+
+  // Microseconds of one of `work`'s runs; run(i) enqueues the i-th.
+  double Time(const std::function<absl::Status(int)>& run) {
+    const auto seconds = [&](int runs) {
+      const auto begin = std::chrono::steady_clock::now();
+      for (int i = 0; i < runs; ++i) Require(run(i));
+      Require(device_->Record(stream_, event_));
+      Require(device_->Synchronize(event_, absl::Minutes(1)));
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    seconds(2);
+    const int runs = static_cast<int>(std::clamp(0.1 / (seconds(2) / 2), 3.0, 200.0));
+    double best = 1e9;
+    for (int repeat = 0; repeat < 3; ++repeat) best = std::min(best, seconds(runs) / runs);
+    return best * 1e6;
+  }
+
+  void Copies() {
+    const int64_t bytes = 512 * kMiB;
+    uint8_t* const a = Take(bytes);
+    uint8_t* const b = Take(bytes);
+    HostMemory host(bytes);
+    std::fill_n(host.data(), bytes, 1);
+    Require(device_->RegisterHost(host.data(), bytes));
+    const auto copy = [&](uint8_t* to, const uint8_t* from, int64_t piece) {
+      return Time([&, piece](int i) {
+        CopyArgs args;
+        args.dst = to + i * piece % bytes;
+        args.src = from + i * piece % bytes;
+        args.width_bytes = args.dst_pitch_bytes = args.src_pitch_bytes = piece;
+        return device_->Copy(stream_, args);
+      });
+    };
+    std::printf("device copy, read + written: %.0f GB/s\n", 2e-3 * bytes / copy(a, b, bytes));
+    for (const int64_t piece : {kMiB, 16 * kMiB}) {
+      std::printf("host to device, %d MiB pieces: %.1f GB/s\n", static_cast<int>(piece / kMiB),
+                  1e-3 * piece / copy(a, host.data(), piece));
+    }
+    Require(device_->UnregisterHost(host.data()));
+  }
+
+  void Gemms() {
+    const struct {
+      const char* name;
+      int64_t n, k;
+    } layers[] = {{"qkv", kQkvWidth, kHidden},
+                  {"output", kHidden, kHidden},
+                  {"gate_up", 2 * kIntermediate, kHidden},
+                  {"down", kHidden, kIntermediate},
+                  {"lm_head", kVocab, kHidden}};
+    const int64_t most_rows = 4096;
+    float* const a = Random<float>(most_rows * kIntermediate);
+    float* const c = reinterpret_cast<float*>(Take(most_rows * 2 * kIntermediate * 4));
+    for (const auto& layer : layers) {
+      // Several copies, so that the weights come from memory and not from the cache.
+      const int64_t packed = device_->PackedBytes(layer.n, layer.k);
+      const int copies = static_cast<int>(std::clamp<int64_t>(200 * kMiB / packed, 1, 8));
+      std::vector<const BFloat16*> weights;
+      for (int i = 0; i < copies; ++i) weights.push_back(Random<BFloat16>(packed / 2));
+      std::printf("gemm %-8s", layer.name);
+      for (const int64_t rows : {1, 16, 64, 512, 4096}) {
+        if (layer.n == kVocab && rows > 256) continue;
+        kernels::GemmArgs args;
+        args.a = a;
+        args.a_stride = layer.k;
+        args.w = {nullptr, layer.n, layer.k};
+        args.c = c;
+        args.c_stride = layer.n;
+        args.m = rows;
+        const double us = Time([&](int i) {
+          args.w.data = weights[static_cast<size_t>(i) % weights.size()];
+          return device_->Gemm(stream_, args);
+        });
+        const double flops = 2.0 * static_cast<double>(rows * layer.n * layer.k);
+        std::printf(" | %d rows %.1f us, %.0f GB/s, %.1f TFLOP/s", static_cast<int>(rows), us,
+                    1e-3 * packed / us, 1e-6 * flops / us);
+      }
+      std::printf("\n");
+    }
+  }
+
+  // Rows at the end of `keys` keys, all in one place.
+  double Attend(int64_t rows, int64_t keys) {
+    const int64_t state = rows * kQHeads * kernels::AttentionStateFloats(kHeadDim);
+    if (q_ == nullptr) {
+      q_ = Random<float>(4096 * kQHeads * kHeadDim);
+      state_ = reinterpret_cast<float*>(Take(4096 * state / rows * 4));
+      out_ = reinterpret_cast<float*>(Take(4096 * kQHeads * kHeadDim * 4));
+      scratch_ = reinterpret_cast<float*>(Take(kernels::kMinAttendScratchFloats * 4));
+      keys_ = Random<BFloat16>(131072 * kKvHeads * kHeadDim * 2);
+      tables_ = Take(4096);
+    }
+    const std::vector<kernels::KvSpan> spans = {
+        {reinterpret_cast<uint8_t*>(keys_), 0, 0, static_cast<int32_t>(keys),
+         static_cast<int32_t>(keys), 0, kKvHeads}};
+    kernels::AttendItem item;
+    item.row_count = static_cast<int32_t>(rows);
+    item.first_pos = keys - rows;
+    item.kv_head_end = kKvHeads;
+    item.span_count = item.reset = item.finish = 1;
+    const std::vector<kernels::AttendItem> items = {item};
+    Require(device_->Upload(tables_, spans.data(), sizeof(spans[0])));
+    Require(device_->Upload(tables_ + 1024, items.data(), sizeof(items[0])));
+    kernels::AttendArgs args;
+    args.q = q_;
+    args.q_stride = kQHeads * kHeadDim;
+    args.state = state_;
+    args.out = out_;
+    args.rows = rows;
+    args.items = {reinterpret_cast<kernels::AttendItem*>(tables_ + 1024), items.data(), 1};
+    args.spans = {reinterpret_cast<kernels::KvSpan*>(tables_), spans.data(), 1};
+    args.scratch = scratch_;
+    args.scratch_floats = kernels::kMinAttendScratchFloats;
+    args.scale = 0.088f;
+    args.num_q_heads = kQHeads;
+    args.num_kv_heads = kKvHeads;
+    args.head_dim = kHeadDim;
+    return Time([&](int) { return device_->Attend(stream_, args); });
+  }
+
+  void Decodes() {
+    for (const int64_t keys : {1024, 8192, 32768, 131072}) {
+      const double us = Attend(1, keys);
+      std::printf("attention, 1 row on %d keys: %.1f us, %.0f GB/s\n", static_cast<int>(keys), us,
+                  1e-3 * static_cast<double>(keys * kKvHeads * kHeadDim * 4) / us);
+    }
+  }
+  void Prefills() {
+    for (const int64_t keys : {4096, 32768}) {
+      const double us = Attend(4096, keys);
+      const double pairs = 4096.0 * (static_cast<double>(keys) - 2048);
+      std::printf("attention, 4096 rows on %d keys: %.0f us, %.1f TFLOP/s\n",
+                  static_cast<int>(keys), us, 4e-6 * pairs * kQHeads * kHeadDim / us);
+    }
+  }
+
+  void Small() {
+    kernels::RmsNormArgs norm;
+    norm.x = q_;
+    norm.x_rows = norm.rows = 1;
+    norm.weight = keys_;
+    norm.out = out_;
+    norm.hidden = kHidden;
+    norm.epsilon = 1e-5f;
+    std::printf("norm of 1 row, one after the other: %.2f us\n",
+                Time([&](int) { return device_->RmsNorm(stream_, norm); }));
+    for (const float temperature : {0.0f, 1.0f}) {
+      kernels::SampleRow row;
+      row.temperature = temperature;
+      row.top_p = temperature > 0 ? 0.9f : 1.0f;
+      const std::vector<kernels::SampleRow> rows = {row};
+      Require(device_->Upload(tables_, rows.data(), sizeof(row)));
+      kernels::SampleArgs sample;
+      sample.logits = q_;
+      sample.rows = {reinterpret_cast<kernels::SampleRow*>(tables_), rows.data(), 1};
+      sample.results = reinterpret_cast<kernels::SampleResult*>(tables_ + 2048);
+      sample.num_results = 1;
+      sample.last_tokens = reinterpret_cast<int32_t*>(tables_ + 3072);
+      sample.num_slots = 1;
+      sample.vocab = kVocab;
+      sample.scratch = scratch_;
+      std::printf("sampling 1 row, %s: %.0f us\n", temperature > 0 ? "top-p" : "greedy",
+                  Time([&](int) { return device_->Sample(stream_, sample); }));
+    }
+  }
+
+  std::unique_ptr<Device> device_;
+  StreamId stream_;
+  EventId event_;
+  float *q_ = nullptr, *state_ = nullptr, *out_ = nullptr, *scratch_ = nullptr;
+  BFloat16* keys_ = nullptr;
+  uint8_t* tables_ = nullptr;
+};
+
+}  // namespace
+}  // namespace headroom
+
+int main() { headroom::Bench().Run(); }
