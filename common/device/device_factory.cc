@@ -36,7 +36,7 @@ absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& option
     return absl::InvalidArgumentError(
         absl::StrCat("device: '", options.kind, "' is none of auto, cpu, cuda"));
   }
-  if (options.memory_bytes <= 0) {
+  if (options.memory_bytes < 0 || (options.memory_bytes == 0 && kind == "cpu")) {
     return absl::InvalidArgumentError(
         absl::StrCat("device memory must be positive, not ", options.memory_bytes, " bytes"));
   }

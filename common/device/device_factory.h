@@ -15,7 +15,8 @@ namespace headroom {
 
 struct DeviceOptions {
   std::string kind = "auto";  // "auto", "cpu" or "cuda"
-  // The arena: everything that the worker ever keeps on the device.
+  // The arena: everything that the worker ever keeps on the device. 0, on cuda only: what is free
+  // less 1 GiB.
   int64_t memory_bytes = 0;
   // CPU device only.
   int compute_threads = 1;
@@ -26,7 +27,7 @@ struct DeviceOptions {
 // (/dev/nvidiactl); "cpu" where it has not; any other `kind` as it is.
 std::string ChooseDevice(absl::string_view kind);
 
-// INVALID_ARGUMENT: `kind` is none of the three, or memory_bytes or compute_threads is not positive.
+// INVALID_ARGUMENT: `kind` is none of the three, or memory_bytes or compute_threads cannot be.
 // UNAVAILABLE: the CUDA device is asked for and this binary, the driver or the card cannot give it.
 // RESOURCE_EXHAUSTED: no memory for the arena. UNIMPLEMENTED: the CPU device on a processor that is
 // too old.

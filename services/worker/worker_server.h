@@ -18,7 +18,7 @@ struct WorkerOptions {
   // "cpu", "cuda", or "auto": cuda where /dev/nvidiactl is, else cpu.
   std::string device = "auto";
   // Device memory for everything: weights, resident keys, tails, staging ring, activations. 0: on cuda
-  // what is free less 1 GiB; on cpu half of the memory that this process may use.
+  // what is free less 1 GiB; on cpu the weights and 2 GiB.
   int64_t gpu_memory_bytes = 0;
   // Threads of the CPU device's compute stream; 0: as many as this process may run on.
   int32_t compute_threads = 0;

@@ -479,15 +479,24 @@ absl::StatusOr<std::string> FindCard() {
   return std::string(card.name);
 }
 
-absl::StatusOr<CudaMemory> AllocateArena(int64_t bytes, absl::string_view card) {
+// What kernels, events and the driver itself still take of a card that is asked for all that is free.
+constexpr int64_t kLeftFreeBytes = int64_t{1} << 30;
+
+// `*bytes` of 0 becomes what is free less kLeftFreeBytes.
+absl::StatusOr<CudaMemory> AllocateArena(int64_t* bytes, absl::string_view card) {
   size_t free_bytes = 0;
   size_t all_bytes = 0;
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaMemGetInfo(&free_bytes, &all_bytes)));
+  if (*bytes == 0) *bytes = static_cast<int64_t>(free_bytes) - kLeftFreeBytes;
+  if (*bytes <= 0) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "device memory: only ", free_bytes, " of ", all_bytes, " bytes are free on ", card));
+  }
   void* memory = nullptr;
-  const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(*bytes));
   if (error == cudaSuccess) return CudaMemory(memory);
   return Annotate(CudaStatus(error, "cudaMalloc", __FILE__, __LINE__),
-                  absl::StrCat("device memory: ", bytes, " bytes asked for, ", free_bytes, " of ",
+                  absl::StrCat("device memory: ", *bytes, " bytes asked for, ", free_bytes, " of ",
                                all_bytes, " free on ", card));
 }
 
@@ -496,8 +505,9 @@ absl::StatusOr<CudaMemory> AllocateArena(int64_t bytes, absl::string_view card) 
 absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(const CudaDeviceOptions& options) {
   HEADROOM_ASSIGN_OR_RETURN(const std::string card, FindCard());
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LoadKernels()));
-  HEADROOM_ASSIGN_OR_RETURN(CudaMemory memory, AllocateArena(options.arena_bytes, card));
-  auto device = std::make_unique<CudaDevice>(card, std::move(memory), options.arena_bytes);
+  int64_t arena_bytes = options.arena_bytes;
+  HEADROOM_ASSIGN_OR_RETURN(CudaMemory memory, AllocateArena(&arena_bytes, card));
+  auto device = std::make_unique<CudaDevice>(card, std::move(memory), arena_bytes);
   HEADROOM_RETURN_IF_ERROR(device->Init());
   return device;
 }

@@ -21,7 +21,7 @@
 namespace headroom {
 
 struct CudaDeviceOptions {
-  int64_t arena_bytes = 0;
+  int64_t arena_bytes = 0;  // 0: what is free less 1 GiB
 };
 
 // UNAVAILABLE if there is no driver, no GPU, or one that the kernels cannot run on (compute
