@@ -16,6 +16,7 @@
 #include "common/device/arena.h"
 #include "common/device/cpu/cpu_stream.h"
 #include "common/device/cpu/streaming_copy.h"
+#include "common/device/launch_check.h"
 #include "common/futex.h"
 #include "common/mutex.h"
 #include "common/status.h"
@@ -185,7 +186,9 @@ class CpuDevice : public Device {
   }
   absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
                               int64_t n, int64_t k, uint8_t* packed) override {
-    if (!arena_.Contains(packed, PackedBytes(n, k))) return Foreign("LoadWeightRows", packed);
+    if (!arena_.Contains(packed, PackedBytes(n, k))) {
+      return ForeignAddressError("LoadWeightRows", packed);
+    }
     if (!RangeFits(row_begin, rows, n)) {
       return absl::InternalError(absl::StrCat("LoadWeightRows: ", rows, " rows from ", row_begin,
                                               " of a matrix of ", n));
@@ -195,7 +198,7 @@ class CpuDevice : public Device {
     return absl::OkStatus();
   }
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
-    if (!arena_.Contains(dst, bytes)) return Foreign("Upload", dst);
+    if (!arena_.Contains(dst, bytes)) return ForeignAddressError("Upload", dst);
     std::memcpy(dst, src, static_cast<size_t>(bytes));
     return absl::OkStatus();
   }
@@ -284,7 +287,9 @@ class CpuDevice : public Device {
   }
 
   absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
-    absl::Status status = CheckCopy(args);
+    absl::Status status = CheckCopy(
+        args, [this](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
+        [this](const void* data, int64_t bytes) { return InHost(data, bytes); });
     if (!status.ok() && recording_of(stream) != nullptr) {
       status = absl::FailedPreconditionError(status.message());
     }
@@ -300,9 +305,11 @@ class CpuDevice : public Device {
 
   absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
     if (!InHost(args.doorbell, sizeof(*args.doorbell))) {
-      return Foreign("AwaitPartials", args.doorbell);
+      return ForeignAddressError("AwaitPartials", args.doorbell);
     }
-    if (!InHost(args.status, sizeof(*args.status))) return Foreign("AwaitPartials", args.status);
+    if (!InHost(args.status, sizeof(*args.status))) {
+      return ForeignAddressError("AwaitPartials", args.status);
+    }
     return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
       RunAwait(*static_cast<const AwaitArgs*>(a));
     });
@@ -389,57 +396,16 @@ class CpuDevice : public Device {
     std::vector<int32_t> recorded;  // events
   };
 
-  static absl::Status Foreign(absl::string_view op, const void* data) {
-    return absl::InternalError(absl::StrCat(
-        op, ": address ", absl::Hex(reinterpret_cast<uintptr_t>(data)),
-        " lies neither in the device's arena nor, where that is allowed, in registered host memory"));
-  }
-
   static absl::Status CheckNotCaptured(const Event& event) {
     if (!event.captured.load(std::memory_order_relaxed)) return absl::OkStatus();
     return absl::FailedPreconditionError(
         "an event whose latest record is part of a recording orders nothing outside of it");
   }
 
-  // From the first row's first byte to the last row's last: a copy engine's rectangle must lie in one
-  // registered range as a whole.
-  absl::Status CheckCopy(const CopyArgs& a) const {
-    if (a.width_bytes < 0 || a.height < 0 ||
-        (a.height > 1 && (a.dst_pitch_bytes < a.width_bytes || a.src_pitch_bytes < a.width_bytes))) {
-      return absl::InternalError(absl::StrCat("Copy: ", a.height, " rows of ", a.width_bytes,
-                                              " bytes, pitches ", a.dst_pitch_bytes, " and ",
-                                              a.src_pitch_bytes));
-    }
-    if (a.width_bytes == 0 || a.height == 0) return absl::OkStatus();
-    const auto extent = [&a](int64_t pitch_bytes) {
-      const std::optional<int64_t> rows = CheckedMul(a.height - 1, pitch_bytes);
-      return rows.has_value() ? CheckedAdd(*rows, a.width_bytes).value_or(-1) : int64_t{-1};
-    };
-    const int64_t dst_bytes = extent(a.dst_pitch_bytes);
-    const int64_t src_bytes = extent(a.src_pitch_bytes);
-    const bool to_device = arena_.Contains(a.dst, dst_bytes);
-    const bool from_device = arena_.Contains(a.src, src_bytes);
-    if (!to_device && (!from_device || !InHost(a.dst, dst_bytes))) return Foreign("Copy", a.dst);
-    if (!from_device && !InHost(a.src, src_bytes)) return Foreign("Copy", a.src);
-    return absl::OkStatus();
-  }
-
   bool InHost(const void* data, int64_t bytes) const {
     MutexLock lock(&mutex_);
     return std::any_of(host_ranges_.begin(), host_ranges_.end(),
                        [&](const Arena& range) { return range.Contains(data, bytes); });
-  }
-
-  template <typename Args>
-  absl::Status Check(absl::string_view op, const Args& args, bool host_too) const {
-    const void* wrong = nullptr;
-    bool ok = true;
-    ForEachRange(args, [&](const void* data, int64_t bytes, Access) {
-      if (bytes == 0 || arena_.Contains(data, bytes) || (host_too && InHost(data, bytes))) return;
-      ok = false;
-      wrong = data;
-    });
-    return ok ? absl::OkStatus() : Foreign(op, wrong);
   }
 
   Recording* recording_of(StreamId stream) { return active_[stream.index]; }
@@ -461,7 +427,9 @@ class CpuDevice : public Device {
   template <auto kKernel, typename Args>
   absl::Status Launch(StreamId stream, absl::string_view name, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
-    HEADROOM_RETURN_IF_ERROR(Check(name, args, host_too));
+    HEADROOM_RETURN_IF_ERROR(CheckRanges(name, args, [&](const void* data, int64_t bytes) {
+      return arena_.Contains(data, bytes) || (host_too && InHost(data, bytes));
+    }));
     return Enqueue(stream, args, account,
                    [](const void* a, kernels::CpuTeam& team, OpAccount* account) {
                      const auto& args = *static_cast<const Args*>(a);
