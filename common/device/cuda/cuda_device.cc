@@ -479,7 +479,7 @@ absl::StatusOr<std::string> FindCard() {
   return std::string(card.name);
 }
 
-// What kernels, events and the driver itself still take of a card that is asked for all that is free.
+// What kernels, events and the driver take beside the arena on a card that is asked for all it has.
 constexpr int64_t kLeftFreeBytes = int64_t{1} << 30;
 
 // `*bytes` of 0 becomes what is free less kLeftFreeBytes.
