@@ -27,7 +27,9 @@ class KvPool {
   int64_t high_water_bytes() const { return high_water_ * granule_bytes_; }
 
  private:
-  int64_t GranulesFor(int64_t bytes) const { return (bytes + granule_bytes_ - 1) / granule_bytes_; }
+  int64_t GranulesFor(int64_t bytes) const {
+    return bytes / granule_bytes_ + (bytes % granule_bytes_ > 0 ? 1 : 0);
+  }
   // First free run of `count` granules that begins in [begin, end), or -1.
   int64_t Find(int64_t begin, int64_t end, int64_t count) const;
   bool Used(int64_t granule) const { return words_[granule / 64] >> (granule % 64) & 1; }

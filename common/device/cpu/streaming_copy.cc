@@ -43,6 +43,7 @@ __attribute__((target("avx"))) void StreamPieces(uint8_t* dst, const uint8_t* sr
 }  // namespace
 
 void StreamingCopy(void* dst, const void* src, int64_t bytes) {
+  if (bytes == 0) return;  // then the pointers may be null
   if (bytes < kLeastBytes) {
     std::memcpy(dst, src, static_cast<size_t>(bytes));
     return;

@@ -151,6 +151,9 @@ TEST(Bench, RefusesWrongOptions) {
 }
 
 TEST(Bench, WritesALineForTheSetupAndForEachItem) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
+#endif
   const TempDir dir;
   RandomModelSpec spec;
   spec.num_layers = 2;
