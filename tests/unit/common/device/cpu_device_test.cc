@@ -609,8 +609,9 @@ void CopyAndConsume(bool wait) {
   ASSERT_OK(device->Record(copy, filled));
   if (wait) ASSERT_OK(device->Wait(compute, filled));
   ASSERT_OK(device->SwiGlu(compute, {.gate_up = tile, .out = out, .rows = 1, .width = 32}));
-  // The consumer must run before the device ends its streams: ending one after the other orders them.
+  // Both must run before the device ends its streams: ending one after the other orders them.
   ASSERT_OK(device->Record(compute, consumed));
+  ASSERT_OK(device->Synchronize(filled, kSoon));
   ASSERT_OK(device->Synchronize(consumed, kSoon));
 }
 
