@@ -221,11 +221,11 @@ class SmolLm2RecallTest : public SmolLm2Test {
   }
 };
 
+// The same code as above, for minutes with AddressSanitizer.
+#if !defined(__SANITIZE_ADDRESS__)
 TEST_F(SmolLm2RecallTest, At1KResident) { Recall(0, 1, kResidentPlan); }
 TEST_F(SmolLm2RecallTest, At1KFetched) { Recall(1, 1, kFetchedPlan); }
 TEST_F(SmolLm2RecallTest, At1KWithAHeadSplit) { Recall(2, 1, kSplitPlan); }
-// The same code as above, for minutes with AddressSanitizer.
-#if !defined(__SANITIZE_ADDRESS__)
 TEST_F(SmolLm2RecallTest, At4KFetched) { Recall(3, 4, kFetchedPlan); }
 TEST_F(SmolLm2RecallTest, At8KWithAHeadSplit) { Recall(4, 8, kSplitPlan); }
 #endif
