@@ -164,7 +164,9 @@ absl::StatusOr<StoredRun> KvStore::AllocateRun(uint64_t sequence_id, int64_t fir
   if (run.ok()) return **run;
   const bool descriptors_left = segment_->descriptors().size() - index_->used_extents() >=
                                 static_cast<size_t>(binding_->geometry.num_layers);
-  if (absl::IsResourceExhausted(run.status()) && prefaulting_ && descriptors_left) {
+  // The prefault thread goes on to count huge pages once all memory is there.
+  const bool memory_to_come = prefaulting_ && ready_.back().second < segment_->data_bytes();
+  if (absl::IsResourceExhausted(run.status()) && memory_to_come && descriptors_left) {
     return WithRetryAfter(WithReason(absl::UnavailableError(absl::StrCat(
                                          "memory is being prepared, ", segment_->ready_bytes(),
                                          " of ", segment_->data_bytes(), " bytes are ready")),
