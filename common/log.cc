@@ -29,7 +29,19 @@ ProcessLog& TheLog() {
   return *log;
 }
 
-const char* Name(LogLevel level) {
+std::string LineAsText(absl::string_view time, LogLevel level, absl::string_view process,
+                       absl::string_view message, absl::string_view request_id) {
+  std::string line = absl::StrCat(time, " ", LogLevelName(level), " ");
+  if (!process.empty()) absl::StrAppend(&line, process, ": ");
+  if (!request_id.empty()) absl::StrAppend(&line, "[", request_id, "] ");
+  // A message that holds what a client or a file said must not forge a second line.
+  for (const char c : message) line.push_back(c == '\n' || c == '\r' ? ' ' : c);
+  return line;
+}
+
+}  // namespace
+
+const char* LogLevelName(LogLevel level) {
   switch (level) {
     case LogLevel::kDebug:
       return "debug";
@@ -43,22 +55,10 @@ const char* Name(LogLevel level) {
   return "unknown";
 }
 
-std::string LineAsText(absl::string_view time, LogLevel level, absl::string_view process,
-                       absl::string_view message, absl::string_view request_id) {
-  std::string line = absl::StrCat(time, " ", Name(level), " ");
-  if (!process.empty()) absl::StrAppend(&line, process, ": ");
-  if (!request_id.empty()) absl::StrAppend(&line, "[", request_id, "] ");
-  // A message that holds what a client or a file said must not forge a second line.
-  for (const char c : message) line.push_back(c == '\n' || c == '\r' ? ' ' : c);
-  return line;
-}
-
-}  // namespace
-
 absl::StatusOr<LogLevel> ParseLogLevel(absl::string_view text) {
   for (const LogLevel level :
        {LogLevel::kDebug, LogLevel::kInfo, LogLevel::kWarning, LogLevel::kError}) {
-    if (text == Name(level)) return level;
+    if (text == LogLevelName(level)) return level;
   }
   return absl::InvalidArgumentError(
       absl::StrCat("log level '", text, "', expected debug, info, warning or error"));
@@ -70,7 +70,7 @@ std::string LogLineAsJson(absl::string_view time, LogLevel level, absl::string_v
                           absl::string_view message, absl::string_view request_id) {
   Json::Object line;
   line.emplace_back("time", Json(std::string(time)));
-  line.emplace_back("level", Json(Name(level)));
+  line.emplace_back("level", Json(LogLevelName(level)));
   if (!process.empty()) line.emplace_back("process", Json(std::string(process)));
   if (!request_id.empty()) line.emplace_back("request_id", Json(std::string(request_id)));
   line.emplace_back("message", Json(std::string(message)));

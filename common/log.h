@@ -16,6 +16,8 @@ enum class LogLevel { kDebug, kInfo, kWarning, kError };
 
 // "debug", "info", "warning", "error". INVALID_ARGUMENT.
 absl::StatusOr<LogLevel> ParseLogLevel(absl::string_view text);
+// The same names.
+const char* LogLevelName(LogLevel level);
 
 struct LogOptions {
   LogLevel level = LogLevel::kInfo;

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/grpc_server.h"
 #include "common/log.h"
 #include "common/mutex.h"
 #include "common/status.h"
@@ -40,11 +41,7 @@ absl::Status CheckOptions(const CoordinatorOptions& options) {
     return wrong(
         absl::StrCat("--context-limit ", options.context_limit_tokens, ", expected 0 or more"));
   }
-  if (options.max_message_bytes < 1024 || options.max_message_bytes > INT32_MAX) {
-    return wrong(absl::StrCat("--max-message-bytes ", options.max_message_bytes,
-                              ", expected 1024 to ", INT32_MAX));
-  }
-  return absl::OkStatus();
+  return CheckMaxMessageBytes(options.max_message_bytes);
 }
 
 class Server : public CoordinatorServer {
@@ -63,9 +60,6 @@ class Server : public CoordinatorServer {
   void Wait() override { server_->Wait(); }
 
  private:
-  absl::StatusOr<std::unique_ptr<grpc::Server>> Listen(grpc::Service* service,
-                                                       const std::string& address,
-                                                       std::string* listened);
   void SetServing(bool serving);
   void BeginDrain();
 
@@ -84,35 +78,6 @@ class Server : public CoordinatorServer {
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
-absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Listen(grpc::Service* service,
-                                                             const std::string& address,
-                                                             std::string* listened) {
-  grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
-  builder.RegisterService(service);
-  builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
-  // A client that is gone without a word is noticed within some 20 s; its own pings are welcome, or
-  // a long prefill would end in GOAWAY.
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
-  // Two servers on one port would take turns; the second is a mistake.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
-  if (server == nullptr) {
-    return absl::UnavailableError(absl::StrCat("cannot listen on ", address));
-  }
-  *listened = address;
-  const size_t colon = address.rfind(':');
-  if (port > 0 && address.rfind("unix:", 0) != 0 && colon != std::string::npos) {
-    *listened = absl::StrCat(address.substr(0, colon), ":", port);
-  }
-  return server;
-}
-
 absl::Status Server::Start() {
   SchedulerOptions scheduler;
   scheduler.max_queue = options_.max_queue;
@@ -127,7 +92,8 @@ absl::Status Server::Start() {
   grpc::EnableDefaultHealthCheckService(true);
   if (options_.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   HEADROOM_ASSIGN_OR_RETURN(server_,
-                            Listen(inference_.get(), options_.listen_address, &listen_address_));
+                            ListenGrpc(inference_.get(), options_.listen_address,
+                                       options_.max_message_bytes, &listen_address_));
   SetServing(false);
   if (!options_.admin_address.empty()) {
     admin_ = std::make_unique<AdminService>(
@@ -135,7 +101,8 @@ absl::Status Server::Start() {
         ProcessAddresses{listen_address_, options_.worker_address, options_.store_address},
         [this] { BeginDrain(); });
     HEADROOM_ASSIGN_OR_RETURN(admin_server_,
-                              Listen(admin_.get(), options_.admin_address, &admin_address_));
+                              ListenGrpc(admin_.get(), options_.admin_address,
+                                         options_.max_message_bytes, &admin_address_));
   }
   scheduler_->Start();
   LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));

@@ -23,20 +23,6 @@ namespace {
 constexpr int64_t kMost32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMost64 = std::numeric_limits<int64_t>::max();
 
-const char* LevelName(LogLevel level) {
-  switch (level) {
-    case LogLevel::kDebug:
-      return "debug";
-    case LogLevel::kInfo:
-      return "info";
-    case LogLevel::kWarning:
-      return "warning";
-    case LogLevel::kError:
-      return "error";
-  }
-  return "info";
-}
-
 // A command line being written.
 class Arguments {
  public:
@@ -68,7 +54,7 @@ class Arguments {
 
 void AddLogFlags(Flags& flags, LogOptions* options) {
   flags.Group("Log lines (standard error)");
-  flags.Add("log-level", "debug|info|warning|error", LevelName(options->level),
+  flags.Add("log-level", "debug|info|warning|error", LogLevelName(options->level),
             "The least that is worth a line.", [options](const std::string& text) {
               const absl::StatusOr<LogLevel> level = ParseLogLevel(text);
               if (level.ok()) options->level = *level;
@@ -133,7 +119,7 @@ void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
 // ---------------------------------------------------------------- writing
 
 void AppendLogArguments(const LogOptions& log, std::vector<std::string>* args) {
-  args->push_back(absl::StrCat("--log-level=", LevelName(log.level)));
+  args->push_back(absl::StrCat("--log-level=", LogLevelName(log.level)));
   if (log.json) args->push_back("--log-json");
 }
 

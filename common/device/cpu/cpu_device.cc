@@ -16,6 +16,7 @@
 #include "common/device/arena.h"
 #include "common/device/cpu/cpu_stream.h"
 #include "common/device/cpu/streaming_copy.h"
+#include "common/device/kv_bytes.h"
 #include "common/device/launch_check.h"
 #include "common/futex.h"
 #include "common/mutex.h"
@@ -112,29 +113,6 @@ void RunAwait(const AwaitArgs& a) {
                                         std::memory_order_release, std::memory_order_relaxed);
     }
   }
-}
-
-int64_t KvBytesRead(const kernels::AttendArgs& a) {
-  int64_t bytes = 0;
-  for (int32_t i = 0; i < a.items.count; ++i) {
-    const kernels::AttendItem& item = a.items.device[i];
-    int64_t tokens = 0;
-    for (int32_t s = 0; s < item.span_count; ++s) {
-      tokens += a.spans.device[item.span_begin + s].count;
-    }
-    bytes += tokens * (item.kv_head_end - item.kv_head_begin) * 2 * a.head_dim * kKvElementBytes;
-  }
-  return bytes;
-}
-
-int64_t KvBytesRead(const kernels::CopyKvRowsArgs& a) {
-  int64_t bytes = 0;
-  for (int32_t i = 0; i < a.items.count; ++i) {
-    const kernels::KvSpan& to = a.items.device[i].to;
-    bytes += int64_t{to.count} * (to.kv_head_end - to.kv_head_begin) * 2 * a.head_dim *
-             kKvElementBytes;
-  }
-  return bytes;
 }
 
 class CpuDevice : public Device {

@@ -16,6 +16,7 @@
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/host_registrations.h"
 #include "common/device/cuda/op_timers.h"
+#include "common/device/kv_bytes.h"
 #include "common/device/launch_check.h"
 #include "common/mutex.h"
 #include "common/status.h"
@@ -38,29 +39,6 @@ struct Event {
   // Its latest record was made in a recording: it orders nothing outside.
   std::atomic<bool> captured{false};
 };
-
-int64_t KvBytesRead(const kernels::AttendArgs& a) {
-  int64_t bytes = 0;
-  for (int32_t i = 0; i < a.items.count; ++i) {
-    const kernels::AttendItem& item = a.items.host[i];
-    int64_t tokens = 0;
-    for (int32_t s = 0; s < item.span_count; ++s) {
-      tokens += a.spans.host[item.span_begin + s].count;
-    }
-    bytes += tokens * (item.kv_head_end - item.kv_head_begin) * 2 * a.head_dim * kKvElementBytes;
-  }
-  return bytes;
-}
-
-int64_t KvBytesRead(const kernels::CopyKvRowsArgs& a) {
-  int64_t bytes = 0;
-  for (int32_t i = 0; i < a.items.count; ++i) {
-    const kernels::KvSpan& to = a.items.host[i].to;
-    bytes += int64_t{to.count} * (to.kv_head_end - to.kv_head_begin) * 2 * a.head_dim *
-             kKvElementBytes;
-  }
-  return bytes;
-}
 
 cudaError_t EnqueueCopy(const CopyArgs& a, cudaStream_t stream) {
   const bool dense = a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes;

@@ -1,0 +1,40 @@
+#include "common/grpc_server.h"
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+
+namespace headroom {
+
+absl::Status CheckMaxMessageBytes(int64_t bytes) {
+  if (bytes >= 1024 && bytes <= INT32_MAX) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--max-message-bytes ", bytes, ", expected 1024 to ", INT32_MAX));
+}
+
+absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(grpc::Service* service,
+                                                         const std::string& address,
+                                                         int64_t max_message_bytes,
+                                                         std::string* listened) {
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  builder.RegisterService(service);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(max_message_bytes));
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
+  // Two servers on one port would take turns; the second is a mistake.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr) return absl::UnavailableError(absl::StrCat("cannot listen on ", address));
+  *listened = address;
+  const size_t colon = address.rfind(':');
+  if (port > 0 && !absl::StartsWith(address, "unix:") && colon != std::string::npos) {
+    *listened = absl::StrCat(address.substr(0, colon), ":", port);
+  }
+  return server;
+}
+
+}  // namespace headroom
