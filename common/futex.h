@@ -1,4 +1,4 @@
-// Waiting on a 32-bit word within one process.
+// Waiting on a 32-bit word: within one process, or (Shared...) in memory that several have mapped.
 #ifndef HEADROOM_COMMON_FUTEX_H_
 #define HEADROOM_COMMON_FUTEX_H_
 
@@ -27,6 +27,17 @@ inline void FutexWait(const std::atomic<uint32_t>& word, uint32_t value, absl::D
 inline void FutexWakeAll(const std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
           nullptr, 0);
+}
+
+inline void SharedFutexWait(const std::atomic<uint32_t>& word, uint32_t value,
+                            absl::Duration timeout) {
+  const timespec limit = absl::ToTimespec(timeout);
+  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT, value, &limit, nullptr,
+          0);
+}
+inline void SharedFutexWakeAll(const std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr,
+          0);
 }
 
 }  // namespace headroom

@@ -25,7 +25,9 @@ class CpuTeam;
 inline constexpr int32_t kMaxGqaGroup = 64;
 
 // Floats of the state of one (row, q_head): R and U, each [o: head_dim][m][l].
-inline constexpr int64_t AttentionStateFloats(int32_t head_dim) { return 2 * (head_dim + 2); }
+HEADROOM_HOST_DEVICE inline constexpr int64_t AttentionStateFloats(int32_t head_dim) {
+  return 2 * (head_dim + 2);
+}
 
 // Rows of one sequence against consecutive spans of keys, for some KV heads. Spans are
 // spans[span_begin, span_begin + span_count), ascending in position, each a run of whole blocks
@@ -49,7 +51,7 @@ struct AttendArgs {
   const float* q = nullptr;  // row r, head h at q + r * q_stride + h * head_dim
   int64_t q_stride = 0;
   float* state = nullptr;  // [rows, num_q_heads, AttentionStateFloats(head_dim)]
-  float* out = nullptr;    // [rows, num_q_heads * head_dim]
+  float* out = nullptr;    // [rows, num_q_heads * head_dim]; null: no item finishes
   int64_t rows = 0;        // of the whole batch: the size of q, state and out
   Table<AttendItem> items;
   Table<KvSpan> spans;
@@ -72,7 +74,7 @@ void ForEachRange(const AttendArgs& a, F&& f) {
   f(a.q, ((a.rows - 1) * a.q_stride + q_width) * kFloat, Access::kRead);
   f(a.state, a.rows * a.num_q_heads * AttentionStateFloats(a.head_dim) * kFloat,
     Access::kReadWrite);
-  f(a.out, a.rows * q_width * kFloat, Access::kWrite);
+  if (a.out != nullptr) f(a.out, a.rows * q_width * kFloat, Access::kWrite);
   f(a.scratch, a.scratch_floats * kFloat, Access::kWrite);
   f(a.items.device, a.items.count * static_cast<int64_t>(sizeof(AttendItem)), Access::kRead);
   f(a.spans.device, a.spans.count * static_cast<int64_t>(sizeof(KvSpan)), Access::kRead);

@@ -29,6 +29,8 @@
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
 #include "kernels/gemm.h"
+#include "kernels/mailbox.h"
+#include "kernels/merge_partials.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
@@ -62,15 +64,6 @@ struct CopyArgs {
   int64_t src_pitch_bytes = 0;
   int64_t width_bytes = 0;
   int64_t height = 1;
-};
-
-// Waits until the doorbell of the mailbox reaches `expected` (acquire, system scope). On expiry of
-// the deadline, or if *status is already non-zero, returns at once with *status = non-zero.
-struct AwaitArgs {
-  const std::atomic<uint64_t>* doorbell = nullptr;  // registered host memory
-  uint64_t expected = 0;
-  int64_t deadline_us = 0;  // from when the operation starts to wait
-  std::atomic<uint32_t>* status = nullptr;  // registered host memory
 };
 
 // Bytes of the arena by what they are used for, shown in status and --explain.
@@ -123,9 +116,12 @@ class Device {
   // ---- Copies: at least one side in the arena, the other too or registered host memory.
   virtual absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account = nullptr) = 0;
 
-  // ---- The mailbox.
-  virtual absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args,
+  // ---- The mailbox (kernels/mailbox.h); its memory is registered. `account`, if given, receives the
+  // time that the stream waited. The merge reads the partials where they lie.
+  virtual absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) = 0;
+  virtual absl::Status AwaitPartials(StreamId stream, const kernels::AwaitPartialsArgs& args,
                                      OpAccount* account = nullptr) = 0;
+  virtual absl::Status MergePartials(StreamId stream, const kernels::MergePartialsArgs& args) = 0;
 
   // ---- Operations; kernels/*.h say what each computes. `account`, if given, receives the time and,
   // for Attend and CopyKvRows, the bytes of keys and values that were read.

@@ -34,7 +34,7 @@ absl::Status CheckRanges(absl::string_view op, const Args& args, Allowed&& allow
   return ok ? absl::OkStatus() : ForeignAddressError(op, wrong);
 }
 
-// From the first row's first byte to the last row's last: a copy engine's rectangle must lie in one
+// A copy: from the first row's first byte to the last row's last: a copy engine's rectangle must lie in one
 // registered range as a whole. One side at least is `in_arena(data, bytes)`.
 template <typename InArena, typename InHost>
 absl::Status CheckCopy(const CopyArgs& a, InArena&& in_arena, InHost&& in_host) {
@@ -57,6 +57,32 @@ absl::Status CheckCopy(const CopyArgs& a, InArena&& in_arena, InHost&& in_host) 
     return ForeignAddressError("Copy", a.dst);
   }
   if (!from_device && !in_host(a.src, src_bytes)) return ForeignAddressError("Copy", a.src);
+  return absl::OkStatus();
+}
+
+template <typename InArena, typename InHost>
+absl::Status CheckPost(const kernels::PostQueriesArgs& a, InArena&& in_arena, InHost&& in_host) {
+  constexpr int64_t kFloat = sizeof(float);
+  if (a.rows < 0 || a.row_floats < 0 || a.q_stride < a.row_floats) {
+    return absl::InternalError(absl::StrCat("PostQueries: ", a.rows, " rows of ", a.row_floats,
+                                            " floats, ", a.q_stride, " apart"));
+  }
+  if (a.rows > 0 && !in_arena(a.q, ((a.rows - 1) * a.q_stride + a.row_floats) * kFloat)) {
+    return ForeignAddressError("PostQueries", a.q);
+  }
+  if (!in_host(a.queries, a.rows * a.row_floats * kFloat)) {
+    return ForeignAddressError("PostQueries", a.queries);
+  }
+  if (!in_host(a.mailbox, sizeof(*a.mailbox))) return ForeignAddressError("PostQueries", a.mailbox);
+  if (!in_host(a.slot, sizeof(*a.slot))) return ForeignAddressError("PostQueries", a.slot);
+  return absl::OkStatus();
+}
+
+template <typename InHost>
+absl::Status CheckAwait(const kernels::AwaitPartialsArgs& a, InHost&& in_host) {
+  if (!in_host(a.mailbox, sizeof(*a.mailbox))) return ForeignAddressError("AwaitPartials", a.mailbox);
+  if (!in_host(a.slot, sizeof(*a.slot))) return ForeignAddressError("AwaitPartials", a.slot);
+  if (!in_host(a.status, sizeof(*a.status))) return ForeignAddressError("AwaitPartials", a.status);
   return absl::OkStatus();
 }
 

@@ -321,4 +321,46 @@ void Attend(const AttendArgs& args, CpuTeam& team) {
   }
 }
 
+// ---- Partial states ------------------------------------------------------------------------------
+
+void MergePartials(const MergePartialsArgs& args, CpuTeam& team) {
+  AttendArgs as;  // the states' layout
+  as.state = args.state;
+  as.out = args.out;
+  as.num_q_heads = args.num_q_heads;
+  as.num_kv_heads = args.num_kv_heads;
+  as.head_dim = args.head_dim;
+  AttendArgs theirs = as;
+  theirs.state = const_cast<float*>(args.partials);
+  const int32_t group = args.num_q_heads / args.num_kv_heads;
+  const Launch to{as, group};
+  const Launch from{theirs, group};
+  alignas(64) thread_local float sum[kMaxHeadDim + kLanes];
+  const auto merge = [&](const MergeItem& item, int64_t row, int64_t q_head) {
+    const Partial finished = to.finished(row, q_head);
+    if (item.reset != 0) {
+      finished.CopyFrom(from.finished(row, q_head));
+      to.open(row, q_head).CopyFrom(from.open(row, q_head));
+    } else {
+      const Partial before{sum, args.head_dim};
+      before.CopyFrom(from.finished(row, q_head));
+      Fold(before, from.open(row, q_head));
+      Fold(before, finished);
+      finished.CopyFrom(before);
+    }
+    if (item.finish != 0) Finish(to, row, q_head);
+  };
+  int64_t total = 0;
+  for (int32_t i = 0; i < args.items.count; ++i) total += args.items.device[i].row_count;
+  team.ForEach(total, [&](int64_t row) {
+    int32_t i = 0;
+    for (; row >= args.items.device[i].row_count; ++i) row -= args.items.device[i].row_count;
+    const MergeItem& item = args.items.device[i];
+    for (int64_t q_head = int64_t{item.kv_head_begin} * group;
+         q_head < int64_t{item.kv_head_end} * group; ++q_head) {
+      merge(item, item.row_begin + row, q_head);
+    }
+  });
+}
+
 }  // namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE

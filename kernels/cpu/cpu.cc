@@ -25,6 +25,9 @@ void Attend(const AttendArgs& args, CpuTeam& team) { Best().attend(args, team); 
 void CopyKvRows(const CopyKvRowsArgs& args, CpuTeam& team) { Best().copy_kv_rows(args, team); }
 void Embed(const EmbedArgs& args, CpuTeam& team) { Best().embed(args, team); }
 void Gemm(const GemmArgs& args, CpuTeam& team) { Best().gemm(args, team); }
+void MergePartials(const MergePartialsArgs& args, CpuTeam& team) {
+  Best().merge_partials(args, team);
+}
 void RmsNorm(const RmsNormArgs& args, CpuTeam& team) { Best().rms_norm(args, team); }
 void RopeTable(const RopeTableArgs& args, CpuTeam& team) { Best().rope_table(args, team); }
 void RopeAppend(const RopeAppendArgs& args, CpuTeam& team) { Best().rope_append(args, team); }

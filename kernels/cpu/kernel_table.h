@@ -8,6 +8,7 @@
 #include "kernels/cpu/team.h"
 #include "kernels/embed.h"
 #include "kernels/gemm.h"
+#include "kernels/merge_partials.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
@@ -21,6 +22,7 @@ struct KernelTable {
   void (*copy_kv_rows)(const CopyKvRowsArgs&, CpuTeam&);
   void (*embed)(const EmbedArgs&, CpuTeam&);
   void (*gemm)(const GemmArgs&, CpuTeam&);
+  void (*merge_partials)(const MergePartialsArgs&, CpuTeam&);
   void (*rms_norm)(const RmsNormArgs&, CpuTeam&);
   void (*rope_table)(const RopeTableArgs&, CpuTeam&);
   void (*rope_append)(const RopeAppendArgs&, CpuTeam&);

@@ -12,6 +12,7 @@ void Attend(const AttendArgs& args, CpuTeam& team);
 void CopyKvRows(const CopyKvRowsArgs& args, CpuTeam& team);
 void Embed(const EmbedArgs& args, CpuTeam& team);
 void Gemm(const GemmArgs& args, CpuTeam& team);
+void MergePartials(const MergePartialsArgs& args, CpuTeam& team);
 void RmsNorm(const RmsNormArgs& args, CpuTeam& team);
 void RopeTable(const RopeTableArgs& args, CpuTeam& team);
 void RopeAppend(const RopeAppendArgs& args, CpuTeam& team);

@@ -97,6 +97,7 @@ cudaError_t LoadKernels() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadElementwise());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadGemm());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKvRows());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadMailbox());
   return LoadSample();
 }
 

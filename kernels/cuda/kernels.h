@@ -21,6 +21,8 @@
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
 #include "kernels/gemm.h"
+#include "kernels/mailbox.h"
+#include "kernels/merge_partials.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
@@ -43,17 +45,16 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream);
 
-// Waits until *doorbell >= expected (acquire, system scope). After `deadline_us` stores
-// `expired_status` to *status; returns at once where *status is not 0. Both are mapped host memory.
-[[nodiscard]] cudaError_t LaunchAwait(const uint64_t* doorbell, uint64_t expected,
-                                      int64_t deadline_us, uint32_t* status,
-                                      uint32_t expired_status, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchMergePartials(const MergePartialsArgs& args, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchPostQueries(const PostQueriesArgs& args, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchAwaitPartials(const AwaitPartialsArgs& args, cudaStream_t stream);
 
 // Parts of LoadKernels(), one in each source file.
 [[nodiscard]] cudaError_t LoadAttend();
 [[nodiscard]] cudaError_t LoadElementwise();
 [[nodiscard]] cudaError_t LoadGemm();
 [[nodiscard]] cudaError_t LoadKvRows();
+[[nodiscard]] cudaError_t LoadMailbox();
 [[nodiscard]] cudaError_t LoadSample();
 
 }  // namespace headroom::kernels::cuda

@@ -1,4 +1,4 @@
-// Rows of K and V on their way: RoPE and append, sealing and other copies; and the mailbox's wait.
+// Rows of K and V on their way: RoPE and append, sealing and other copies.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 
@@ -76,38 +76,6 @@ __global__ void CopyKvRowsKernel(CopyKvRowsArgs a) {
   }
 }
 
-__device__ uint64_t LoadAcquireSystem(const uint64_t* p) {
-  uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
-  return value;
-}
-__device__ uint32_t LoadAcquireSystem(const uint32_t* p) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-__device__ void StoreReleaseSystem(uint32_t* p, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" : : "l"(p), "r"(value) : "memory");
-}
-__device__ uint64_t NowNs() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-  return ns;
-}
-
-// One thread. A failed wait of the step is seen at once, so that its later waits cost nothing.
-__global__ void AwaitKernel(const uint64_t* doorbell, uint64_t expected, uint64_t deadline_ns,
-                            uint32_t* status, uint32_t expired_status) {
-  if (LoadAcquireSystem(status) != 0) return;
-  const uint64_t begin = NowNs();
-  while (LoadAcquireSystem(doorbell) < expected) {
-    if (NowNs() - begin <= deadline_ns) continue;
-    // What another wait has set first stays. (No compare-and-swap: PCIe need not have atomics.)
-    if (LoadAcquireSystem(status) == 0) StoreReleaseSystem(status, expired_status);
-    return;
-  }
-}
-
 }  // namespace
 
 cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
@@ -143,17 +111,9 @@ cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-cudaError_t LaunchAwait(const uint64_t* doorbell, uint64_t expected, int64_t deadline_us,
-                        uint32_t* status, uint32_t expired_status, cudaStream_t stream) {
-  const uint64_t deadline_ns = deadline_us > 0 ? static_cast<uint64_t>(deadline_us) * 1000 : 0;
-  return LaunchOn(stream, AwaitKernel, dim3(1), 1, 0, doorbell, expected, deadline_ns, status,
-                  expired_status);
-}
-
 cudaError_t LoadKvRows() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(RopeAppendKernel));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(CopyKvRowsKernel));
-  return LoadKernel(AwaitKernel);
+  return LoadKernel(CopyKvRowsKernel);
 }
 
 }  // namespace headroom::kernels::cuda

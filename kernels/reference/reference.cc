@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
 #include "kernels/gemm.h"
+#include "kernels/merge_partials.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
@@ -173,6 +175,55 @@ void Attend(const AttendArgs& args) {
         float* const to =
             args.out + ((item.row_begin + row) * args.num_q_heads + q_head) * int64_t{d};
         for (int32_t j = 0; j < d; ++j) to[j] = static_cast<float>(out[j] / total);
+      }
+    }
+  }
+}
+
+// In float64 from both states' parts: {R, U} of each, exact but for the last rounding.
+void MergePartials(const MergePartialsArgs& args) {
+  const int32_t d = args.head_dim;
+  const int64_t state_floats = AttentionStateFloats(d);
+  const int32_t group = args.num_q_heads / args.num_kv_heads;
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const MergeItem& item = args.items.device[i];
+    for (int64_t row = item.row_begin; row < item.row_begin + item.row_count; ++row) {
+      for (int32_t q_head = item.kv_head_begin * group; q_head < item.kv_head_end * group;
+           ++q_head) {
+        const int64_t at = row * args.num_q_heads + q_head;
+        float* const state = args.state + at * state_floats;
+        const float* const partial = args.partials + at * state_floats;
+        if (item.reset != 0) std::copy(partial, partial + state_floats, state);
+        // Each {o[d], m, l}; those with l = 0 hold nothing.
+        std::vector<const float*> parts = {state, state + d + 2};
+        if (item.reset == 0) parts = {partial, partial + d + 2, state};
+        const auto sum = [&](std::vector<double>& o, double* l) {
+          double m = -std::numeric_limits<double>::infinity();
+          for (const float* part : parts) {
+            if (part[d + 1] != 0) m = std::max<double>(m, part[d]);
+          }
+          for (const float* part : parts) {
+            if (part[d + 1] == 0) continue;
+            const double weight = std::exp(part[d] - m);
+            *l += weight * part[d + 1];
+            for (int32_t j = 0; j < d; ++j) o[j] += weight * part[j];
+          }
+          return m;
+        };
+        if (item.reset == 0) {
+          std::vector<double> o(d, 0);
+          double l = 0;
+          const double m = sum(o, &l);
+          for (int32_t j = 0; j < d; ++j) state[j] = static_cast<float>(o[j]);
+          state[d] = static_cast<float>(m);
+          state[d + 1] = static_cast<float>(l);
+          parts = {state, state + d + 2};
+        }
+        if (item.finish == 0) continue;
+        std::vector<double> o(d, 0);
+        double l = 0;
+        sum(o, &l);
+        for (int32_t j = 0; j < d; ++j) args.out[at * d + j] = static_cast<float>(o[j] / l);
       }
     }
   }

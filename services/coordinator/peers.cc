@@ -16,6 +16,10 @@ constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kFirstPause = absl::Milliseconds(50);
 constexpr absl::Duration kLongestPause = absl::Seconds(1);
 constexpr absl::Duration kLasting = absl::Seconds(1);
+// Before the lane in place is opened again: a store that is too slow must not stop every step.
+constexpr absl::Duration kFirstInPlacePause = absl::Milliseconds(500);
+constexpr absl::Duration kLongestInPlacePause = absl::Minutes(1);
+constexpr absl::Duration kInPlaceLasting = absl::Seconds(30);
 constexpr int32_t kSchemaRevision = 1;
 
 // A status with a reason was said by the peer itself.
@@ -112,6 +116,8 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
   generation_ = store.generation();
   store_answers_ = true;
   restart_told_ = false;
+  in_place_open_ = false;
+  if (store.attend_threads() > 0) OpenInPlace(generation_);
   return made;
 }
 
@@ -141,7 +147,40 @@ void Peers::WatchStore() {
     scheduler_thread_->Post([this] { events_.on_store_restarted(); });
   }
   store_answers_ = info.ok();
+  if (info.ok() && info->generation() == generation_ && info->attend_threads() > 0 &&
+      !in_place_open_ && absl::Now() >= in_place_retry_) {
+    OpenInPlace(generation_);
+  }
   scheduler_thread_->Post([this, info = std::move(info)] { events_.on_store(info); });
+}
+
+void Peers::OpenInPlace(uint64_t generation) {
+  const absl::StatusOr<std::string> file = worker_->OpenMailbox(generation);
+  const absl::Status status = file.ok() ? store_->AttachMailbox(*file) : file.status();
+  if (status.ok()) {
+    in_place_open_ = true;
+    in_place_opened_ = absl::Now();
+    LogInfo(absl::StrCat("keys in place are attended to: ", *file));
+  } else {
+    PauseInPlace();
+    LogWarning(absl::StrCat("keys in place are fetched: ", status.message()));
+  }
+}
+
+void Peers::ReopenInPlace() {
+  calls_.Post([this] {
+    if (!in_place_open_) return;  // told of several steps
+    in_place_open_ = false;
+    PauseInPlace();
+  });
+}
+
+void Peers::PauseInPlace() {
+  const bool lasted = absl::Now() - in_place_opened_ > kInPlaceLasting;
+  in_place_pause_ = lasted ? kFirstInPlacePause
+                           : std::clamp(2 * in_place_pause_, kFirstInPlacePause,
+                                        kLongestInPlacePause);
+  in_place_retry_ = absl::Now() + in_place_pause_;
 }
 
 void Peers::NoteStore(const absl::Status& status) {

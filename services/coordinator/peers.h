@@ -68,6 +68,9 @@ class Peers {
   void CommitSealed(std::vector<v1::SealedSequence> sequences, Done done);
   void Truncate(uint64_t sequence_id, int64_t tokens);
   void Release(std::vector<uint64_t> sequence_ids, Done done);
+  // A wait for keys in place has given up: the lane is opened anew once the store answers, later if it
+  // has not lasted.
+  void ReopenInPlace();
   // At worker and store.
   void PreparePlan(v1::Plan plan, Done done);
 
@@ -81,6 +84,9 @@ class Peers {
   absl::Status BindStore(PeersFound& found);
   void ConnectUntilItWorks(uint64_t epoch);
   void WatchStore();
+  // The store watches the mailbox that the worker has made for it. Not having it costs speed only.
+  void OpenInPlace(uint64_t generation);
+  void PauseInPlace();
   // Whether the store is the cause if a call failed.
   void NoteStore(const absl::Status& status);
   // Posts to the scheduler's thread, to be run only if the connection is still that of `epoch`.
@@ -103,6 +109,10 @@ class Peers {
   bool store_answers_ = true;
   bool restart_told_ = false;
   absl::Time next_watch_;
+  bool in_place_open_ = false;
+  absl::Time in_place_retry_ = absl::InfinitePast();   // not before
+  absl::Time in_place_opened_ = absl::InfinitePast();  // the latest that worked
+  absl::Duration in_place_pause_;                      // before the next try
 
   TaskThread calls_;
 };

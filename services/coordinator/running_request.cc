@@ -70,6 +70,14 @@ void RunningRequest::Send(const Piece& piece, v1::StepSequence* out) {
   if (!first_step_.has_value()) first_step_ = absl::Now();
 }
 
+void RunningRequest::TakeBack(const Piece& piece) {
+  --rows_in_flight_;
+  if (piece.count > 1) --chunks_in_flight_;
+  progress_.chunk_in_flight = chunks_in_flight_ > 0;
+  progress_.next_pos = std::min(progress_.next_pos, piece.first_pos);
+  taking_back_ = rows_in_flight_ > 0;
+}
+
 void RunningRequest::Receive(const Piece& piece, const v1::StepSequenceResult& result,
                              const v1::StepResponse& step, absl::Time now) {
   --rows_in_flight_;
@@ -91,6 +99,7 @@ void RunningRequest::Receive(const Piece& piece, const v1::StepSequenceResult& r
 
 void RunningRequest::Restart() {
   rows_in_flight_ = chunks_in_flight_ = 0;
+  taking_back_ = false;
   progress_.chunk_in_flight = false;
   progress_.sealed_tokens = sequence_.sealed_tokens;
   progress_.committed_tokens = sequence_.committed_tokens;

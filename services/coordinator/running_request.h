@@ -47,6 +47,10 @@ class RunningRequest {
   // A step with `piece` has returned with `result` (part of `step`).
   void Receive(const Piece& piece, const v1::StepSequenceResult& result,
                const v1::StepResponse& step, absl::Time now);
+  // A step with `piece` was discarded by the worker, which still has the sequence: the piece goes out
+  // again once everything of the sequence in flight has returned.
+  void TakeBack(const Piece& piece);
+  bool taking_back() const { return taking_back_ && rows_in_flight_ > 0; }
   // The worker has lost the sequence and everything in flight: it goes on from what is sealed.
   // Tokens that were drawn stay.
   void Restart();
@@ -111,6 +115,7 @@ class RunningRequest {
   StopFinder stop_finder_;
   int rows_in_flight_ = 0;
   int chunks_in_flight_ = 0;
+  bool taking_back_ = false;
   int failures_ = 0;
   bool accepted_ = false;
   bool ended_ = false;

@@ -218,7 +218,7 @@ void Scheduler::UpdateMayRun(absl::Time now) {
     } else if (now - request->paused_since > options_.slow_client_timeout) {
       request->End(SlowClientError(now - request->paused_since), v1::FINISH_REASON_UNSPECIFIED);
     }
-    request->set_may_run(takes && !request->ended() && request->leased &&
+    request->set_may_run(takes && !request->ended() && !request->taking_back() && request->leased &&
                          request->plan_version != 0 &&
                          request->plan_version <= plan_.ready_version);
   }

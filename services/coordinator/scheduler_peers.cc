@@ -119,6 +119,10 @@ void Scheduler::OnResponse(const v1::StepResponse& response) {
   if (!connected_) return;
   StepPipeline::Returned returned = pipeline_.Receive(response, absl::Now());
   if (response.has_memory()) device_memory_ = response.memory();
+  if (returned.retry) {
+    LogWarning(absl::StrCat("step ", response.number(), " is run again: ", response.message()));
+    peers_->ReopenInPlace();
+  }
   if (!returned.status.ok()) {
     for (RunningRequest* const request : returned.failed) {
       if (!request->CountFailure()) {

@@ -94,6 +94,12 @@ StepPipeline::Returned StepPipeline::Receive(const v1::StepResponse& response, a
   const InFlight flight = std::move(*at);
   in_flight_.erase(at);
   ++steps_returned_;
+  if (response.code() != 0 && response.retry()) {
+    for (const Entry& entry : flight.entries) entry.request->TakeBack(entry.piece);
+    returned.retry = true;
+    returned.closed = flight.closes;
+    return returned;
+  }
   if (response.code() != 0) {
     returned.status = absl::Status(static_cast<absl::StatusCode>(response.code()),
                                    absl::StrCat("step ", flight.number, ": ", response.message()));

@@ -43,6 +43,8 @@ class StepPipeline {
     // Not OK: the step failed, or the answer was none to it. What is in flight can no longer be
     // trusted: Reset() and begin a new stream.
     absl::Status status;
+    // The step was discarded; its requests take back what they had sent. Status is OK.
+    bool retry = false;
     std::vector<RunningRequest*> failed;  // requests that took part in a failed step
     std::vector<uint64_t> closed;         // sequences that the worker has closed
   };

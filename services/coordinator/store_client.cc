@@ -82,6 +82,12 @@ class GrpcStoreClient : public StoreClient {
     return Call<v1::PrepareStorePlanResponse>(&Stub::PrepareStorePlan, request).status();
   }
 
+  absl::Status AttachMailbox(const std::string& mailbox_file) override {
+    v1::AttachMailboxRequest request;
+    request.set_mailbox_file(mailbox_file);
+    return Call<v1::AttachMailboxResponse>(&Stub::AttachMailbox, request).status();
+  }
+
  private:
   using Stub = v1::KvStoreService::Stub;
 

@@ -31,6 +31,7 @@ class StoreClient {
   // All pages.
   virtual absl::StatusOr<std::vector<v1::StoredSequence>> ListSequences() = 0;
   virtual absl::Status PreparePlan(const v1::Plan& plan) = 0;
+  virtual absl::Status AttachMailbox(const std::string& mailbox_file) = 0;
 };
 
 // `address` as gRPC names it. Connects when first called.

@@ -132,6 +132,16 @@ class GrpcWorkerClient : public WorkerClient {
     });
   }
 
+  absl::StatusOr<std::string> OpenMailbox(uint64_t generation) override {
+    v1::OpenMailboxRequest request;
+    request.set_generation(generation);
+    v1::OpenMailboxResponse response;
+    HEADROOM_RETURN_IF_ERROR(CallWithDeadline(kCallDeadline, [&](grpc::ClientContext* context) {
+      return stub_->OpenMailbox(context, request, &response);
+    }));
+    return response.mailbox_file();
+  }
+
   absl::Status PreparePlan(const v1::Plan& plan) override {
     v1::PreparePlanRequest request;
     *request.mutable_plan() = plan;

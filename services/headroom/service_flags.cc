@@ -80,6 +80,9 @@ void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
                 "what the model was trained for");
   flags.Integer("max-sequences", &options->max_sequences, 1, kMost32,
                 "Sequences that may be open side by side.");
+  flags.Duration("in-place-deadline", &options->in_place_deadline,
+                 "What the kvstore has for one layer's keys in place; then the step is run again "
+                 "with those keys fetched.");
   flags.Group("");
   flags.Seed("delay-seed", &options->delay_seed,
              "For tests: delays each device operation by 0 to 5 ms, drawn from this seed.");
@@ -95,6 +98,9 @@ void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options) {
               "process may use");
   flags.Integer("max-extents", &options->max_extents, 0, kMost32,
                 "Entries of the index, 64 bytes each.", "one for each 64 KiB of --host-memory");
+  flags.Integer("attend-threads", &options->attend_threads, 0, 1024,
+                "Threads that attend to keys in place; 0: none are, and such plans are refused.",
+                "one for each processor");
 }
 
 void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
@@ -132,7 +138,8 @@ std::vector<std::string> WorkerArguments(const WorkerOptions& options, const Log
       .Set("threads", options.compute_threads)
       .Set("max-chunk-tokens", options.max_chunk_tokens)
       .Set("max-context-tokens", options.max_context_tokens)
-      .Set("max-sequences", options.max_sequences);
+      .Set("max-sequences", options.max_sequences)
+      .Set("in-place-deadline", absl::FormatDuration(options.in_place_deadline));
   if (options.delay_seed.has_value()) arguments.Set("delay-seed", *options.delay_seed);
   return arguments.Take(log);
 }
@@ -144,6 +151,9 @@ std::vector<std::string> StoreArguments(const kvstore::KvStoreOptions& options,
       .Set("segment-dir", options.segment_dir)
       .Set("host-memory", options.host_memory_bytes)
       .Set("max-extents", options.max_extents);
+  if (options.attend_threads != kvstore::KvStoreOptions::kAllProcessors) {
+    arguments.Set("attend-threads", options.attend_threads);
+  }
   return arguments.Take(log);
 }
 

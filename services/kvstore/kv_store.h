@@ -45,6 +45,9 @@ class KvStore {
   ~KvStore();
 
   StoreFacts Facts() const;
+  // The extents' bytes; what is ready of them may be read, from any thread.
+  const uint8_t* data() const { return segment_->data(); }
+  int64_t ready_bytes() const { return segment_->ready_bytes(); }
 
   // Returns how many sequences were kept. INVALID_ARGUMENT: no usable geometry. FAILED_PRECONDITION:
   // there are sequences of another model, and `allow_clean` is false.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -21,13 +22,19 @@ constexpr char kServiceName[] = "headroom.v1.KvStoreService";
 constexpr int64_t kBytesPerExtent = 64 << 10;
 constexpr int64_t kFewestExtents = 4096;
 constexpr int64_t kMostExtents = int64_t{1} << 26;
+constexpr int kMostAttendThreads = 1024;
 // Calls take microseconds; this is for those that a peer does not read the answer of.
 constexpr std::chrono::seconds kShutdownGrace{2};
 
 class Server : public KvStoreServer {
  public:
-  explicit Server(std::unique_ptr<KvStore> store)
-      : store_(std::move(store)), service_(store_.get()) {}
+  Server(std::unique_ptr<KvStore> store, int attend_threads)
+      : store_(std::move(store)),
+        pool_(attend_threads == 0 ? nullptr
+                                  : std::make_unique<AttendPool>(
+                                        store_->data(), [this] { return store_->ready_bytes(); },
+                                        attend_threads)),
+        service_(store_.get(), pool_.get()) {}
   ~Server() override { Shutdown(); }
 
   absl::Status Listen(const KvStoreOptions& options);
@@ -43,6 +50,7 @@ class Server : public KvStoreServer {
 
  private:
   const std::unique_ptr<KvStore> store_;
+  const std::unique_ptr<AttendPool> pool_;
   KvStoreService service_;
   std::unique_ptr<grpc::Server> server_;
   std::string listen_address_;
@@ -67,6 +75,14 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
     return absl::InvalidArgumentError("the listen address is empty");
   }
   HEADROOM_RETURN_IF_ERROR(CheckMaxMessageBytes(options.max_message_bytes));
+  if (options.attend_threads < KvStoreOptions::kAllProcessors ||
+      options.attend_threads > kMostAttendThreads) {
+    return absl::InvalidArgumentError(absl::StrCat("--attend-threads ", options.attend_threads,
+                                                   ", expected 0 to ", kMostAttendThreads));
+  }
+  const int threads = options.attend_threads == KvStoreOptions::kAllProcessors
+                          ? static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))
+                          : options.attend_threads;
   SegmentOptions segment;
   segment.dir = options.segment_dir;
   segment.data_bytes = options.host_memory_bytes;
@@ -76,7 +92,7 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
                                          kFewestExtents, kMostExtents);
   segment.generation = options.generation;
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(segment));
-  auto server = std::make_unique<Server>(std::move(store));
+  auto server = std::make_unique<Server>(std::move(store), threads);
   HEADROOM_RETURN_IF_ERROR(server->Listen(options));
   return server;
 }

@@ -22,6 +22,9 @@ struct KvStoreOptions {
   // 0: a new one is drawn.
   uint64_t generation = 0;
   int64_t max_message_bytes = int64_t{10} << 20;
+  // That attend to keys in place; 0: none are. kAllProcessors: as many as there are.
+  static constexpr int kAllProcessors = -1;
+  int attend_threads = kAllProcessors;
 };
 
 class KvStoreServer {

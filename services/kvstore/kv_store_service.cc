@@ -1,12 +1,15 @@
 #include "services/kvstore/kv_store_service.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
+#include "common/segment/mailbox.h"
+#include "common/status.h"
 
 namespace headroom::kvstore {
 namespace {
@@ -24,8 +27,14 @@ grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const abs
 }
 
 absl::Status InPlaceError() {
-  return WithReason(absl::UnimplementedError("this store does not attend in place"),
-                    "IN_PLACE_UNIMPLEMENTED");
+  return WithReason(absl::FailedPreconditionError(
+                        "this store has no threads that attend in place (--attend-threads 0)"),
+                    "IN_PLACE_NOT_SERVED");
+}
+
+absl::Status NoModelError() {
+  return WithReason(absl::FailedPreconditionError("the segment is bound to no model yet"),
+                    "NO_MODEL_BOUND");
 }
 
 absl::StatusOr<SegmentBinding> FromProto(const v1::BindModelRequest& request) {
@@ -52,12 +61,6 @@ void ToProto(const StoredRun& run, v1::ExtentRun* out) {
   }
 }
 
-class RefusedSteps : public grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse> {
- public:
-  explicit RefusedSteps(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
-  void OnDone() override { delete this; }
-};
-
 }  // namespace
 
 grpc::ServerUnaryReactor* KvStoreService::GetStoreInfo(grpc::CallbackServerContext* context,
@@ -74,7 +77,16 @@ grpc::ServerUnaryReactor* KvStoreService::GetStoreInfo(grpc::CallbackServerConte
   response->set_max_extents(static_cast<uint32_t>(facts.max_extents));
   response->set_used_extents(static_cast<uint32_t>(facts.used_extents));
   response->set_huge_page_bytes(static_cast<uint64_t>(facts.huge_page_bytes));
-  response->set_attend_threads(0);
+  response->set_attend_threads(pool_ == nullptr ? 0 : pool_->threads());
+  if (pool_ != nullptr) {
+    const AttendPool::Counters counters = pool_->counters();
+    v1::InPlaceCounters* const in_place = response->mutable_in_place();
+    in_place->set_posts(counters.posts);
+    in_place->set_refused(counters.refused);
+    in_place->set_late_partials(counters.late_partials);
+    in_place->set_bytes(counters.bytes);
+    in_place->set_busy_ns(counters.busy_ns);
+  }
   if (facts.binding.has_value()) {
     const SegmentBinding& binding = *facts.binding;
     response->mutable_geometry()->set_num_layers(binding.geometry.num_layers);
@@ -160,10 +172,7 @@ grpc::ServerUnaryReactor* KvStoreService::ListSequences(grpc::CallbackServerCont
 
 absl::Status KvStoreService::CheckPlan(const v1::Plan& plan) const {
   const std::optional<SegmentBinding> binding = store_->Facts().binding;
-  if (!binding.has_value()) {
-    return WithReason(absl::FailedPreconditionError("the segment is bound to no model yet"),
-                      "NO_MODEL_BOUND");
-  }
+  if (!binding.has_value()) return NoModelError();
   if (plan.layers_size() != binding->geometry.num_layers) {
     return BadRequestError({{"plan.layers", absl::StrCat("has ", plan.layers_size(),
                                                          " elements, expected ",
@@ -171,8 +180,9 @@ absl::Status KvStoreService::CheckPlan(const v1::Plan& plan) const {
   }
   for (int layer = 0; layer < plan.layers_size(); ++layer) {
     for (const v1::LaneRange& range : plan.layers(layer).ranges()) {
-      if (range.lane() == v1::LANE_IN_PLACE) return InPlaceError();
-      if (range.lane() != v1::LANE_RESIDENT && range.lane() != v1::LANE_FETCHED) {
+      if (range.lane() == v1::LANE_IN_PLACE && pool_ == nullptr) return InPlaceError();
+      if (range.lane() != v1::LANE_RESIDENT && range.lane() != v1::LANE_FETCHED &&
+          range.lane() != v1::LANE_IN_PLACE) {
         return BadRequestError({{absl::StrCat("plan.layers[", layer, "].ranges"),
                                  absl::StrCat("names lane ", static_cast<int>(range.lane()))}});
       }
@@ -187,9 +197,21 @@ grpc::ServerUnaryReactor* KvStoreService::PrepareStorePlan(
   return Answer(context, CheckPlan(request->plan()));
 }
 
-grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse>* KvStoreService::StoreStep(
-    grpc::CallbackServerContext*) {
-  return new RefusedSteps(InPlaceError());
+absl::Status KvStoreService::Attach(const std::string& mailbox_file) {
+  if (pool_ == nullptr) return InPlaceError();
+  const StoreFacts facts = store_->Facts();
+  if (!facts.binding.has_value()) return NoModelError();
+  HEADROOM_ASSIGN_OR_RETURN(
+      std::unique_ptr<Mailbox> mailbox,
+      Mailbox::Open(facts.segment_dir, mailbox_file, facts.binding->geometry, facts.generation));
+  pool_->Attach(std::move(mailbox));
+  return absl::OkStatus();
+}
+
+grpc::ServerUnaryReactor* KvStoreService::AttachMailbox(grpc::CallbackServerContext* context,
+                                                        const v1::AttachMailboxRequest* request,
+                                                        v1::AttachMailboxResponse*) {
+  return Answer(context, Attach(request->mailbox_file()));
 }
 
 }  // namespace headroom::kvstore

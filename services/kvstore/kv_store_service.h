@@ -4,8 +4,11 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <string>
+
 #include "absl/status/status.h"
 #include "headroom/v1/kv_store.grpc.pb.h"
+#include "services/kvstore/attend_pool.h"
 #include "services/kvstore/kv_store.h"
 
 namespace headroom::kvstore {
@@ -13,8 +16,8 @@ namespace headroom::kvstore {
 // Thread-safe. Handlers run on gRPC's threads and do not block.
 class KvStoreService : public v1::KvStoreService::CallbackService {
  public:
-  // Borrows `store`.
-  explicit KvStoreService(KvStore* store) : store_(store) {}
+  // Borrows both. `pool` may be null: nothing is attended in place.
+  KvStoreService(KvStore* store, AttendPool* pool) : store_(store), pool_(pool) {}
 
   grpc::ServerUnaryReactor* GetStoreInfo(grpc::CallbackServerContext* context,
                                          const v1::GetStoreInfoRequest* request,
@@ -40,14 +43,16 @@ class KvStoreService : public v1::KvStoreService::CallbackService {
   grpc::ServerUnaryReactor* PrepareStorePlan(grpc::CallbackServerContext* context,
                                              const v1::PrepareStorePlanRequest* request,
                                              v1::PrepareStorePlanResponse* response) override;
-  // UNIMPLEMENTED: this store attends to nothing.
-  grpc::ServerBidiReactor<v1::StoreStepRequest, v1::StoreStepResponse>* StoreStep(
-      grpc::CallbackServerContext* context) override;
+  grpc::ServerUnaryReactor* AttachMailbox(grpc::CallbackServerContext* context,
+                                          const v1::AttachMailboxRequest* request,
+                                          v1::AttachMailboxResponse* response) override;
 
  private:
   absl::Status CheckPlan(const v1::Plan& plan) const;
+  absl::Status Attach(const std::string& mailbox_file);
 
   KvStore* const store_;
+  AttendPool* const pool_;
 };
 
 }  // namespace headroom::kvstore

@@ -37,6 +37,7 @@ class Segment {
   const std::string& dir() const { return dir_; }  // absolute
   uint64_t generation() const { return generation_; }
   int64_t data_bytes() const { return data_.bytes(); }
+  const uint8_t* data() const { return data_.data(); }
   // Why the files are new, in words; empty if an earlier store's were taken over.
   const std::string& why_new() const { return why_new_; }
 

@@ -5,6 +5,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
+#include "kernels/merge_partials.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
 #include "kernels/types.h"
@@ -29,7 +30,8 @@ int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_
   int64_t small_extents = 1;
   const int64_t full = config.kv_geometry().MaxExtentTokens();
   for (int64_t tokens = kBlockTokens; tokens < full; tokens *= 2) ++small_extents;
-  const int64_t a_sequence = heads * (kItem + (small_extents + 1) * kSpan) +
+  constexpr int64_t kMerge = sizeof(kernels::MergeItem);
+  const int64_t a_sequence = heads * (kItem + kMerge + (small_extents + 1) * kSpan) +
                              (heads + 2) * kMove + static_cast<int64_t>(sizeof(kernels::AppendItem));
   const int64_t full_extents = max_context_tokens / full + 1;
   const int64_t long_context = heads * full_extents * 2 * (kItem + kSpan);

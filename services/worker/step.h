@@ -90,11 +90,14 @@ struct LaneAccount {
 
 struct StepResult {
   absl::Status status;
+  // The step was discarded: what it was to do may be submitted anew, with its tokens named.
+  bool retry = false;
   // Scored tokens, then the drawn one, for each sequence in the order of the step.
   std::vector<kernels::SampleResult> tokens;
   LaneAccount lanes[kNumLanes];
   int64_t duration_ns = 0;
   int64_t fetch_wait_ns = 0;
+  int64_t in_place_wait_ns = 0;
   int64_t sealed_bytes = 0;
 };
 

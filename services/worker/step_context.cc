@@ -1,6 +1,7 @@
 #include "services/worker/step_context.h"
 
 #include <algorithm>
+#include <new>
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
@@ -13,7 +14,10 @@ using kernels::CopyKvItem;
 using kernels::KvSpan;
 
 enum MoveKind { kPrelude, kSeal, kMirror, kKeep };
-enum LaunchKind { kLocal, kTile, kLast };
+enum LaunchKind { kLocal, kTile, kLast, kAfter };
+
+// Of the staging memory, for one flight's await_result.
+constexpr int64_t kAwaitResultBytes = 64;
 
 // The span with only positions [begin, end).
 KvSpan Clip(KvSpan span, int64_t begin, int64_t end) {
@@ -26,15 +30,19 @@ KvSpan Clip(KvSpan span, int64_t begin, int64_t end) {
 }  // namespace
 
 StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
+                         InPlaceLane& in_place, uint32_t slot,
                          std::unique_ptr<FetchPipeline> pipeline)
     : config_(config),
       geometry_(config.kv_geometry()),
       max_rows_(max_rows),
       kv_(kv),
+      in_place_(in_place),
+      slot_(slot),
       pipeline_(std::move(pipeline)),
       layers_(config.num_layers),
       progress_(config.num_kv_heads) {
   parts_.reserve(kMaxDecodeRows);
+  runs_in_place_.reserve(kMaxDecodeRows * config.num_kv_heads);
   tile_launches_.reserve(4096);
   embed_scratch_.reserve(max_rows);
   position_scratch_.reserve(max_rows);
@@ -45,18 +53,22 @@ StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
   for (auto& scratch : item_scratch_) scratch.reserve(4096);
   for (auto& scratch : span_scratch_) scratch.reserve(16384);
   tile_scratch_.reserve(4096);
+  merge_scratch_.reserve(4096);
+  mailbox_scratch_.reserve(4096);
 }
 
 int64_t StepContext::StagingBytes(const DeviceBudget& budget) {
   return kStepsInFlight *
-         (budget.table_bytes + kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult)));
+         (budget.table_bytes + kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult)) +
+          kAwaitResultBytes);
 }
 
 absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
     Device& device, const ModelConfig& config, const DeviceBudget& budget, int64_t max_rows,
-    bool has_chunks, GpuKv& kv, std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging) {
+    bool has_chunks, GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
+    std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging) {
   auto context = std::unique_ptr<StepContext>(
-      new StepContext(config, max_rows, kv, std::move(pipeline)));
+      new StepContext(config, max_rows, kv, in_place, slot, std::move(pipeline)));
   constexpr int64_t kFloat = sizeof(float);
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const x,
                             device.Allocate(max_rows * config.hidden * kFloat, "activations"));
@@ -81,6 +93,8 @@ absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
     flight.results = reinterpret_cast<kernels::SampleResult*>(results);
     flight.host_results = reinterpret_cast<kernels::SampleResult*>(staging);
     staging += kResultBytes;
+    flight.await_result = new (staging) std::atomic<uint32_t>(kernels::kAwaitOk);
+    staging += kAwaitResultBytes;
     HEADROOM_ASSIGN_OR_RETURN(flight.done, device.CreateEvent());
     HEADROOM_ASSIGN_OR_RETURN(flight.sealed_done, device.CreateEvent());
   }
@@ -181,7 +195,7 @@ absl::Status StepContext::AddPart(const StepSequence& sequence) {
   return absl::OkStatus();
 }
 
-absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
+absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, const Plan& plan, int index) {
   Flight& flight = flights_[index];
   flight.tables.Clear();
   for (OpAccount& account : flight.accounts) {
@@ -191,6 +205,9 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
   flight.tile_reads.bytes = 0;
   flight.sealed.bytes = 0;
   flight.fetch_wait.busy_ns = 0;
+  flight.in_place_wait.busy_ns = 0;
+  flight.await_result->store(kernels::kAwaitOk);
+  flight.in_place_totals = nullptr;
   std::fill(std::begin(flight.kv_heads), std::end(flight.kv_heads), 0.0);
   parts_.clear();
   tile_launches_.clear();
@@ -204,10 +221,19 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, int index) {
   HEADROOM_RETURN_IF_ERROR(BuildResults(s, flight.tables));
   flight.num_results = sample_rows_.count;
   pipeline_->BeginStep(&flight.accounts[static_cast<int>(Lane::kFetched)], &flight.fetch_wait);
+  plan_ = &plan;
+  may_ask_store_ = rows_ <= kMaxInPlaceRows && in_place_.ready();
+  if (may_ask_store_) in_place_.BeginTable(slot_, static_cast<uint32_t>(index));
+  bool asks_store = false;
   for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
     BuildLayer(layer, flight.tables, flight);
+    asks_store = asks_store || layers_[layer].in_place();
   }
   HEADROOM_RETURN_IF_ERROR(flight.tables.Check());
+  if (asks_store) {
+    HEADROOM_RETURN_IF_ERROR(in_place_.EndTable());
+    flight.in_place_totals = in_place_.totals(slot_, static_cast<uint32_t>(index));
+  }
   flight.seals = seals_;
   // From here on the step may overwrite what the tail held, even if it fails half-way.
   for (const Part& part : parts_) {
@@ -296,15 +322,36 @@ int StepContext::SealedRuns(const Part& part) const {
   return runs;
 }
 
-KvSpan StepContext::LocalSpan(const Part& part, int run, int32_t layer, int32_t head) const {
-  return Clip(kv_.Resident(*part.kv, run, layer, head), 0, part.what->sealed_tokens);
+int64_t StepContext::SealedTokens(const Part& part, int run) const {
+  const Run& where = part.kv->runs[run];
+  return std::min(part.what->sealed_tokens - where.first_pos, where.capacity_tokens);
 }
 
-bool StepContext::IsLocal(const Part& part, int run, int32_t layer, int32_t head) const {
-  return kv_.Resident(*part.kv, run, layer, head).base != nullptr;
+int StepContext::RunsInPlace(const Part& part, int32_t layer, int32_t head) const {
+  if (!may_ask_store_) return 0;
+  const int runs = SealedRuns(part);
+  int run = 0;
+  while (run < runs && kv_.Resident(*part.kv, run, layer, head).base == nullptr &&
+         plan_->LaneOf(layer, head, part.kv->runs[run].first_pos) == Lane::kInPlace) {
+    ++run;
+  }
+  return run;
+}
+
+Lane StepContext::LaneOf(const Part& part, int run, int32_t layer, int32_t head) const {
+  const size_t index = static_cast<size_t>(&part - parts_.data()) * geometry_.num_kv_heads + head;
+  if (run < runs_in_place_[index]) return Lane::kInPlace;
+  return kv_.Resident(*part.kv, run, layer, head).base != nullptr ? Lane::kResident
+                                                                  : Lane::kFetched;
 }
 
 void StepContext::BuildLayer(int32_t layer, StepTables& tables, Flight& flight) {
+  runs_in_place_.clear();
+  for (const Part& part : parts_) {
+    for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
+      runs_in_place_.push_back(RunsInPlace(part, layer, head));
+    }
+  }
   BuildMoves(layer, tables);
   BuildAttention(layer, tables);
   // Lanes by heads: the share of each head's sealed keys, averaged over sequences and layers.
@@ -313,14 +360,11 @@ void StepContext::BuildLayer(int32_t layer, StepTables& tables, Flight& flight) 
         1.0 / static_cast<double>(parts_.size()) / static_cast<double>(geometry_.num_layers);
     const int64_t sealed = part.what->sealed_tokens;
     for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
-      int64_t local = 0;
+      if (sealed == 0) flight.kv_heads[static_cast<int>(Lane::kResident)] += weight;
       for (int run = 0; run < SealedRuns(part); ++run) {
-        if (IsLocal(part, run, layer, head)) local += LocalSpan(part, run, layer, head).count;
+        flight.kv_heads[static_cast<int>(LaneOf(part, run, layer, head))] +=
+            weight * static_cast<double>(SealedTokens(part, run)) / static_cast<double>(sealed);
       }
-      const double share =
-          sealed == 0 ? 1 : static_cast<double>(local) / static_cast<double>(sealed);
-      flight.kv_heads[static_cast<int>(Lane::kResident)] += weight * share;
-      flight.kv_heads[static_cast<int>(Lane::kFetched)] += weight * (1 - share);
     }
   }
 }
@@ -379,17 +423,19 @@ void StepContext::BuildMoves(int32_t layer, StepTables& tables) {
 
 void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
   LayerWork& work = layers_[layer];
-  for (const int kind : {kLocal, kLast}) {
+  for (const int kind : {kLocal, kLast, kAfter}) {
     item_scratch_[kind].clear();
     span_scratch_[kind].clear();
   }
+  merge_scratch_.clear();
+  if (may_ask_store_) in_place_.BeginLayer();
   work.tile_begin = static_cast<int32_t>(tile_launches_.size());
   for (const Part& part : parts_) {
     // Neighbouring heads whose runs lie alike go together.
     const int runs = SealedRuns(part);
     const auto alike = [&](int32_t a, int32_t b) {
       for (int run = 0; run < runs; ++run) {
-        if (IsLocal(part, run, layer, a) != IsLocal(part, run, layer, b)) return false;
+        if (LaneOf(part, run, layer, a) != LaneOf(part, run, layer, b)) return false;
       }
       return true;
     };
@@ -402,10 +448,36 @@ void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
   work.tile_end = static_cast<int32_t>(tile_launches_.size());
   work.local = {tables.Add(item_scratch_[kLocal]), tables.Add(span_scratch_[kLocal])};
   work.last = {tables.Add(item_scratch_[kLast]), tables.Add(span_scratch_[kLast])};
+  work.after = {tables.Add(item_scratch_[kAfter]), tables.Add(span_scratch_[kAfter])};
+  work.merge = tables.Add(merge_scratch_);
 }
 
-// Heads [head_begin, head_end) of one sequence, whose runs are local or fetched alike: the fetched
-// ones become tiles, and each launch takes the keys since the one before, in order of position.
+// What the store is asked to attend to: the runs in place of heads that lie alike.
+void StepContext::AskStore(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end) {
+  mailbox_scratch_.clear();
+  for (int run = 0; run < SealedRuns(part); ++run) {
+    if (LaneOf(part, run, layer, head_begin) != Lane::kInPlace) continue;
+    const Run& where = part.kv->runs[run];
+    MailboxSpan span;
+    span.data_offset = static_cast<uint64_t>(where.data_offsets[layer]);
+    span.first_pos = where.first_pos;
+    span.count = static_cast<int32_t>(SealedTokens(part, run));
+    span.capacity = static_cast<int32_t>(where.capacity_tokens);
+    mailbox_scratch_.push_back(span);
+  }
+  MailboxItem item = {};
+  item.row_begin = part.row_begin;
+  item.row_count = static_cast<int32_t>(part.what->num_tokens());
+  item.first_pos = part.what->first_pos;
+  item.kv_head_begin = head_begin;
+  item.kv_head_end = head_end;
+  in_place_.AddItem(item, mailbox_scratch_);
+}
+
+// Heads [head_begin, head_end) of one sequence, whose runs lie in the same lanes. Runs in place go to
+// the store. The fetched ones become tiles, and each launch takes the keys since the one before, in
+// order of position. Of heads that lie in place as a whole, the launch after the store's answer goes on
+// from its states; to others, whatever they are cut into, the answer is added at the end.
 void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begin,
                               int32_t head_end, StepTables& tables) {
   const int64_t sealed = part.what->sealed_tokens;
@@ -442,11 +514,33 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     }
   };
 
+  int asked = 0;
+  for (int run = 0; run < runs; ++run) {
+    if (LaneOf(part, run, layer, head_begin) == Lane::kInPlace) ++asked;
+  }
+  const bool whole = asked > 0 && asked == runs;
+  if (asked > 0) {
+    AskStore(part, layer, head_begin, head_end);
+    kernels::MergeItem merge;
+    merge.row_begin = part.row_begin;
+    merge.row_count = static_cast<int32_t>(part.what->num_tokens());
+    merge.kv_head_begin = head_begin;
+    merge.kv_head_end = head_end;
+    merge.reset = whole ? 1 : 0;
+    merge.finish = whole ? 0 : 1;
+    merge_scratch_.push_back(merge);
+  }
+  if (whole) {
+    std::fill(progress_.begin(), progress_.end(), sealed);
+    add(kAfter, head_begin, head_end, sealed, OwnKeys(part, layer), /*finish=*/true);
+    return;
+  }
+
   tile_scratch_.clear();
   for (int run = 0; run < runs; ++run) {
-    if (IsLocal(part, run, layer, head_begin)) continue;
+    if (LaneOf(part, run, layer, head_begin) != Lane::kFetched) continue;
     const int first_run = run;
-    while (run + 1 < runs && !IsLocal(part, run + 1, layer, head_begin)) ++run;
+    while (run + 1 < runs && LaneOf(part, run + 1, layer, head_begin) == Lane::kFetched) ++run;
     const Run& last = part.kv->runs[run];
     CutIntoTiles(tiling_, geometry_,
                  {head_begin, head_end, part.kv->runs[first_run].first_pos,
@@ -465,7 +559,7 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     tile_launches_.push_back({tables.Add(item_scratch_[kTile]), tables.Add(span_scratch_[kTile])});
   }
   add_heads(tile_scratch_.empty() ? kLocal : kLast, head_begin, head_end, sealed,
-            OwnKeys(part, layer), /*finish=*/true);
+            OwnKeys(part, layer), /*finish=*/asked == 0);
 }
 
 }  // namespace headroom

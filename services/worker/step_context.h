@@ -17,6 +17,7 @@
 #include "services/worker/device_budget.h"
 #include "services/worker/fetch_pipeline.h"
 #include "services/worker/gpu_kv.h"
+#include "services/worker/in_place_lane.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/step.h"
 #include "services/worker/step_tables.h"
@@ -37,9 +38,13 @@ struct LayerWork {
   int32_t tile_begin = 0;                       // tiles [tile_begin, tile_end) and their launches
   int32_t tile_end = 0;
   AttendLaunch last;                         // heads with fetched keys: the keys after the last tile
+  kernels::Table<kernels::MergeItem> merge;  // heads with keys in place: what comes back
+  AttendLaunch after;                        // heads wholly in place: the keys after those
   kernels::Table<kernels::CopyKvItem> seal;    // finished blocks into extents
   kernels::Table<kernels::CopyKvItem> mirror;  // ... and into resident copies
   kernels::Table<kernels::CopyKvItem> keep;  // what is left of a chunk, into the tail
+
+  bool in_place() const { return merge.count > 0; }
 };
 
 class StepContext {
@@ -57,22 +62,27 @@ class StepContext {
     EventId sealed_done;  // on the sealing stream, if `seals`
     bool seals = false;
     OpAccount fetch_wait;
+    OpAccount in_place_wait;
+    std::atomic<uint32_t>* await_result = nullptr;  // registered host memory
+    const MailboxTotals* in_place_totals = nullptr;  // null: nothing is in place
     absl::Status status;
     int64_t enqueued_ns = 0;
     double kv_heads[kNumLanes] = {};
     std::unique_ptr<Step> step;
   };
 
-  // `max_rows` rows; `staging` is registered host memory of StagingBytes().
+  // `max_rows` rows; `slot` is the context's in every mailbox; `staging` is registered host memory of
+  // StagingBytes().
   static absl::StatusOr<std::unique_ptr<StepContext>> Create(
       Device& device, const ModelConfig& config, const DeviceBudget& budget, int64_t max_rows,
-      bool has_chunks, GpuKv& kv, std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging);
+      bool has_chunks, GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
+      std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging);
   static int64_t StagingBytes(const DeviceBudget& budget);
 
   // Derives the step's work into flight `index`. An error leaves nothing enqueued, and names what is
   // wrong with the step (INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED).
   // REQUIRES: the flight's step before has run and been taken.
-  absl::Status BeginStep(std::unique_ptr<Step> step, int index);
+  absl::Status BeginStep(std::unique_ptr<Step> step, const Plan& plan, int index);
   // All of the step has been enqueued: its keys count as known and sealed from now on.
   void Commit();
 
@@ -86,6 +96,7 @@ class StepContext {
   const kernels::Table<kernels::SampleRow>& sample_rows() const { return sample_rows_; }
   int64_t rows() const { return rows_; }
   bool seals() const { return seals_; }
+  uint32_t slot() const { return slot_; }
   float* x() { return x_; }
   float* cos_sin() { return cos_sin_; }
 
@@ -107,8 +118,8 @@ class StepContext {
     bool prelude_sealed = false;      // own keys in front of the new ones come from extents
   };
 
-  StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
-              std::unique_ptr<FetchPipeline> pipeline);
+  StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv, InPlaceLane& in_place,
+              uint32_t slot, std::unique_ptr<FetchPipeline> pipeline);
 
   absl::Status AddPart(const StepSequence& sequence);
   absl::Status CheckPart(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
@@ -120,15 +131,23 @@ class StepContext {
   void AttendHeads(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end,
                    StepTables& tables);
   kernels::KvSpan OwnKeys(const Part& part, int32_t layer) const;
-  // The local copy of one head of a run, clipped to what is sealed; base == nullptr: none.
-  kernels::KvSpan LocalSpan(const Part& part, int run, int32_t layer, int32_t head) const;
-  bool IsLocal(const Part& part, int run, int32_t layer, int32_t head) const;
+  void AskStore(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end);
+  // Of the sealed runs of a head, how many the store is asked for: the oldest, up to the first that the
+  // plan has elsewhere or that has a copy. (Attention goes on from what lies in front of it; a gap in
+  // what the device attends to is not foreseen.)
+  int RunsInPlace(const Part& part, int32_t layer, int32_t head) const;
+  // Where this step attends to the keys of a head of a run of the layer that is being built.
+  Lane LaneOf(const Part& part, int run, int32_t layer, int32_t head) const;
+  // Of a run's positions, how many are sealed for this step.
+  int64_t SealedTokens(const Part& part, int run) const;
   int SealedRuns(const Part& part) const;
 
   const ModelConfig& config_;
   const KvGeometry geometry_;
   const int64_t max_rows_;
   GpuKv& kv_;
+  InPlaceLane& in_place_;
+  const uint32_t slot_;
   const std::unique_ptr<FetchPipeline> pipeline_;
   Flight flights_[kStepsInFlight];
   float* x_ = nullptr;        // [max_rows, hidden]
@@ -137,6 +156,9 @@ class StepContext {
   int64_t chunk_buffer_bytes_ = 0;
 
   // The step whose work this is.
+  const Plan* plan_ = nullptr;
+  bool may_ask_store_ = false;
+  std::vector<int> runs_in_place_;  // [part][kv_head], of the layer that is being built
   std::vector<Part> parts_;
   std::vector<LayerWork> layers_;
   std::vector<AttendLaunch> tile_launches_;
@@ -156,8 +178,10 @@ class StepContext {
   std::vector<kernels::SampleRow> sample_scratch_;
   std::vector<kernels::AppendItem> append_scratch_;
   std::vector<kernels::CopyKvItem> copy_scratch_[4];  // prelude, seal, mirror, keep
-  std::vector<kernels::AttendItem> item_scratch_[3];  // local, tile, last
-  std::vector<kernels::KvSpan> span_scratch_[3];
+  std::vector<kernels::AttendItem> item_scratch_[4];  // local, tile, last, after
+  std::vector<kernels::KvSpan> span_scratch_[4];
+  std::vector<kernels::MergeItem> merge_scratch_;
+  std::vector<MailboxSpan> mailbox_scratch_;
   std::vector<Rectangle> tile_scratch_;
   std::vector<int64_t> progress_;  // per head: keys below are in launches already
 };

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -66,6 +67,7 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
                             device_.Allocate(budget_.kv_pool_bytes, "KV pool"));
   kv_ = std::make_unique<GpuKv>(config_.kv_geometry(), pool, budget_.kv_pool_bytes,
                                 std::min(options_.max_sequences, Decoder::kMaxSequences));
+  in_place_ = std::make_unique<InPlaceLane>(device_, config_, options_.in_place_deadline);
   staging_bytes_ = kNumContexts * StepContext::StagingBytes(budget_);
   staging_ = std::make_unique<uint8_t[]>(staging_bytes_);
   HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(staging_.get(), staging_bytes_));
@@ -80,7 +82,7 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
         contexts[i]->state,
         StepContext::Create(device_, config_, budget_,
                             chunks ? budget_.max_chunk_tokens : kMaxDecodeRows, chunks, *kv_,
-                            std::move(pipeline),
+                            *in_place_, static_cast<uint32_t>(i), std::move(pipeline),
                             staging_.get() + i * StepContext::StagingBytes(budget_)));
     for (EventId& event : contexts[i]->layer_done) {
       HEADROOM_ASSIGN_OR_RETURN(event, device_.CreateEvent());
@@ -101,6 +103,7 @@ StepExecutor::~StepExecutor() {
   }
   if (executor_.joinable()) executor_.join();
   if (completion_.joinable()) completion_.join();
+  in_place_.reset();
   if (staging_ != nullptr) device_.UnregisterHost(staging_.get()).IgnoreError();
 }
 
@@ -173,22 +176,29 @@ absl::Status StepExecutor::Submit(std::unique_ptr<Step> step) {
 }
 
 absl::Status StepExecutor::AttachSegment(const SegmentView& segment) {
-  return RunBetweenSteps([this, segment] {
+  return RunBetweenSteps(After::kAllSubmitted, [this, segment] {
     kv_->CloseAll();
     kv_->SetSegment(segment);
     return absl::OkStatus();
   });
 }
 
+absl::Status StepExecutor::SetMailbox(std::shared_ptr<Mailbox> mailbox) {
+  return RunBetweenSteps(After::kAllBegun, [this, mailbox = std::move(mailbox)] {
+    return in_place_->SetMailbox(mailbox);
+  });
+}
+
 absl::Status StepExecutor::CloseAll() {
-  return RunBetweenSteps([this] {
+  return RunBetweenSteps(After::kAllSubmitted, [this] {
     kv_->CloseAll();
+    discarded_.clear();  // RunBetweenSteps() holds the lock
     return absl::OkStatus();
   });
 }
 
-absl::Status StepExecutor::RunBetweenSteps(std::function<absl::Status()> work) {
-  Errand errand{std::move(work), absl::OkStatus(), false};
+absl::Status StepExecutor::RunBetweenSteps(After after, std::function<absl::Status()> work) {
+  Errand errand{after, std::move(work), absl::OkStatus(), false};
   MutexLock lock(&mutex_);
   const absl::Time deadline = absl::Now() + options_.step_timeout;
   while (errand_ != nullptr && absl::Now() < deadline) {
@@ -216,26 +226,28 @@ void StepExecutor::ExecutorLoop() {
   for (;;) {
     TakeInbox();
     uint64_t seen;
+    bool may_begin = true;
     {
       MutexLock lock(&mutex_);
       seen = events_;
-      const bool drained = Idle() && running_.empty();
-      if (drained && errand_ != nullptr && !errand_->done) {
+      const bool errand = errand_ != nullptr && !errand_->done;
+      may_begin = !errand || errand_->after == After::kAllSubmitted;
+      if (errand && running_.empty() && (may_begin ? Idle() : NothingBegun())) {
         errand_->status = errand_->work();
         errand_->done = true;
         errand_done_.SignalAll();
         continue;
       }
-      if (stop_ && prefill_.next_layer < 0 && decode_.next_layer < 0) {
+      if (stop_ && NothingBegun()) {
         executor_ended_ = true;
         enqueued_.SignalAll();
         return;
       }
     }
     // One whole decode step, then one layer of the chunk.
-    bool progress = TryBegin(decode_);
+    bool progress = may_begin && TryBegin(decode_);
     while (decode_.next_layer >= 0) EnqueueNextLayer(decode_);
-    progress = TryBegin(prefill_) || progress;
+    progress = (may_begin && TryBegin(prefill_)) || progress;
     if (prefill_.next_layer >= 0) {
       if (MayEnqueueAhead(prefill_)) EnqueueNextLayer(prefill_);
       progress = true;  // MayEnqueueAhead() has waited
@@ -255,9 +267,12 @@ void StepExecutor::TakeInbox() {
   }
 }
 
+bool StepExecutor::NothingBegun() const {
+  return prefill_.next_layer < 0 && decode_.next_layer < 0;
+}
+
 bool StepExecutor::Idle() const {
-  return prefill_.next_layer < 0 && decode_.next_layer < 0 && prefill_.waiting.empty() &&
-         decode_.waiting.empty();
+  return NothingBegun() && prefill_.waiting.empty() && decode_.waiting.empty();
 }
 
 // A step must not overtake one that it depends on, nor pull memory from under one whose layers are
@@ -314,7 +329,7 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   }
   HEADROOM_RETURN_IF_ERROR(OrderAfterEarlierSteps());
   HEADROOM_RETURN_IF_ERROR(EnqueuePromotions());
-  HEADROOM_RETURN_IF_ERROR(state.BeginStep(std::move(at.step), flight));
+  HEADROOM_RETURN_IF_ERROR(state.BeginStep(std::move(at.step), plan_, flight));
   HEADROOM_RETURN_IF_ERROR(at.tables.Upload(device_, compute_));
   HEADROOM_RETURN_IF_ERROR(state.pipeline().Advance());
   HEADROOM_RETURN_IF_ERROR(
@@ -425,6 +440,11 @@ absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
   HEADROOM_RETURN_IF_ERROR(Move(compute_, work.prelude, nullptr));
   HEADROOM_RETURN_IF_ERROR(
       decoder_->AttentionInput(layer, state.x(), state.cos_sin(), state.rows(), work.append));
+  if (work.in_place()) {  // first, so that the store works beside all that follows
+    HEADROOM_RETURN_IF_ERROR(in_place_->Post(compute_, state.slot(),
+                                             *state.flight(context.active_flight).step, layer,
+                                             decoder_->Attention(state.rows())));
+  }
   HEADROOM_RETURN_IF_ERROR(EnqueueSealing(context, layer));
   HEADROOM_RETURN_IF_ERROR(EnqueueAttention(context, layer));
   HEADROOM_RETURN_IF_ERROR(Move(compute_, work.keep, nullptr));
@@ -456,7 +476,8 @@ absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
 }
 
 // Resident keys and the tail first, then tile by tile as copies arrive, then what follows the tiles:
-// for every head in ascending order of position.
+// for every head in ascending order of position. What the store has attended to in the meantime comes
+// last, and after it the tail of the heads that lie there as a whole.
 absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
   StepContext& state = *context.state;
   const LayerWork& work = state.layer_work(layer);
@@ -475,7 +496,22 @@ absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
     HEADROOM_RETURN_IF_ERROR(attend(state.tile_launch(tile), &flight.tile_reads));
     HEADROOM_RETURN_IF_ERROR(state.pipeline().EndConsume(tile));
   }
-  return attend(work.last, &resident);
+  HEADROOM_RETURN_IF_ERROR(attend(work.last, &resident));
+  if (!work.in_place()) return absl::OkStatus();
+  HEADROOM_RETURN_IF_ERROR(in_place_->Await(compute_, state.slot(), *flight.step, layer,
+                                            flight.await_result, &flight.in_place_wait));
+  const kernels::AttendArgs as = decoder_->Attention(state.rows());
+  kernels::MergePartialsArgs merge;
+  merge.partials = in_place_->partials(state.slot());
+  merge.state = as.state;
+  merge.out = as.out;
+  merge.rows = as.rows;
+  merge.items = work.merge;
+  merge.num_q_heads = as.num_q_heads;
+  merge.num_kv_heads = as.num_kv_heads;
+  merge.head_dim = as.head_dim;
+  HEADROOM_RETURN_IF_ERROR(device_.MergePartials(compute_, merge));
+  return attend(work.after, &resident);
 }
 
 absl::Status StepExecutor::EnqueueEnd(Context& context) {
@@ -543,6 +579,7 @@ void StepExecutor::CompletionLoop() {
     }
     if (flight.status.ok()) flight.status = waited;
     if (flight.status.ok()) flight.status = device_.status();
+    if (flight.status.ok()) flight.status = JudgeAwaits(flight);
     std::unique_ptr<Step> step =
         Complete(flight, std::max(flight.enqueued_ns, context.last_done_ns));
     context.last_done_ns = NowNs();
@@ -555,6 +592,37 @@ void StepExecutor::CompletionLoop() {
     }
     done_(std::move(step));
   }
+}
+
+// A step whose partials did not come is discarded. So is what goes on from it, also if it was sent
+// before its sender could know: of the same sequence all positions after the discarded ones, until a
+// step begins at those again.
+absl::Status StepExecutor::JudgeAwaits(StepContext::Flight& flight) {
+  Step& step = *flight.step;
+  const uint32_t result = flight.await_result->load(std::memory_order_acquire);
+  MutexLock lock(&mutex_);
+  const auto follows = [&](const StepSequence& sequence) {
+    const auto at = discarded_.find(sequence.sequence_id);
+    return at != discarded_.end() && sequence.first_pos > at->second;
+  };
+  if (result == kernels::kAwaitOk &&
+      std::none_of(step.sequences.begin(), step.sequences.end(), follows)) {
+    if (discarded_.empty()) return absl::OkStatus();
+    for (const StepSequence& sequence : step.sequences) discarded_.erase(sequence.sequence_id);
+    return absl::OkStatus();
+  }
+  for (const StepSequence& sequence : step.sequences) {
+    const auto [at, added] = discarded_.try_emplace(sequence.sequence_id, sequence.first_pos);
+    at->second = std::min(at->second, sequence.first_pos);
+  }
+  step.result.retry = true;
+  flight.num_results = 0;
+  constexpr const char* kWhy[] = {"an earlier step of the sequence was discarded",
+                                  "the keys in place were not attended to in time",
+                                  "the keys in place are not attended to any more",
+                                  "the kvstore's answer is to another question",
+                                  "the kvstore refuses to attend to the keys in place"};
+  return absl::UnavailableError(kWhy[std::min<size_t>(result, std::size(kWhy) - 1)]);
 }
 
 std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_t begun_ns) {
@@ -582,7 +650,14 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
     result.lanes[static_cast<int>(Lane::kResident)].bytes +=
         flight.tile_reads.bytes - flight.accounts[static_cast<int>(Lane::kFetched)].bytes;
   }
+  if (flight.in_place_totals != nullptr && flight.status.ok()) {
+    LaneAccount& account = result.lanes[static_cast<int>(Lane::kInPlace)];
+    account.bytes = static_cast<int64_t>(flight.in_place_totals->bytes);
+    account.busy_ns = static_cast<int64_t>(flight.in_place_totals->busy_ns);
+    account.idle_ns = std::max<int64_t>(0, result.duration_ns - account.busy_ns);
+  }
   result.fetch_wait_ns = flight.fetch_wait.busy_ns;
+  result.in_place_wait_ns = flight.in_place_wait.busy_ns;
   result.sealed_bytes = flight.sealed.bytes;
   return step;
 }

@@ -26,6 +26,7 @@
 #include "common/mutex.h"
 #include "services/worker/device_budget.h"
 #include "services/worker/gpu_kv.h"
+#include "services/worker/in_place_lane.h"
 #include "services/worker/model/decoder.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/model/weights.h"
@@ -38,6 +39,8 @@ struct StepExecutorOptions {
   int32_t max_sequences = 16;
   // A step that takes longer than this fails: every wait has a deadline.
   absl::Duration step_timeout = absl::Minutes(10);
+  // What the kvstore has for one layer's keys in place.
+  absl::Duration in_place_deadline = absl::Seconds(1);
 };
 
 class StepExecutor {
@@ -60,6 +63,9 @@ class StepExecutor {
   absl::Status PreparePlan(Plan plan);
   // Replaces the mapped segment between steps. All sequences must be opened anew.
   absl::Status AttachSegment(const SegmentView& segment);
+  // Where keys in place are asked for; null: they are fetched. Sequences stay; steps that have been
+  // submitted and not begun wait for it.
+  absl::Status SetMailbox(std::shared_ptr<Mailbox> mailbox);
   // Drops every sequence, after what is in flight.
   absl::Status CloseAll();
   // RESOURCE_EXHAUSTED if more steps wait than the protocol allows.
@@ -95,6 +101,7 @@ class StepExecutor {
   // ---- Executor thread.
   void ExecutorLoop();
   void TakeInbox();
+  bool NothingBegun() const;
   bool Idle() const;
   // Begins the context's next step if it may; true if it did.
   bool TryBegin(Context& context);
@@ -115,10 +122,13 @@ class StepExecutor {
   absl::Status RecordSealed(Context& context);
   void Finish(Context& context, const absl::Status& status);
   bool MayEnqueueAhead(Context& context);
-  absl::Status RunBetweenSteps(std::function<absl::Status()> work);
+  // What an errand runs after: the steps that have begun, or all that have been submitted.
+  enum class After { kAllBegun, kAllSubmitted };
+  absl::Status RunBetweenSteps(After after, std::function<absl::Status()> work);
 
   // ---- Completion thread.
   void CompletionLoop();
+  absl::Status JudgeAwaits(StepContext::Flight& flight);
   // The step of a flight that has run, with its result.
   std::unique_ptr<Step> Complete(StepContext::Flight& flight, int64_t begun_ns);
 
@@ -134,6 +144,7 @@ class StepExecutor {
   EventId barriers_[3];
   std::unique_ptr<GpuKv> kv_;
   std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<InPlaceLane> in_place_;
   std::unique_ptr<uint8_t[]> staging_;
   int64_t staging_bytes_ = 0;
   Context prefill_;
@@ -156,6 +167,7 @@ class StepExecutor {
   BoundedQueue<Running, kNumContexts * kStepsInFlight> running_ ABSL_GUARDED_BY(mutex_);
   std::map<uint64_t, Plan> plans_ ABSL_GUARDED_BY(mutex_);
   struct Errand {
+    After after;
     std::function<absl::Status()> work;
     absl::Status status;
     bool done = false;
@@ -165,6 +177,8 @@ class StepExecutor {
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   bool executor_ended_ ABSL_GUARDED_BY(mutex_) = false;
   uint64_t events_ ABSL_GUARDED_BY(mutex_) = 0;  // counts whatever may let the executor go on
+  // Sequences of discarded steps, and the first position that was discarded.
+  std::map<uint64_t, int64_t> discarded_ ABSL_GUARDED_BY(mutex_);
   int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
 
   std::thread executor_;

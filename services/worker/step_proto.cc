@@ -187,6 +187,7 @@ void StepToProto(const Step& step, v1::StepResponse* response) {
   response->set_duration_ns(result.duration_ns);
   if (!result.status.ok()) {
     response->set_message(std::string(result.status.message()));
+    if (result.retry) response->set_retry(true);
     return;
   }
   size_t next = 0;
@@ -201,6 +202,7 @@ void StepToProto(const Step& step, v1::StepResponse* response) {
   }
   LanesToProto(result, response);
   response->set_fetch_wait_ns(result.fetch_wait_ns);
+  response->set_in_place_wait_ns(result.in_place_wait_ns);
   response->set_sealed_bytes(result.sealed_bytes);
 }
 

@@ -36,6 +36,12 @@ absl::Status CheckOptions(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(range("--threads", options.compute_threads, 0, 1024));
   HEADROOM_RETURN_IF_ERROR(
       range("--max-chunk-tokens", options.max_chunk_tokens, kMinChunkTokens, kMaxChunkTokens));
+  if (options.in_place_deadline < absl::Milliseconds(1) ||
+      options.in_place_deadline > absl::Minutes(1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--in-place-deadline ", absl::FormatDuration(options.in_place_deadline),
+                     ", expected 1ms to 1m"));
+  }
   HEADROOM_RETURN_IF_ERROR(
       range("--max-context-tokens", options.max_context_tokens, 0, int64_t{1} << 32));
   return range("--max-sequences", options.max_sequences, 1, Decoder::kMaxSequences);
@@ -93,6 +99,7 @@ absl::Status Worker::Init(const WorkerOptions& options) {
                                                   LoadProgress(budget_.weights_bytes)));
   StepExecutorOptions executor;
   executor.max_sequences = max_sequences_;
+  executor.in_place_deadline = options.in_place_deadline;
   HEADROOM_ASSIGN_OR_RETURN(
       executor_, StepExecutor::Create(*device_, config_, weights_, budget_, executor,
                                       [this](std::unique_ptr<Step> step) {
@@ -135,7 +142,36 @@ absl::StatusOr<int64_t> Worker::AttachStore(const std::string& segment_dir, uint
   std::shared_ptr<RegisteredSegment> old;
   MutexLock lock(&mutex_);
   old = std::exchange(segment_, std::move(segment));
+  segment_dir_ = segment_dir;
   return registered;
+}
+
+absl::StatusOr<std::string> Worker::OpenMailbox(uint64_t generation) {
+  MailboxShape shape =
+      MailboxShapeOf(config_, budget_, /*poster_wakes=*/device_->name() == "cpu");
+  shape.generation = generation;
+  shape.incarnation = incarnation_;
+  std::string dir, name;
+  {
+    MutexLock lock(&mutex_);
+    if (segment_ == nullptr || segment_->segment().generation() != generation) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("generation ", generation, " of the store is not attached"));
+    }
+    if (mailbox_ != nullptr && mailbox_->shape().generation == generation &&
+        mailbox_->header().retired.load() == 0) {
+      return mailbox_file_;
+    }
+    dir = segment_dir_;
+    name = MailboxFile(generation, ++mailboxes_);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(std::shared_ptr<Mailbox> mailbox, Mailbox::Create(dir, name, shape));
+  HEADROOM_RETURN_IF_ERROR(executor_->SetMailbox(mailbox));
+  LogInfo(absl::StrCat("mailbox ", name, ": ", mailbox->bytes() / 1024, " KiB"));
+  MutexLock lock(&mutex_);
+  mailbox_ = std::move(mailbox);
+  mailbox_file_ = name;
+  return name;
 }
 
 absl::Status Worker::BeginStream(StepSink sink) {

@@ -2,7 +2,7 @@
 // worker_service.h has the messages.
 //
 // Threads. Create() loads and may take long. The constant facts may be read anywhere. AttachStore(),
-// BeginStream() and EndStream() block until the steps in flight have ended and are called by one thread
+// OpenMailbox(), BeginStream() and EndStream() block until the steps in flight have ended and are called by one thread
 // at a time; PreparePlan() and Submit() are thread-safe.
 #ifndef HEADROOM_SERVICES_WORKER_WORKER_H_
 #define HEADROOM_SERVICES_WORKER_WORKER_H_
@@ -51,7 +51,13 @@ class Worker {
   // bytes registered so far. Errors as MappedSegment::Open().
   absl::StatusOr<int64_t> AttachStore(const std::string& segment_dir, uint64_t generation);
 
-  // INVALID_ARGUMENT. Ranges in place are attended as fetched: the same bytes, on the device.
+  // Makes a mailbox for the attached store and returns its file's name; the one there is, if no wait on
+  // it has given up. FAILED_PRECONDITION if another generation is attached, RESOURCE_EXHAUSTED if the
+  // segment's folder is full.
+  absl::StatusOr<std::string> OpenMailbox(uint64_t generation);
+
+  // INVALID_ARGUMENT. Ranges in place are attended as fetched where no store attends to them: the same
+  // bytes, on the device.
   absl::Status PreparePlan(Plan plan) { return executor_->PreparePlan(std::move(plan)); }
 
   // From now on results go to `sink`, and no sequence is open: what earlier streams had in flight has
@@ -79,6 +85,10 @@ class Worker {
   uint64_t stream_ ABSL_GUARDED_BY(mutex_) = 0;  // number of the stream that steps belong to
   std::shared_ptr<const StepSink> sink_ ABSL_GUARDED_BY(mutex_);
   std::shared_ptr<RegisteredSegment> segment_ ABSL_GUARDED_BY(mutex_);
+  std::string segment_dir_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<Mailbox> mailbox_ ABSL_GUARDED_BY(mutex_);  // the executor has it too
+  std::string mailbox_file_ ABSL_GUARDED_BY(mutex_);
+  uint64_t mailboxes_ ABSL_GUARDED_BY(mutex_) = 0;  // made so far
 
   std::unique_ptr<StepExecutor> executor_;  // last: its threads use the rest
 };

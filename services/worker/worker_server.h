@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace headroom {
 
@@ -28,6 +29,8 @@ struct WorkerOptions {
   int64_t max_context_tokens = 0;
   int32_t max_sequences = 16;
   int64_t max_message_bytes = int64_t{16} << 20;
+  // What the kvstore has for one layer's keys in place; then the step is run again, without it.
+  absl::Duration in_place_deadline = absl::Seconds(1);
   // For tests: delays each device operation by 0 to 5 ms, drawn from this seed.
   std::optional<uint64_t> delay_seed;
 };

@@ -90,6 +90,19 @@ grpc::ServerUnaryReactor* WorkerService::AttachStore(grpc::CallbackServerContext
   return reactor;
 }
 
+grpc::ServerUnaryReactor* WorkerService::OpenMailbox(grpc::CallbackServerContext* context,
+                                                     const v1::OpenMailboxRequest* request,
+                                                     v1::OpenMailboxResponse* response) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  const bool posted = control_.Post([this, reactor, request, response] {
+    absl::StatusOr<std::string> file = worker_->OpenMailbox(request->generation());
+    if (file.ok()) response->set_mailbox_file(*std::move(file));
+    reactor->Finish(ToGrpcStatus(file.status()));
+  });
+  if (!posted) reactor->Finish(ToGrpcStatus(StoppingError()));
+  return reactor;
+}
+
 grpc::ServerUnaryReactor* WorkerService::PreparePlan(grpc::CallbackServerContext* context,
                                                      const v1::PreparePlanRequest* request,
                                                      v1::PreparePlanResponse*) {

@@ -29,6 +29,9 @@ class WorkerService final : public v1::WorkerService::CallbackService {
   grpc::ServerUnaryReactor* AttachStore(grpc::CallbackServerContext* context,
                                         const v1::AttachStoreRequest* request,
                                         v1::AttachStoreResponse* response) override;
+  grpc::ServerUnaryReactor* OpenMailbox(grpc::CallbackServerContext* context,
+                                        const v1::OpenMailboxRequest* request,
+                                        v1::OpenMailboxResponse* response) override;
   grpc::ServerUnaryReactor* PreparePlan(grpc::CallbackServerContext* context,
                                         const v1::PreparePlanRequest* request,
                                         v1::PreparePlanResponse* response) override;

@@ -48,7 +48,14 @@ class ForwardingDevice : public Device {
   absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
     return device_->Copy(stream, args, account);
   }
-  absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
+  absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) override {
+    return device_->PostQueries(stream, args);
+  }
+  absl::Status MergePartials(StreamId stream, const kernels::MergePartialsArgs& args) override {
+    return device_->MergePartials(stream, args);
+  }
+  absl::Status AwaitPartials(StreamId stream, const kernels::AwaitPartialsArgs& args,
+                             OpAccount* account) override {
     return device_->AwaitPartials(stream, args, account);
   }
   absl::Status Embed(StreamId stream, const kernels::EmbedArgs& args) override {

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/device/device_factory.h"
+#include "common/segment_format.h"
 #include "common/status.h"
 
 namespace headroom {
@@ -58,12 +59,15 @@ Plan FetchedPlan(uint64_t version, const KvGeometry& geometry) {
   return WholeHeadPlan(version, geometry, [](int32_t, int32_t) { return Lane::kFetched; });
 }
 
+Plan InPlacePlan(uint64_t version, const KvGeometry& geometry) {
+  return WholeHeadPlan(version, geometry, [](int32_t, int32_t) { return Lane::kInPlace; });
+}
+
 Plan SplitHeadPlan(uint64_t version, const KvGeometry& geometry, int32_t kv_head, int64_t border,
-                   Lane below) {
+                   Lane below, Lane above) {
   Plan plan = WholeHeadPlan(version, geometry, [&](int32_t, int32_t head) {
     return head < kv_head ? Lane::kResident : head > kv_head ? Lane::kFetched : below;
   });
-  const Lane above = below == Lane::kResident ? Lane::kFetched : Lane::kResident;
   for (std::vector<LaneRange>& ranges : plan.layers) {
     ranges[kv_head].end_pos = border;
     LaneRange rest = ranges[kv_head];
@@ -106,6 +110,7 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   StepExecutorOptions executor;
   executor.max_sequences = options.max_sequences;
   executor.step_timeout = kStepTimeout;
+  executor.in_place_deadline = options.in_place_deadline;
   HEADROOM_ASSIGN_OR_RETURN(
       h.executor_,
       StepExecutor::Create(*h.device_, h.config_, h.weights_, h.budget_, executor,
@@ -118,6 +123,9 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   HEADROOM_RETURN_IF_ERROR(h.device_->RegisterHost(h.segment_.data(), options.segment_bytes));
   HEADROOM_RETURN_IF_ERROR(
       h.executor_->AttachSegment({h.segment_.data(), options.segment_bytes}));
+  if (options.attend_threads > 0) {
+    HEADROOM_RETURN_IF_ERROR(h.OpenInPlace(options.attend_threads));
+  }
   return harness;
 }
 
@@ -125,6 +133,25 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
 WorkerHarness::~WorkerHarness() {
   executor_.reset();
   device_.reset();
+  pool_.reset();
+  std::error_code ignored;
+  if (!mailbox_dir_.empty()) std::filesystem::remove_all(mailbox_dir_, ignored);
+}
+
+absl::Status WorkerHarness::OpenInPlace(int attend_threads) {
+  if (mailbox_dir_.empty()) {
+    mailbox_dir_ = (std::filesystem::temp_directory_path() / "headroom-mailbox-XXXXXX").string();
+    if (mkdtemp(mailbox_dir_.data()) == nullptr) return absl::InternalError("no temporary folder");
+  }
+  MailboxShape shape = MailboxShapeOf(config_, budget_, device_->name() == "cpu");
+  shape.generation = ++mailboxes_;
+  HEADROOM_ASSIGN_OR_RETURN(mailbox_,
+                            Mailbox::Create(mailbox_dir_, MailboxFile(mailboxes_, 1), shape));
+  pool_ = std::make_unique<kvstore::AttendPool>(
+      segment_.data(), [this] { return static_cast<int64_t>(segment_.size()); }, attend_threads);
+  // One mapping for both ends, so that ThreadSanitizer sees what orders them.
+  pool_->Attach(mailbox_);
+  return executor_->SetMailbox(mailbox_);
 }
 
 // ---------------------------------------------------------------- steps by hand
@@ -184,6 +211,9 @@ struct WorkerHarness::Progress {
   int64_t returned_pos = 0;      // of the pieces that have returned
   int64_t confirmed_tokens = 0;  // sealed by steps that have returned
   int chunks_in_flight = 0;
+  int in_flight = 0;
+  bool taking_back = false;  // a step of it was discarded, and another is still in flight
+  bool taken_back = false;   // its next piece goes out again
   bool open = false;
   TestOutput output;
 
@@ -235,6 +265,11 @@ void WorkerHarness::AddPiece(Progress& p, Step& step, const RunOptions& options)
       piece.score_token_ids.push_back(p.request->prompt[pos + 1]);
     }
   }
+  if (p.taken_back && p.next_pos >= p.prompt_tokens()) {
+    // What was drawn last on the device was drawn by a step that was discarded.
+    piece.token_ids.push_back(p.output.drawn[p.next_pos - p.prompt_tokens()].token_id);
+  }
+  p.taken_back = false;
   piece.draw = end >= p.prompt_tokens() && p.request->num_draws > 0;
   piece.sampling.temperature = p.request->temperature;
   piece.sampling.seed = p.request->seed;
@@ -257,6 +292,7 @@ void WorkerHarness::AddPiece(Progress& p, Step& step, const RunOptions& options)
   }
   if (end - piece.sealed_tokens > kTailTokens) p.tail_begin = FloorToBlock(end);
   if (count > 1) ++p.chunks_in_flight;
+  ++p.in_flight;
   p.next_pos = end;
   step.sequences.push_back(std::move(piece));
 }
@@ -267,7 +303,7 @@ std::unique_ptr<Step> WorkerHarness::ComposeStep(bool chunk, std::vector<Progres
   std::vector<Progress*> behind_chunks;
   for (Progress& p : all) {
     const int64_t count = p.NextTokens();
-    if (count == 0 || (count > 1) != chunk) continue;
+    if (count == 0 || (count > 1) != chunk || p.taking_back) continue;
     if (&p != &all[0] && options.first_draws_alone > 0 &&
         static_cast<int>(all[0].output.drawn.size()) < options.first_draws_alone) {
       continue;
@@ -293,6 +329,18 @@ std::unique_ptr<Step> WorkerHarness::ComposeStep(bool chunk, std::vector<Progres
 }
 
 absl::Status WorkerHarness::Receive(std::unique_ptr<Step> step, std::vector<Progress>& all) {
+  if (step->result.retry) {
+    ++retries_;
+    for (const StepSequence& piece : step->sequences) {
+      Progress& p = *std::find_if(all.begin(), all.end(),
+                                  [&](const Progress& q) { return q.id == piece.sequence_id; });
+      p.next_pos = std::min(p.next_pos, piece.first_pos);
+      p.taking_back = --p.in_flight > 0;
+      p.taken_back = true;
+      if (piece.num_tokens() > 1) --p.chunks_in_flight;
+    }
+    return absl::OkStatus();
+  }
   HEADROOM_RETURN_IF_ERROR(
       Annotate(step->result.status, absl::StrCat("step ", step->number)));
   StepRecord record;
@@ -306,6 +354,7 @@ absl::Status WorkerHarness::Receive(std::unique_ptr<Step> step, std::vector<Prog
                                               " is answered before ", p.returned_pos));
     }
     p.returned_pos = piece.end_pos();
+    --p.in_flight;
     const auto& tokens = step->result.tokens;
     if (tokens.size() < at + piece.num_results()) return absl::InternalError("too few results");
     for (size_t i = 0; i < piece.score_token_ids.size(); ++i) {
@@ -327,6 +376,8 @@ absl::StatusOr<std::vector<TestOutput>> WorkerHarness::Run(const std::vector<Tes
                                                            const RunOptions& options) {
   records_.clear();
   steps_composed_ = 0;
+  retries_ = 0;
+  int steps_ended = 0;
   std::vector<Progress> all;
   for (const TestRequest& request : requests) {
     Progress p;
@@ -341,6 +392,7 @@ absl::StatusOr<std::vector<TestOutput>> WorkerHarness::Run(const std::vector<Tes
   int in_flight[2] = {0, 0};
   absl::Status failure;
   for (;;) {
+    if (options.on_step) options.on_step(steps_ended);
     for (bool sent = failure.ok(); sent;) {
       sent = false;
       for (const bool chunk : {false, true}) {
@@ -356,6 +408,7 @@ absl::StatusOr<std::vector<TestOutput>> WorkerHarness::Run(const std::vector<Tes
     std::unique_ptr<Step> step = Await();
     if (step == nullptr) return absl::DeadlineExceededError("a step did not end");
     --in_flight[step->has_chunk()];
+    ++steps_ended;
     if (failure.ok()) failure = Receive(std::move(step), all);
   }
   auto close = std::make_unique<Step>();

@@ -19,6 +19,7 @@
 #include "common/device/cpu/cpu_device.h"
 #include "common/device/device.h"
 #include "common/mutex.h"
+#include "services/kvstore/attend_pool.h"
 #include "services/worker/device_budget.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/model/weights.h"
@@ -45,10 +46,11 @@ using LaneOfHead = std::function<Lane(int32_t layer, int32_t kv_head)>;
 Plan WholeHeadPlan(uint64_t version, const KvGeometry& geometry, const LaneOfHead& lane);
 Plan ResidentPlan(uint64_t version, const KvGeometry& geometry);
 Plan FetchedPlan(uint64_t version, const KvGeometry& geometry);
+Plan InPlacePlan(uint64_t version, const KvGeometry& geometry);
 // Heads below `kv_head` are resident, those above fetched; `kv_head` itself is `below` up to position
-// `border` and the other lane from there on.
+// `border` and `above` from there on.
 Plan SplitHeadPlan(uint64_t version, const KvGeometry& geometry, int32_t kv_head, int64_t border,
-                   Lane below);
+                   Lane below, Lane above);
 
 // How many keys the lanes get, and how many are left to the tail.
 enum class SealedRule {
@@ -65,6 +67,9 @@ struct WorkerHarnessOptions {
   int64_t segment_bytes = int64_t{8} << 20;
   int32_t max_sequences = 16;
   int compute_threads = 1;
+  // Of a pool that attends to keys in place; 0: there is none.
+  int attend_threads = 0;
+  absl::Duration in_place_deadline = absl::Seconds(30);
   std::optional<uint64_t> delay_seed;
   // Puts a device of the test's in front of the real one.
   std::function<std::unique_ptr<Device>(std::unique_ptr<Device>)> wrap_device;
@@ -98,6 +103,8 @@ struct RunOptions {
   // One chunk step takes a chunk of every sequence, instead of the first that has one.
   bool chunks_together = false;
   int depth = 2;  // steps of one kind in flight
+  // Called with the number of steps that have ended, before the next ones are sent.
+  std::function<void(int steps)> on_step;
   // Sequences after the first begin only when the first has drawn this many tokens.
   int first_draws_alone = 0;
 };
@@ -138,6 +145,16 @@ class WorkerHarness {
   // K (part 0) or V (part 1) row of one head and position in a run's extent.
   uint8_t* ExtentRow(const struct Run& run, int32_t layer, int32_t kv_head, int64_t pos, int part);
 
+  // A new mailbox on both sides, with a new pool: as after a store's death and return.
+  absl::Status OpenInPlace(int attend_threads);
+  // The pool ends, and answers nothing any more.
+  void KillPool() { pool_.reset(); }
+  kvstore::AttendPool* pool() { return pool_.get(); }
+  Mailbox* mailbox() { return mailbox_.get(); }
+  std::shared_ptr<Mailbox> shared_mailbox() { return mailbox_; }
+  // Steps that were discarded and run again in the latest Run().
+  int retries() const { return retries_; }
+
   StepExecutor& executor() { return *executor_; }
   Device& device() { return *device_; }
   const ModelConfig& config() const { return config_; }
@@ -167,6 +184,11 @@ class WorkerHarness {
   uint64_t next_step_number_ = 1;
   size_t steps_composed_ = 0;  // in the latest Run()
   std::vector<StepRecord> records_;
+  int retries_ = 0;
+  std::string mailbox_dir_;
+  uint64_t mailboxes_ = 0;
+  std::shared_ptr<Mailbox> mailbox_;
+  std::unique_ptr<kvstore::AttendPool> pool_;
 
   Mutex mutex_;
   CondVar ended_;

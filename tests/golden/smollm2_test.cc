@@ -73,7 +73,7 @@ class SmolLm2Test : public testing::Test {
     ASSERT_TRUE(executor.PreparePlan(FetchedPlan(kFetchedPlan, geometry)).ok());
     // A third of the heads resident, a third fetched, one cut in two.
     ASSERT_TRUE(
-        executor.PreparePlan(SplitHeadPlan(kSplitPlan, geometry, 1, 512, Lane::kFetched)).ok());
+        executor.PreparePlan(SplitHeadPlan(kSplitPlan, geometry, 1, 512, Lane::kFetched, Lane::kResident)).ok());
   }
   static void TearDownTestSuite() {
     delete harness_;

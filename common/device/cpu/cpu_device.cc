@@ -18,17 +18,12 @@
 #include "common/device/cpu/streaming_copy.h"
 #include "common/device/kv_bytes.h"
 #include "common/device/launch_check.h"
+#include "common/device/touch_ranges.h"
 #include "common/futex.h"
 #include "common/mutex.h"
+#include "common/segment/mailbox.h"
 #include "common/status.h"
 #include "kernels/cpu/kernel_table.h"
-
-#if defined(__SANITIZE_THREAD__)
-extern "C" {
-void __tsan_read_range(void* address, unsigned long bytes);
-void __tsan_write_range(void* address, unsigned long bytes);
-}
-#endif
 
 namespace headroom {
 namespace {
@@ -75,21 +70,6 @@ void ForEachRange(const CopyArgs& a, F&& f) {
   }
 }
 
-// Tells ThreadSanitizer what the operation reads and writes, in whatever way it does so.
-template <typename Args>
-void TouchRanges([[maybe_unused]] const Args& args) {
-#if defined(__SANITIZE_THREAD__)
-  ForEachRange(args, [](const void* data, int64_t bytes, Access access) {
-    void* const at = const_cast<void*>(data);
-    if (access == Access::kRead) {
-      __tsan_read_range(at, static_cast<unsigned long>(bytes));
-    } else {
-      __tsan_write_range(at, static_cast<unsigned long>(bytes));
-    }
-  });
-#endif
-}
-
 void RunCopy(const CopyArgs& a) {
   if (a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes) {
     StreamingCopy(a.dst, a.src, a.width_bytes * a.height);
@@ -101,18 +81,29 @@ void RunCopy(const CopyArgs& a) {
   }
 }
 
-void RunAwait(const AwaitArgs& a) {
-  const absl::Time deadline = absl::Now() + absl::Microseconds(a.deadline_us);
-  for (int64_t polls = 0; a.status->load(std::memory_order_acquire) == 0; ++polls) {
-    if (a.doorbell->load(std::memory_order_acquire) >= a.expected) return;
-    if (polls > 1000) absl::SleepFor(absl::Microseconds(20));
-    if (polls % 64 == 0 && absl::Now() > deadline) {
-      uint32_t ok = 0;  // what another wait has set first stays
-      a.status->compare_exchange_strong(ok,
-                                        static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded),
-                                        std::memory_order_release, std::memory_order_relaxed);
-    }
+void RunPost(const kernels::PostQueriesArgs& a) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    std::memcpy(a.queries + row * a.row_floats, a.q + row * a.q_stride,
+                static_cast<size_t>(a.row_floats) * sizeof(float));
   }
+  a.slot->post = a.post;
+  RingPosted(*a.mailbox, *a.slot, a.count);
+}
+
+void RunAwait(const kernels::AwaitPartialsArgs& a) {
+  using kernels::AwaitResult;
+  const auto give_up = [&a](AwaitResult why) {
+    uint32_t ok = kernels::kAwaitOk;
+    a.status->compare_exchange_strong(ok, why);
+    a.mailbox->retired.store(1);
+  };
+  const bool answered = AwaitAnswered(*a.mailbox, *a.slot, a.count,
+                                      absl::Microseconds(a.deadline_us));
+  // Retired by an earlier wait: even what has come since is not taken.
+  if (a.mailbox->retired.load() != 0) return give_up(kernels::kAwaitRetired);
+  if (!answered) return give_up(kernels::kAwaitExpired);
+  const AwaitResult result = kernels::JudgeAnswer(a, a.slot->answer);
+  if (result != kernels::kAwaitOk) give_up(result);
 }
 
 class CpuDevice : public Device {
@@ -281,18 +272,25 @@ class CpuDevice : public Device {
                    });
   }
 
-  absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
-    if (!InHost(args.doorbell, sizeof(*args.doorbell))) {
-      return ForeignAddressError("AwaitPartials", args.doorbell);
-    }
-    if (!InHost(args.status, sizeof(*args.status))) {
-      return ForeignAddressError("AwaitPartials", args.status);
-    }
-    return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
-      RunAwait(*static_cast<const AwaitArgs*>(a));
+  absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) override {
+    HEADROOM_RETURN_IF_ERROR(CheckPost(
+        args, [this](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
+        [this](const void* data, int64_t bytes) { return InHost(data, bytes); }));
+    return Enqueue(stream, args, nullptr, [](const void* a, kernels::CpuTeam&, OpAccount*) {
+      RunPost(*static_cast<const kernels::PostQueriesArgs*>(a));
     });
   }
-
+  absl::Status AwaitPartials(StreamId stream, const kernels::AwaitPartialsArgs& args,
+                             OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(CheckAwait(
+        args, [this](const void* data, int64_t bytes) { return InHost(data, bytes); }));
+    return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
+      RunAwait(*static_cast<const kernels::AwaitPartialsArgs*>(a));
+    });
+  }
+  absl::Status MergePartials(StreamId s, const kernels::MergePartialsArgs& a) override {
+    return Launch<&kernels::cpu::MergePartials>(s, "MergePartials", a, nullptr, /*host_too=*/true);
+  }
   absl::Status Embed(StreamId s, const kernels::EmbedArgs& a) override {
     return Launch<&kernels::cpu::Embed>(s, "Embed", a);
   }

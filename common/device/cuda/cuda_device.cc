@@ -221,21 +221,26 @@ class CudaDevice : public Device {
     return Enqueue(stream, "Copy", account, args.width_bytes * args.height,
                    [&](cudaStream_t on) { return EnqueueCopy(args, on); });
   }
-  absl::Status AwaitPartials(StreamId stream, const AwaitArgs& args, OpAccount* account) override {
-    if (!host_.Contain(args.doorbell, sizeof(*args.doorbell))) {
-      return ForeignAddressError("AwaitPartials", args.doorbell);
-    }
-    if (!host_.Contain(args.status, sizeof(*args.status))) {
-      return ForeignAddressError("AwaitPartials", args.status);
-    }
-    // What the processor and the GPU both see: a word by its address.
-    static_assert(sizeof(*args.doorbell) == sizeof(uint64_t) && sizeof(*args.status) == 4);
-    return Enqueue(stream, "AwaitPartials", account, 0, [&](cudaStream_t on) {
-      return kernels::cuda::LaunchAwait(
-          reinterpret_cast<const uint64_t*>(args.doorbell), args.expected, args.deadline_us,
-          reinterpret_cast<uint32_t*>(args.status),
-          static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded), on);
+  absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) override {
+    HEADROOM_RETURN_IF_ERROR(CheckPost(
+        args, [this](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
+        [this](const void* data, int64_t bytes) { return host_.Contain(data, bytes); }));
+    return Enqueue(stream, "PostQueries", nullptr, 0, [&](cudaStream_t on) {
+      return kernels::cuda::LaunchPostQueries(args, on);
     });
+  }
+  absl::Status AwaitPartials(StreamId stream, const kernels::AwaitPartialsArgs& args,
+                             OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(CheckAwait(args, [this](const void* data, int64_t bytes) {
+      return host_.Contain(data, bytes);
+    }));
+    return Enqueue(stream, "AwaitPartials", account, 0, [&](cudaStream_t on) {
+      return kernels::cuda::LaunchAwaitPartials(args, on);
+    });
+  }
+  absl::Status MergePartials(StreamId s, const kernels::MergePartialsArgs& a) override {
+    return Launch<&kernels::cuda::LaunchMergePartials>(s, "MergePartials", a, nullptr,
+                                                       /*host_too=*/true);
   }
   absl::Status Embed(StreamId s, const kernels::EmbedArgs& a) override {
     return Launch<&kernels::cuda::LaunchEmbed>(s, "Embed", a);

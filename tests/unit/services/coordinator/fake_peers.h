@@ -83,6 +83,9 @@ class FakeMachine {
   std::map<uint32_t, std::vector<int32_t>> extents;  // of layer 0: a token for each position, or -1
   std::map<uint64_t, Stored> stored;
   uint32_t next_extent = 1;
+  int32_t attend_threads = 0;
+  int mailboxes = 0;                  // that the worker has made
+  std::set<int64_t> discard_steps;    // counts since the start: answered with `retry`
   int64_t steps = 0;
   int64_t chunk_rows = 0;             // of steps with more than one token of a sequence
   std::map<int64_t, int> fail_steps;  // count of the step since the start -> google.rpc.Code
@@ -118,7 +121,7 @@ class FakeStoreClient : public StoreClient {
     info.set_capacity_bytes(machine_->host_tokens * token_bytes);
     info.set_used_bytes(machine_->used_tokens() * token_bytes);
     info.set_max_extents(100000);
-    info.set_attend_threads(0);
+    info.set_attend_threads(machine_->attend_threads);
     return info;
   }
   absl::Status BindModel(const v1::KvGeometry&, const v1::ModelFingerprint&, bool) override {
@@ -203,6 +206,13 @@ class FakeStoreClient : public StoreClient {
   }
   absl::Status PreparePlan(const v1::Plan&) override {
     MutexLock lock(&machine_->mutex);
+    return Ready();
+  }
+  absl::Status AttachMailbox(const std::string& file) override {
+    MutexLock lock(&machine_->mutex);
+    if (file != absl::StrCat("mailbox-", machine_->generation, "-", machine_->mailboxes)) {
+      return absl::NotFoundError(file);
+    }
     return Ready();
   }
 
@@ -495,6 +505,11 @@ class FakeWorkerClient : public WorkerClient {
   absl::Status AttachStore(const std::string&, uint64_t) override {
     MutexLock lock(&machine_->mutex);
     return machine_->worker_away ? absl::UnavailableError("worker away") : absl::OkStatus();
+  }
+  absl::StatusOr<std::string> OpenMailbox(uint64_t generation) override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->worker_away) return absl::UnavailableError("worker away");
+    return absl::StrCat("mailbox-", generation, "-", ++machine_->mailboxes);
   }
   absl::Status PreparePlan(const v1::Plan& plan) override {
     MutexLock lock(&machine_->mutex);

@@ -79,9 +79,11 @@ class DelayCase {
     std::copy(stored_bytes_.begin(), stored_bytes_.end(), harness->segment().begin());
     harness->set_segment_used(static_cast<int64_t>(stored_bytes_.size()));
     RunOptions options;
-    const uint64_t plans[][2] = {{1, 1}, {2, 2}, {3, 3}, {2, 1}, {3, 2}};
-    options.plan_cycle.assign(std::begin(plans[seed % 5]), std::end(plans[seed % 5]));
-    options.sealed = seed / 5 % 2 == 0 ? SealedRule::kCoordinator : SealedRule::kAtOnce;
+    const uint64_t plans[][2] = {{1, 1}, {2, 2}, {3, 3}, {2, 1}, {3, 2},
+                                 {4, 4}, {5, 5}, {4, 5}, {5, 1}, {2, 5}};
+    constexpr uint64_t kCycles = std::size(plans);
+    options.plan_cycle.assign(std::begin(plans[seed % kCycles]), std::end(plans[seed % kCycles]));
+    options.sealed = seed / kCycles % 2 == 0 ? SealedRule::kCoordinator : SealedRule::kAtOnce;
     const auto outputs = harness->Run(requests_, options);
     if (!outputs.ok()) return outputs.status().ToString();
     for (size_t i = 0; i < requests_.size(); ++i) {
@@ -100,6 +102,7 @@ class DelayCase {
     options.max_context_tokens = 1024;
     options.max_sequences = 4;
     options.delay_seed = seed;
+    options.attend_threads = seed.has_value() && *seed % 3 == 0 ? 2 : 1;
     // Tiles of two blocks of one head: three tiles a layer and head, two of which fit.
     const KvGeometry geometry{2, 2, 64};
     options.ring_bytes =
@@ -107,7 +110,12 @@ class DelayCase {
     auto harness = WorkerHarness::Create(model_dir_, options);
     if (!harness.ok()) ADD_FAILURE() << harness.status();
     const KvGeometry g = (*harness)->geometry();
-    for (Plan plan : {ResidentPlan(1, g), FetchedPlan(2, g),
+    for (Plan plan : {ResidentPlan(1, g), FetchedPlan(2, g), InPlacePlan(4, g),
+                      WholeHeadPlan(5, g, [](int32_t layer, int32_t head) {
+                        return layer != head ? Lane::kInPlace
+                               : head == 0   ? Lane::kFetched
+                                             : Lane::kResident;
+                      }),
                       WholeHeadPlan(3, g, [](int32_t layer, int32_t head) {
                         return layer == head ? Lane::kResident : Lane::kFetched;
                       })}) {

@@ -202,8 +202,9 @@ TEST_F(Exactness, AHeadMayBeSplitAtAnExtentBorder) {
   uint64_t version = 200;
   for (const int64_t border : Either<int64_t>({64, 128, 256, 384}, {128})) {
     for (const Lane below : {Lane::kResident, Lane::kFetched}) {
+      const Lane above = below == Lane::kResident ? Lane::kFetched : Lane::kResident;
       for (int32_t head = 0; head < Either(3, 1); ++head) {
-        Prepare(SplitHeadPlan(++version, harness_->geometry(), head, border, below));
+        Prepare(SplitHeadPlan(++version, harness_->geometry(), head, border, below, above));
         ASSERT_EQ(Difference(resident, Run(request, version)), "")
             << "head " << head << " at " << border << ", below " << static_cast<int>(below);
       }

@@ -233,7 +233,7 @@ TEST_F(Steps, PlansMustCoverEveryHeadOnce) {
   plan = FetchedPlan(10, geometry);
   plan.layers[1].pop_back();
   EXPECT_EQ(code(plan), absl::StatusCode::kInvalidArgument);
-  plan = SplitHeadPlan(10, geometry, 1, 128, Lane::kResident);
+  plan = SplitHeadPlan(10, geometry, 1, 128, Lane::kResident, Lane::kFetched);
   EXPECT_EQ(code(plan), absl::StatusCode::kOk);
   plan.layers[2].back().first_pos = 192;  // a hole
   EXPECT_EQ(code(plan), absl::StatusCode::kInvalidArgument);
@@ -334,8 +334,8 @@ TEST_F(Steps, OnlyWhatReadsAnExtentSeesItChanged) {
 // a step in its lane; what a step finishes is sealed once.
 TEST_F(Steps, BytesOfTheLanesAreGeometryTimesTokens) {
   const KvGeometry geometry = harness_->geometry();
-  plans_[4] = SplitHeadPlan(4, geometry, 1, 128, Lane::kResident);
-  plans_[5] = SplitHeadPlan(5, geometry, 0, 128, Lane::kFetched);
+  plans_[4] = SplitHeadPlan(4, geometry, 1, 128, Lane::kResident, Lane::kFetched);
+  plans_[5] = SplitHeadPlan(5, geometry, 0, 128, Lane::kFetched, Lane::kResident);
   Prepare(plans_[4]);
   Prepare(plans_[5]);
   for (const auto& [version, plan] : plans_) {

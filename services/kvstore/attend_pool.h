@@ -1,0 +1,91 @@
+// Attends to keys where they lie: the store's end of a mailbox (common/mailbox_format.h). The worker's
+// end is services/worker/in_place_lane.h.
+//
+// Threads. One thread looks at the slots and serves one post at a time with a team: the post's work is
+// cut by (KV head, unit of keys), so that no member idles, and its bits depend on no thread
+// (kernels/attention.h). Between the layers of a step it spins for a bounded time; between steps it
+// sleeps. Public methods are thread-safe.
+#ifndef HEADROOM_SERVICES_KVSTORE_ATTEND_POOL_H_
+#define HEADROOM_SERVICES_KVSTORE_ATTEND_POOL_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/kv_layout.h"
+#include "common/mutex.h"
+#include "common/segment/mailbox.h"
+#include "kernels/attention.h"
+#include "kernels/cpu/team.h"
+
+namespace headroom::kvstore {
+
+class AttendPool {
+ public:
+  struct Counters {
+    uint64_t posts = 0;          // answered with partials
+    uint64_t refused = 0;        // answered with a code
+    uint64_t late_partials = 0;  // done when the worker had given up: nobody reads them
+    uint64_t bytes = 0;          // of keys and values that were read
+    uint64_t busy_ns = 0;
+  };
+
+  // `data` is the segment's, alive as long as the pool; bytes below `ready_bytes()` may be read.
+  // `threads` >= 1, each pinned to a processor of its own where there are as many.
+  AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads);
+  ~AttendPool();
+
+  int threads() const { return team_.size(); }
+  Counters counters() const;
+
+  // Serves this mailbox from now on, in place of the one before; it says so in the mailbox.
+  void Attach(std::shared_ptr<Mailbox> mailbox);
+
+ private:
+  // One post, copied out of the mailbox and checked.
+  struct Work {
+    MailboxPost post;
+    kernels::AttendArgs args;
+    int64_t bytes = 0;
+  };
+
+  void Loop();
+  // The mailbox to serve; null: none yet.
+  Mailbox* Current();
+  // Answers the slot's post, if there is one that is not answered.
+  bool ServeSlot(Mailbox& mailbox, uint32_t slot);
+  absl::Status ReadPost(const Mailbox& mailbox, uint32_t slot, Work& work);
+  absl::Status ReadItems(const Mailbox& mailbox, const uint8_t* table, Work& work);
+  void Answer(Mailbox& mailbox, uint32_t slot, const Work& work, uint64_t count,
+              const absl::Status& status, int64_t begun_ns);
+  // Until there may be a post.
+  void Idle(Mailbox& mailbox, int64_t last_post_ns);
+  bool AnyPost(const Mailbox& mailbox) const;
+
+  const uint8_t* const data_;
+  const std::function<int64_t()> ready_bytes_;
+  std::atomic<bool> stop_{false};
+
+  mutable Mutex mutex_;
+  CondVar attached_;
+  std::shared_ptr<Mailbox> next_ ABSL_GUARDED_BY(mutex_);
+  Mailbox* waits_on_ ABSL_GUARDED_BY(mutex_) = nullptr;  // what Attach() wakes
+  Counters counters_ ABSL_GUARDED_BY(mutex_);
+
+  // Of the serving thread.
+  std::shared_ptr<Mailbox> mailbox_;
+  std::vector<uint64_t> served_;  // by slot: the count of the latest post
+  std::vector<kernels::AttendItem> items_;
+  std::vector<kernels::KvSpan> spans_;
+  std::unique_ptr<float[]> scratch_;
+  kernels::CpuTeam team_;
+  std::thread thread_;
+};
+
+}  // namespace headroom::kvstore
+
+#endif  // HEADROOM_SERVICES_KVSTORE_ATTEND_POOL_H_
