@@ -10,7 +10,8 @@
 
 namespace headroom::kernels {
 
-// Copies queries to the slot, writes `post`, then raises the slot's posted count to `count`.
+// Copies queries to the slot, writes `post`, then raises the slot's posted count to `count`. Does
+// nothing to a mailbox that is retired: a late store may still be reading.
 struct PostQueriesArgs {
   const float* q = nullptr;  // arena; row r at q + r * q_stride
   int64_t q_stride = 0;

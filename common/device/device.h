@@ -66,6 +66,14 @@ struct CopyArgs {
   int64_t height = 1;
 };
 
+template <typename F>
+void ForEachRange(const CopyArgs& a, F&& f) {
+  for (int64_t row = 0; row < a.height; ++row) {
+    f(static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes, kernels::Access::kRead);
+    f(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes, a.width_bytes, kernels::Access::kWrite);
+  }
+}
+
 // Bytes of the arena by what they are used for, shown in status and --explain.
 struct ArenaUse {
   int64_t capacity_bytes = 0;

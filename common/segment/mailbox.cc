@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -162,16 +163,28 @@ absl::StatusOr<std::unique_ptr<Mailbox>> Mailbox::Create(const std::string& dir,
   const std::string path = absl::StrCat(dir, "/", name);
   const Fd fd(open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!fd.valid()) return absl::ErrnoToStatus(errno, absl::StrCat("making ", path));
+  absl::StatusOr<std::unique_ptr<Mailbox>> mailbox = CreateIn(fd.get(), path, shape);
+  if (!mailbox.ok()) unlink(path.c_str());
+  return mailbox;
+}
+
+absl::StatusOr<std::unique_ptr<Mailbox>> Mailbox::CreateUnnamed(const MailboxShape& shape) {
+  const Fd fd(memfd_create("headroom-mailbox", MFD_CLOEXEC));
+  if (!fd.valid()) return absl::ErrnoToStatus(errno, "memfd_create");
+  return CreateIn(fd.get(), "an unnamed mailbox", shape);
+}
+
+absl::StatusOr<std::unique_ptr<Mailbox>> Mailbox::CreateIn(int fd, const std::string& name,
+                                                           const MailboxShape& shape) {
   // Backed by memory now: a page that cannot be had later would be a SIGBUS.
-  if (const int error = posix_fallocate(fd.get(), 0, shape.file_bytes()); error != 0) {
-    unlink(path.c_str());
-    return absl::ErrnoToStatus(
-        error, absl::StrCat("a mailbox of ", shape.file_bytes(), " bytes in ", path));
+  if (const int error = posix_fallocate(fd, 0, shape.file_bytes()); error != 0) {
+    return absl::ErrnoToStatus(error,
+                               absl::StrCat(name, ": a mailbox of ", shape.file_bytes(), " bytes"));
   }
   std::unique_ptr<Mailbox> mailbox(new Mailbox());
   mailbox->shape_ = shape;
   HEADROOM_ASSIGN_OR_RETURN(mailbox->region_,
-                            MappedRegion::Map(fd.get(), shape.file_bytes(),
+                            MappedRegion::Map(fd, shape.file_bytes(),
                                               MappedRegion::Access::kReadWrite, false, name));
   // The file's zeros are the initial value of every count and flag.
   WriteHeader(shape, mailbox->header());

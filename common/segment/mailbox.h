@@ -40,6 +40,8 @@ class Mailbox {
   static absl::StatusOr<std::unique_ptr<Mailbox>> Create(const std::string& dir,
                                                          const std::string& name,
                                                          const MailboxShape& shape);
+  // One that only this process has, for both ends. RESOURCE_EXHAUSTED.
+  static absl::StatusOr<std::unique_ptr<Mailbox>> CreateUnnamed(const MailboxShape& shape);
   // Maps one that a worker has made. INVALID_ARGUMENT: `name` is no mailbox's name. NOT_FOUND.
   // DATA_LOSS: the header contradicts itself or the file. FAILED_PRECONDITION: it is of another
   // format, generation or geometry.
@@ -62,6 +64,8 @@ class Mailbox {
 
  private:
   Mailbox() = default;
+  static absl::StatusOr<std::unique_ptr<Mailbox>> CreateIn(int fd, const std::string& name,
+                                                           const MailboxShape& shape);
 
   MailboxShape shape_;
   MappedRegion region_;

@@ -32,6 +32,10 @@ __device__ uint64_t NowNs() {
 
 // One block: 16 KiB of queries (Llama-3-8B) are four stores a thread.
 __global__ void PostKernel(PostQueriesArgs a) {
+  __shared__ uint32_t retired;
+  if (threadIdx.x == 0) retired = LoadAcquireSystem(&a.mailbox->retired);
+  __syncthreads();
+  if (retired != 0) return;
   const int64_t vectors = a.row_floats / 4;
   for (int64_t i = threadIdx.x; i < a.rows * vectors; i += kPostThreads) {
     const int64_t row = i / vectors;

@@ -103,6 +103,14 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
       !status.ok()) {
     return Annotate(status, "worker");
   }
+  in_place_open_ = false;
+  if (store.attend_threads() > 0) OpenInPlace(store.generation());
+  absl::StatusOr<v1::MeasureLanesResponse> costs = worker_->MeasureLanes();
+  if (costs.ok()) {
+    made.found.lane_costs = *std::move(costs);
+  } else {
+    LogWarning(absl::StrCat("what steps cost is not known: ", costs.status().message()));
+  }
   HEADROOM_ASSIGN_OR_RETURN(
       made.stream, worker_->StartSteps(
                        [this, epoch](v1::StepResponse response) {
@@ -116,8 +124,6 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
   generation_ = store.generation();
   store_answers_ = true;
   restart_told_ = false;
-  in_place_open_ = false;
-  if (store.attend_threads() > 0) OpenInPlace(generation_);
   return made;
 }
 

@@ -29,6 +29,7 @@ struct PeersFound {
   v1::GetWorkerInfoResponse worker;
   v1::GetStoreInfoResponse store;
   std::vector<v1::StoredSequence> stored;
+  v1::MeasureLanesResponse lane_costs;  // empty: could not be measured
 };
 
 class Peers {

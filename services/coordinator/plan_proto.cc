@@ -1,5 +1,7 @@
 #include "services/coordinator/plan_proto.h"
 
+#include <cmath>
+
 namespace headroom::coordinator {
 
 v1::Lane ToProto(Lane lane) {
@@ -44,5 +46,23 @@ v1::KvGeometry ToProto(const KvGeometry& geometry) {
 }
 
 RunShape ShapeOf(const v1::ExtentRun& run) { return {run.first_pos(), run.capacity_tokens()}; }
+
+LaneCosts FromProto(const v1::MeasureLanesResponse& from) {
+  const auto sane = [](double value) { return std::isfinite(value) && value >= 0; };
+  LaneCosts costs;
+  costs.base_seconds = from.base_seconds();
+  costs.hidden_base = from.hidden_base();
+  costs.overlap = from.overlap();
+  bool all_sane = sane(costs.base_seconds) && sane(costs.hidden_base) && costs.hidden_base <= 1 &&
+                  sane(costs.overlap) && costs.overlap <= 1;
+  for (const v1::LaneCost& lane : from.lanes()) {
+    const int index = static_cast<int>(lane.lane()) - 1;
+    if (index < 0 || index >= kNumLanes) continue;
+    costs.seconds_per_byte[index] = lane.seconds_per_byte();
+    costs.busy_seconds_per_byte[index] = lane.busy_seconds_per_byte();
+    all_sane = all_sane && sane(lane.seconds_per_byte()) && sane(lane.busy_seconds_per_byte());
+  }
+  return all_sane ? costs : LaneCosts();
+}
 
 }  // namespace headroom::coordinator

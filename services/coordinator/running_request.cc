@@ -76,6 +76,7 @@ void RunningRequest::TakeBack(const Piece& piece) {
   progress_.chunk_in_flight = chunks_in_flight_ > 0;
   progress_.next_pos = std::min(progress_.next_pos, piece.first_pos);
   taking_back_ = rows_in_flight_ > 0;
+  explanation.set_retried_steps(explanation.retried_steps() + 1);
 }
 
 void RunningRequest::Receive(const Piece& piece, const v1::StepSequenceResult& result,
@@ -200,6 +201,7 @@ void RunningRequest::Account(const v1::StepResponse& step) {
            prefill ? explanation.mutable_prefill_lanes() : explanation.mutable_decode_lanes());
   explanation.set_sealed_bytes(explanation.sealed_bytes() + step.sealed_bytes());
   explanation.set_fetch_wait_ns(explanation.fetch_wait_ns() + step.fetch_wait_ns());
+  explanation.set_in_place_wait_ns(explanation.in_place_wait_ns() + step.in_place_wait_ns());
   explanation.set_steps(explanation.steps() + 1);
   if (step.has_memory()) {
     explanation.set_budget_bytes(step.memory().budget_bytes());

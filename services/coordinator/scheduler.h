@@ -26,6 +26,7 @@
 #include "services/coordinator/admission.h"
 #include "services/coordinator/peers.h"
 #include "services/coordinator/placement/placement.h"
+#include "services/coordinator/placement/step_model.h"
 #include "services/coordinator/request.h"
 #include "services/coordinator/running_request.h"
 #include "services/coordinator/session_table.h"
@@ -154,6 +155,8 @@ class Scheduler {
   bool PlanOutgrown() const;
   Placement PlaceRunning(const PlacementSpec& spec) const;
   void MaintainPlan();
+  // A decode step has told what its lanes did.
+  void ObserveStep(const v1::StepResponse& response);
   void OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status);
 
   // ---- Sessions and status (scheduler_sessions.cc)
@@ -191,6 +194,7 @@ class Scheduler {
   SessionTable sessions_;
   StepPipeline pipeline_;
   Capacity capacity_;
+  StepModel step_model_;
   PlanInForce plan_;
   uint64_t next_sequence_id_ = 1;
   bool stopping_ = false;

@@ -232,7 +232,27 @@ Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
   const std::vector<SequenceShape> shapes = RunningShapes();
   if (!spec.automatic) return PlaceByShares(capacity_.geometry, spec, shapes);
   const int64_t tails = static_cast<int64_t>(running_.size()) * capacity_.tail_bytes_per_sequence;
-  return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, shapes);
+  return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(),
+                       shapes);
+}
+
+// Steps of one row tell how fast the lanes are now; the plan follows when that is worth it.
+void Scheduler::ObserveStep(const v1::StepResponse& response) {
+  LaneBytes bytes = {}, busy = {};
+  for (const v1::LaneUse& use : response.lanes()) {
+    const int lane = static_cast<int>(use.lane()) - 1;
+    if (lane < 0 || lane >= kNumLanes) continue;
+    bytes[lane] = static_cast<double>(use.bytes());
+    busy[lane] = 1e-9 * static_cast<double>(use.busy_ns());
+  }
+  const bool one_row = response.results_size() == 1 && response.results(0).scored_size() == 0 &&
+                       response.results(0).has_token() && response.sealed_bytes() == 0;
+  if (!one_row) return;
+  step_model_.Observe(bytes, busy);
+  const bool automatic = std::all_of(running_.begin(), running_.end(), [](const auto& request) {
+    return request->ended() || request->request().placement.automatic;
+  });
+  if (automatic && step_model_.WantsAnotherShare(bytes)) plan_.wanted_anew = true;
 }
 
 void Scheduler::OnPlanPrepared(uint64_t version, uint64_t connection, const absl::Status& status) {

@@ -54,6 +54,9 @@ void Scheduler::OnConnected(PeersFound found) {
   capacity_.max_sequences = std::min(worker.max_sequences(), worker.max_decode_rows());
   pipeline_.set_limits({worker.max_chunk_tokens(), worker.max_decode_rows(), worker.max_results()});
   device_memory_ = worker.memory();
+  LaneCosts costs = FromProto(found.lane_costs);
+  if (found.store.attend_threads() == 0) costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)] = 0;
+  step_model_.Reset(costs);
   pipeline_.Reset();
   ReconcileWithStore(found.stored);
   for (auto& request : running_) {
@@ -121,6 +124,7 @@ void Scheduler::OnResponse(const v1::StepResponse& response) {
   if (response.has_memory()) device_memory_ = response.memory();
   if (returned.retry) {
     LogWarning(absl::StrCat("step ", response.number(), " is run again: ", response.message()));
+    totals_.set_retried_steps(totals_.retried_steps() + 1);
     peers_->ReopenInPlace();
   }
   if (!returned.status.ok()) {
@@ -132,6 +136,7 @@ void Scheduler::OnResponse(const v1::StepResponse& response) {
     Disconnect(returned.status);
     return;
   }
+  ObserveStep(response);
   for (const v1::LaneUse& use : response.lanes()) {
     auto& lanes = *totals_.mutable_lanes();
     auto at = std::find_if(lanes.begin(), lanes.end(),

@@ -145,6 +145,7 @@ v1::GetStatusResponse Scheduler::DescribeStatus() const {
     status.set_device(found->worker.device());
     status.set_host_capacity_bytes(found->store.capacity_bytes());
     status.set_host_used_bytes(found->store.used_bytes());
+    if (found->store.has_in_place()) *status.mutable_in_place() = found->store.in_place();
   }
   *status.mutable_device_memory() = device_memory_;
   status.set_running_requests(static_cast<int32_t>(running_.size()));

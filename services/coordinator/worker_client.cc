@@ -142,6 +142,14 @@ class GrpcWorkerClient : public WorkerClient {
     return response.mailbox_file();
   }
 
+  absl::StatusOr<v1::MeasureLanesResponse> MeasureLanes() override {
+    v1::MeasureLanesResponse response;
+    HEADROOM_RETURN_IF_ERROR(CallWithDeadline(kAttachDeadline, [&](grpc::ClientContext* context) {
+      return stub_->MeasureLanes(context, v1::MeasureLanesRequest(), &response);
+    }));
+    return response;
+  }
+
   absl::Status PreparePlan(const v1::Plan& plan) override {
     v1::PreparePlanRequest request;
     *request.mutable_plan() = plan;

@@ -33,6 +33,7 @@ class WorkerClient {
   virtual absl::StatusOr<v1::GetWorkerInfoResponse> GetInfo() = 0;
   virtual absl::Status AttachStore(const std::string& segment_dir, uint64_t generation) = 0;
   virtual absl::StatusOr<std::string> OpenMailbox(uint64_t generation) = 0;
+  virtual absl::StatusOr<v1::MeasureLanesResponse> MeasureLanes() = 0;
   virtual absl::Status PreparePlan(const v1::Plan& plan) = 0;
   // The callbacks run on threads of the RPC library and must not block; on_closed is the last one
   // and comes once.

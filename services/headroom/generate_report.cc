@@ -35,6 +35,7 @@ v1::LaneUse UseOf(const LaneUses& lanes, v1::Lane lane) {
   return v1::LaneUse();
 }
 
+// 0 of nothing. Bytes in nanoseconds are gigabytes in seconds.
 double ShareOf(int64_t bytes, int64_t total) {
   return total > 0 ? static_cast<double>(bytes) / static_cast<double>(total) : 0.0;
 }
@@ -122,26 +123,30 @@ Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logpro
 
 std::string ExplainAsText(const v1::Finished& finished) {
   const v1::Explanation& explanation = finished.explanation();
-  std::string text = absl::StrFormat("%-8s %-9s %9s %12s %13s %7s\n", "", "lane", "KV heads",
-                                     "bytes", "time", "share");
+  std::string text = absl::StrFormat("%-8s %-9s %9s %12s %13s %6s %13s %7s\n", "", "lane",
+                                     "KV heads", "bytes", "busy", "GB/s", "idle", "share");
   const std::pair<const char*, const LaneUses&> kPhases[] = {
       {"prefill", explanation.prefill_lanes()}, {"decode", explanation.decode_lanes()}};
   for (const auto& [phase, lanes] : kPhases) {
     const int64_t total = TotalBytes(lanes);
     for (const auto& [lane, name] : kLanes) {
       const v1::LaneUse use = UseOf(lanes, lane);
-      absl::StrAppendFormat(&text, "%-8s %-9s %9.2f %12s %10.1f ms %6.1f%%\n", phase,
-                            lane == v1::LANE_IN_PLACE ? "in-place" : name, use.kv_heads(),
+      absl::StrAppendFormat(&text, "%-8s %-9s %9.2f %12s %10.1f ms %6.1f %10.1f ms %6.1f%%\n",
+                            phase, lane == v1::LANE_IN_PLACE ? "in-place" : name, use.kv_heads(),
                             FormatBytes(use.bytes()), Ms(use.busy_ns()),
+                            ShareOf(use.bytes(), use.busy_ns()), Ms(use.idle_ns()),
                             100 * ShareOf(use.bytes(), total));
     }
   }
   absl::StrAppendFormat(&text, "device memory: %s of %s at most in use (%s)\n",
                         FormatBytes(explanation.peak_bytes()),
                         FormatBytes(explanation.budget_bytes()), explanation.device());
-  absl::StrAppendFormat(&text, "sealed to host memory: %s; waited for tiles: %.1f ms; steps: %d\n",
+  absl::StrAppendFormat(&text,
+                        "sealed to host memory: %s; waited for tiles: %.1f ms, for keys in place: "
+                        "%.1f ms; steps: %d, run again: %d\n",
                         FormatBytes(explanation.sealed_bytes()), Ms(explanation.fetch_wait_ns()),
-                        explanation.steps());
+                        Ms(explanation.in_place_wait_ns()), explanation.steps(),
+                        explanation.retried_steps());
   const v1::Usage& usage = finished.usage();
   absl::StrAppendFormat(&text, "tokens: %d of prompt (%d of them cached), %d of answer\n",
                         usage.prompt_tokens(), usage.cached_tokens(), usage.completion_tokens());

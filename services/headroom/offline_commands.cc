@@ -13,7 +13,8 @@ int PlanCommand(const std::vector<std::string>& args) {
   PlanOptions options;
   Flags flags("headroom plan",
               "Which keys would be attended where, what that takes of device and host memory, and "
-              "what will not fit. Runs nothing.",
+              "what will not fit; and how long a step would take, from steps measured here. Serves "
+              "nothing.",
               "Exit codes: 0 if all fits, 1 if something does not, 2 for wrong usage.");
   AddPlanFlags(flags, &options);
   if (const auto code = ParseOrExit("plan", args, flags)) return *code;
@@ -21,7 +22,14 @@ int PlanCommand(const std::vector<std::string>& args) {
   if (options.context_tokens == 0) return MissingFlag("plan", "context");
   if (options.gpu_memory_bytes == 0) return MissingFlag("plan", "gpu-memory");
   if (options.host_memory_bytes == 0) return MissingFlag("plan", "host-memory");
-  const absl::StatusOr<PlanReport> report = MakePlan(options);
+  const absl::StatusOr<PlanReport> report = MakePlan(options, [](const PlanOptions& what) {
+    BenchOptions bench;
+    bench.model_dir = what.model_dir;
+    bench.device = what.device;
+    bench.threads = what.threads;
+    bench.gpu_memory_bytes = what.gpu_memory_bytes;
+    return MeasureLaneCosts(bench);
+  });
   if (!report.ok()) {
     PrintError("plan", report.status());
     return absl::IsResourceExhausted(report.status()) ? kExitFailed : kExitUsage;
@@ -40,8 +48,8 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.Group("What to measure");
   flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
   flags.TextList("work", "ITEM", &options.work,
-                 "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident or "
-                 "fetched. May be given several times. Default: the items of --set.");
+                 "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident, "
+                 "fetched or in_place. May be given several times. Default: the items of --set.");
   flags.Text("set", "NAME", &options.set, "A named set of items.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
                 "Measurements of each item.");

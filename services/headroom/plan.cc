@@ -43,7 +43,7 @@ double TotalBytes(const coordinator::Prediction& prediction) {
 
 void AddPlanFlags(Flags& flags, PlanOptions* options) {
   flags.Group("What is to be served");
-  flags.Text("model", "DIR", &options->model_dir, "Folder of the model; only config.json is read.");
+  flags.Text("model", "DIR", &options->model_dir, "Folder of the model. Without weights in it no time is predicted.");
   flags.Integer("context", &options->context_tokens, 1, kMostTokens, "Tokens of the prompt.",
                 "none, must be set");
   flags.Integer("max-tokens", &options->max_tokens, 0, kMostTokens, "Tokens of the answer.");
@@ -58,11 +58,15 @@ void AddPlanFlags(Flags& flags, PlanOptions* options) {
               "none, must be set");
   flags.Integer("max-chunk-tokens", &options->max_chunk_tokens, kMinChunkTokens, kMaxChunkTokens,
                 "As the worker's.");
+  flags.Choice("device", {"auto", "cpu", "cuda"}, &options->device, "As the worker's.");
+  flags.Integer("threads", &options->threads, 0, 1024, "As the worker's.", "as many as may run");
+  flags.Switch("no-measure", &options->no_measure,
+               "Loads no weights and runs no steps, which takes some seconds; no time is predicted.");
   flags.Group("Output");
   flags.Switch("json", &options->json, "One JSON object in place of the text.");
 }
 
-absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options) {
+absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCosts& measure) {
   PlanReport report;
   report.options = options;
   HEADROOM_RETURN_IF_ERROR(CheckRange(options));
@@ -88,6 +92,12 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options) {
   input.pool_bytes = report.budget.kv_pool_bytes;
   input.tail_bytes_per_sequence = report.budget.tail_bytes_per_sequence;
   input.host_capacity_bytes = options.host_memory_bytes;
+  if (!options.no_measure) {
+    const absl::StatusOr<LaneCosts> costs = measure(options);
+    if (costs.ok()) report.costs = *costs;
+    if (!costs.ok()) report.why_no_costs = std::string(costs.status().message());
+  }
+  input.costs = report.costs;
   report.prediction = coordinator::Predict(input);
   const int64_t tokens = options.context_tokens + options.max_tokens;
   if (tokens > report.config.max_position_tokens) {
@@ -119,6 +129,22 @@ std::string PlanAsText(const PlanReport& report) {
                           coordinator::LaneName(static_cast<coordinator::Lane>(lane)),
                           use.kv_heads, FormatBytes(use.bytes),
                           100 * static_cast<double>(use.bytes) / total);
+  }
+  if (report.costs.known()) {
+    const double batch = static_cast<double>(options.sequences);
+    absl::StrAppendFormat(&text,
+                          "\na decode step after the prompt: %.2f ms predicted, %.1f tokens a second\n",
+                          1e3 * prediction.step_seconds, batch / prediction.step_seconds);
+    absl::StrAppendFormat(&text, "measured here: %.2f ms without keys, then", 1e3 * report.costs.base_seconds);
+    for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
+      const double cost = report.costs.seconds_per_byte[lane];
+      absl::StrAppendFormat(&text, "%s %s %.1f GB/s", lane == 0 ? "" : ",",
+                            coordinator::LaneName(static_cast<coordinator::Lane>(lane)),
+                            cost > 0 ? 1e-9 / cost : 0);
+    }
+    text += '\n';
+  } else if (!report.why_no_costs.empty()) {
+    absl::StrAppend(&text, "\nno time is predicted: ", report.why_no_costs, "\n");
   }
   const auto line = [&text](const char* name, int64_t bytes, const char* note = "") {
     absl::StrAppendFormat(&text, "%-16s %11s%s\n", name, FormatBytes(bytes), note);
@@ -160,6 +186,7 @@ Json PlanAsJson(const PlanReport& report) {
       {"fits", report.fits()},
       {"does_not_fit", std::move(does_not_fit)},
       {"lanes", std::move(lanes)},
+      {"step_seconds", prediction.step_seconds},
       {"gpu_memory", Json::Object{{"budget_bytes", budget.budget_bytes},
                                   {"weights_bytes", budget.weights_bytes},
                                   {"ring_bytes", budget.ring_bytes},

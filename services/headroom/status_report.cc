@@ -39,6 +39,7 @@ Json StatusAsJson(const v1::GetStatusResponse& status) {
                                      {"message", process.message()}});
   }
   const v1::DeviceMemory& memory = status.device_memory();
+  const v1::InPlaceCounters& in_place = status.in_place();
   Json::Object lanes;
   for (const v1::LaneUse& use : status.lanes()) {
     lanes.emplace_back(LaneText(use.lane()), Json::Object{{"bytes", use.bytes()},
@@ -68,7 +69,14 @@ Json StatusAsJson(const v1::GetStatusResponse& status) {
       {"lanes", std::move(lanes)},
       {"steps", status.steps()},
       {"prompt_tokens", status.prompt_tokens()},
-      {"generated_tokens", status.generated_tokens()}};
+      {"generated_tokens", status.generated_tokens()},
+      {"retried_steps", status.retried_steps()},
+      {"in_place",
+       Json::Object{{"posts", static_cast<int64_t>(in_place.posts())},
+                    {"refused", static_cast<int64_t>(in_place.refused())},
+                    {"late_partials", static_cast<int64_t>(in_place.late_partials())},
+                    {"bytes", static_cast<int64_t>(in_place.bytes())},
+                    {"busy_ns", static_cast<int64_t>(in_place.busy_ns())}}}};
 }
 
 std::string StatusAsText(const v1::GetStatusResponse& status) {
@@ -98,9 +106,17 @@ std::string StatusAsText(const v1::GetStatusResponse& status) {
                         status.steps(), status.prompt_tokens(), status.generated_tokens());
   for (const v1::LaneUse& use : status.lanes()) {
     const double seconds = static_cast<double>(use.busy_ns()) / 1e9;
-    absl::StrAppendFormat(&text, "  %-9s    %s in %.2f s\n", LaneText(use.lane()),
-                          FormatBytes(use.bytes()), seconds);
+    const double rate = use.busy_ns() > 0 ? static_cast<double>(use.bytes()) / 1e9 / seconds : 0;
+    absl::StrAppendFormat(&text, "  %-9s    %s in %.2f s (%.1f GB/s), idle %.2f s\n",
+                          LaneText(use.lane()), FormatBytes(use.bytes()), seconds, rate,
+                          static_cast<double>(use.idle_ns()) / 1e9);
   }
+  const v1::InPlaceCounters& in_place = status.in_place();
+  absl::StrAppendFormat(&text,
+                        "kvstore: %d layers attended to in place, %d refused, %d too late; steps run "
+                        "again: %d\n",
+                        in_place.posts(), in_place.refused(), in_place.late_partials(),
+                        status.retried_steps());
   return text;
 }
 

@@ -108,8 +108,9 @@ void RecordToProto(const kernels::SampleResult& result, v1::TokenRecord* record)
   }
 }
 
+constexpr v1::Lane kLanes[kNumLanes] = {v1::LANE_RESIDENT, v1::LANE_FETCHED, v1::LANE_IN_PLACE};
+
 void LanesToProto(const StepResult& result, v1::StepResponse* response) {
-  constexpr v1::Lane kLanes[kNumLanes] = {v1::LANE_RESIDENT, v1::LANE_FETCHED, v1::LANE_IN_PLACE};
   for (int i = 0; i < kNumLanes; ++i) {
     const LaneAccount& account = result.lanes[i];
     v1::LaneUse* const lane = response->add_lanes();
@@ -204,6 +205,18 @@ void StepToProto(const Step& step, v1::StepResponse* response) {
   response->set_fetch_wait_ns(result.fetch_wait_ns);
   response->set_in_place_wait_ns(result.in_place_wait_ns);
   response->set_sealed_bytes(result.sealed_bytes);
+}
+
+void CostsToProto(const LaneCosts& costs, v1::MeasureLanesResponse* response) {
+  response->set_base_seconds(costs.base_seconds);
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    v1::LaneCost* const out = response->add_lanes();
+    out->set_lane(kLanes[lane]);
+    out->set_seconds_per_byte(costs.seconds_per_byte[lane]);
+    out->set_busy_seconds_per_byte(costs.busy_seconds_per_byte[lane]);
+  }
+  response->set_hidden_base(costs.hidden_base);
+  response->set_overlap(costs.overlap);
 }
 
 }  // namespace headroom

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "common/lane_costs.h"
 #include "headroom/v1/types.pb.h"
 #include "headroom/v1/worker.pb.h"
 #include "services/worker/step.h"
@@ -21,6 +22,8 @@ absl::StatusOr<Plan> PlanFromProto(const v1::Plan& plan);
 
 // The answer to a step that has run, or failed (then with code and message only).
 void StepToProto(const Step& step, v1::StepResponse* response);
+
+void CostsToProto(const LaneCosts& costs, v1::MeasureLanesResponse* response);
 
 }  // namespace headroom
 

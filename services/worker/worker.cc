@@ -174,6 +174,62 @@ absl::StatusOr<std::string> Worker::OpenMailbox(uint64_t generation) {
   return name;
 }
 
+absl::StatusOr<LaneCosts> Worker::MeasureLanes() {
+  CalibrationOptions options;
+  options.kv_pool_bytes = budget_.kv_pool_bytes;
+  options.tail_bytes = budget_.tail_bytes_per_sequence;
+  std::string with;
+  std::shared_ptr<RegisteredSegment> segment;
+  {
+    MutexLock lock(&mutex_);
+    if (segment_ == nullptr) return absl::FailedPreconditionError("no store is attached");
+    const bool in_place = mailbox_ != nullptr && mailbox_->header().retired.load() == 0 &&
+                          mailbox_->header().attached.load() == mailbox_->shape().generation;
+    with = in_place ? mailbox_file_ : absl::StrCat("none ", segment_->segment().generation());
+    if (lane_costs_.known() && measured_for_ == with) return lane_costs_;
+    if (sink_ != nullptr) return absl::FailedPreconditionError("a step stream is open");
+    segment = segment_;
+    measuring_ = true;
+  }
+  options.segment_bytes = segment->registered_bytes();
+  uint64_t number = 0;
+  StepPort port;
+  port.submit = [this](std::unique_ptr<Step> step) { return executor_->Submit(std::move(step)); };
+  port.take = [this] { return TakeMeasured(); };
+  port.next_number = [&number] { return ++number; };
+  const absl::Time begun = absl::Now();
+  const absl::StatusOr<LaneCosts> costs = CalibrateLanes(*executor_, config_, options, port);
+  MutexLock lock(&mutex_);
+  measuring_ = false;
+  measured_.clear();
+  HEADROOM_RETURN_IF_ERROR(costs.status());
+  lane_costs_ = *costs;
+  measured_for_ = with;
+  const auto rate = [&](Lane lane) {
+    const double seconds = costs->seconds_per_byte[static_cast<int>(lane)];
+    return seconds > 0 ? 1e-9 / seconds : 0.0;
+  };
+  LogInfo(absl::StrFormat(
+      "a decode step takes %.2f ms and keys: resident %.1f, fetched %.1f, in place %.1f GB/s; copies "
+      "hide under %.0f%% of it, fetched and in place overlap by %.0f%% (measured in %s)",
+      1e3 * costs->base_seconds, rate(Lane::kResident), rate(Lane::kFetched),
+      rate(Lane::kInPlace), 100 * costs->hidden_base, 100 * costs->overlap,
+      absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1)))));
+  return *costs;
+}
+
+absl::StatusOr<std::unique_ptr<Step>> Worker::TakeMeasured() {
+  MutexLock lock(&mutex_);
+  const absl::Time deadline = absl::Now() + absl::Seconds(10);
+  while (measured_.empty()) {
+    if (absl::Now() > deadline) return absl::DeadlineExceededError("a step has not ended in time");
+    measured_one_.WaitFor(&mutex_, absl::Seconds(1));
+  }
+  std::unique_ptr<Step> step = std::move(measured_.front());
+  measured_.pop_front();
+  return step;
+}
+
 absl::Status Worker::BeginStream(StepSink sink) {
   {
     MutexLock lock(&mutex_);
@@ -222,6 +278,11 @@ void Worker::OnDone(std::unique_ptr<Step> step) {
   std::shared_ptr<const StepSink> sink;
   {
     MutexLock lock(&mutex_);
+    if (measuring_) {
+      measured_.push_back(std::move(step));
+      measured_one_.SignalAll();
+      return;
+    }
     if (step->stream != stream_) return;  // its stream has ended
     sink = sink_;
   }

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -18,6 +19,7 @@
 #include "common/device/device.h"
 #include "common/mutex.h"
 #include "services/worker/device_budget.h"
+#include "services/worker/lane_calibration.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/model/weights.h"
 #include "services/worker/registered_segment.h"
@@ -56,6 +58,10 @@ class Worker {
   // segment's folder is full.
   absl::StatusOr<std::string> OpenMailbox(uint64_t generation);
 
+  // What decode steps cost with the attached store: measured by running some, or as it was measured for
+  // the same store and mailbox. FAILED_PRECONDITION without a store or during a stream.
+  absl::StatusOr<LaneCosts> MeasureLanes();
+
   // INVALID_ARGUMENT. Ranges in place are attended as fetched where no store attends to them: the same
   // bytes, on the device.
   absl::Status PreparePlan(Plan plan) { return executor_->PreparePlan(std::move(plan)); }
@@ -72,6 +78,7 @@ class Worker {
   Worker() = default;
   absl::Status Init(const WorkerOptions& options);
   void OnDone(std::unique_ptr<Step> step);
+  absl::StatusOr<std::unique_ptr<Step>> TakeMeasured();
 
   // Constant after Create().
   std::unique_ptr<Device> device_;
@@ -89,6 +96,11 @@ class Worker {
   std::shared_ptr<Mailbox> mailbox_ ABSL_GUARDED_BY(mutex_);  // the executor has it too
   std::string mailbox_file_ ABSL_GUARDED_BY(mutex_);
   uint64_t mailboxes_ ABSL_GUARDED_BY(mutex_) = 0;  // made so far
+  std::string measured_for_ ABSL_GUARDED_BY(mutex_);  // the mailbox that lane_costs_ hold for
+  LaneCosts lane_costs_ ABSL_GUARDED_BY(mutex_);
+  bool measuring_ ABSL_GUARDED_BY(mutex_) = false;  // steps that end go to measured_
+  CondVar measured_one_;
+  std::deque<std::unique_ptr<Step>> measured_ ABSL_GUARDED_BY(mutex_);
 
   std::unique_ptr<StepExecutor> executor_;  // last: its threads use the rest
 };

@@ -103,6 +103,19 @@ grpc::ServerUnaryReactor* WorkerService::OpenMailbox(grpc::CallbackServerContext
   return reactor;
 }
 
+grpc::ServerUnaryReactor* WorkerService::MeasureLanes(grpc::CallbackServerContext* context,
+                                                      const v1::MeasureLanesRequest*,
+                                                      v1::MeasureLanesResponse* response) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  const bool posted = control_.Post([this, reactor, response] {
+    const absl::StatusOr<LaneCosts> costs = worker_->MeasureLanes();
+    if (costs.ok()) CostsToProto(*costs, response);
+    reactor->Finish(ToGrpcStatus(costs.status()));
+  });
+  if (!posted) reactor->Finish(ToGrpcStatus(StoppingError()));
+  return reactor;
+}
+
 grpc::ServerUnaryReactor* WorkerService::PreparePlan(grpc::CallbackServerContext* context,
                                                      const v1::PreparePlanRequest* request,
                                                      v1::PreparePlanResponse*) {

@@ -32,6 +32,9 @@ class WorkerService final : public v1::WorkerService::CallbackService {
   grpc::ServerUnaryReactor* OpenMailbox(grpc::CallbackServerContext* context,
                                         const v1::OpenMailboxRequest* request,
                                         v1::OpenMailboxResponse* response) override;
+  grpc::ServerUnaryReactor* MeasureLanes(grpc::CallbackServerContext* context,
+                                         const v1::MeasureLanesRequest* request,
+                                         v1::MeasureLanesResponse* response) override;
   grpc::ServerUnaryReactor* PreparePlan(grpc::CallbackServerContext* context,
                                         const v1::PreparePlanRequest* request,
                                         v1::PreparePlanResponse* response) override;

@@ -207,9 +207,6 @@ TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
                 .Profile(TestClient::Context().get(), v1::ProfileRequest(), &profile)
                 .error_code(),
             grpc::StatusCode::UNIMPLEMENTED);
-  v1::GenerateRequest request = Ask({10, 11}, 1);
-  Place(request, {{v1::LANE_IN_PLACE, 1}});
-  EXPECT_EQ(ReasonOf(client().Generate(request).status), "IN_PLACE_NOT_SERVED");
 }
 
 // ---------------------------------------------------------------- what it refuses

@@ -62,14 +62,6 @@ struct ReplayArgs {
   const std::vector<CpuOp>* ops;
 };
 
-template <typename F>
-void ForEachRange(const CopyArgs& a, F&& f) {
-  for (int64_t row = 0; row < a.height; ++row) {
-    f(static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes, a.width_bytes, Access::kRead);
-    f(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes, a.width_bytes, Access::kWrite);
-  }
-}
-
 void RunCopy(const CopyArgs& a) {
   if (a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes) {
     StreamingCopy(a.dst, a.src, a.width_bytes * a.height);
@@ -82,6 +74,7 @@ void RunCopy(const CopyArgs& a) {
 }
 
 void RunPost(const kernels::PostQueriesArgs& a) {
+  if (a.mailbox->retired.load(std::memory_order_acquire) != 0) return;
   for (int64_t row = 0; row < a.rows; ++row) {
     std::memcpy(a.queries + row * a.row_floats, a.q + row * a.q_stride,
                 static_cast<size_t>(a.row_floats) * sizeof(float));

@@ -97,14 +97,14 @@ class LayerLevels {
     if (per_head() == 0) return 0;
     return level / per_head() * bytes_.back() + bytes_[level % per_head()];
   }
-  std::vector<LaneRange> Ranges(int64_t level) const {
+  std::vector<HeadRule> Heads(int64_t level) const {
     const int64_t whole = per_head() == 0 ? 0 : level / per_head();
     std::vector<HeadRule> heads(num_kv_heads_, HeadRule{{Lane::kFetched, kNoEnd}});
     std::fill(heads.begin(), heads.begin() + whole, HeadRule{{Lane::kResident, kNoEnd}});
     if (whole < num_kv_heads_ && per_head() > 0 && level % per_head() > 0) {
       heads[whole] = {{Lane::kFetched, cuts_[level % per_head()]}, {Lane::kResident, kNoEnd}};
     }
-    return ToRanges(heads);
+    return heads;
   }
 
  private:
@@ -114,6 +114,28 @@ class LayerLevels {
   std::vector<int64_t> cuts_;   // kNoEnd, then borders from the newest to the oldest
   std::vector<int64_t> bytes_;  // of one head from that cut on
 };
+
+// Moves (1 - fetched_share) of what `heads` have fetched to the lane in place: the last heads first,
+// and of the one that is cut the oldest positions.
+void ShareFetched(double fetched_share, const SequenceShape* longest, std::vector<HeadRule>& heads) {
+  const double tokens = longest == nullptr ? 0 : static_cast<double>(longest->tokens);
+  const auto fetched = [tokens](const HeadRule& rule) {
+    return rule[0].first == Lane::kFetched
+               ? std::min(static_cast<double>(rule[0].second), tokens)
+               : 0.0;
+  };
+  double left = 0;
+  for (const HeadRule& rule : heads) left += (1 - fetched_share) * fetched(rule);
+  for (auto rule = heads.rbegin(); rule != heads.rend() && left > 0; ++rule) {
+    const double of_head = fetched(*rule);
+    if (of_head <= 0) continue;
+    const int64_t border = NearestBorder(longest, std::min(left, of_head) / tokens);
+    left -= of_head;
+    if (border == 0) continue;
+    const int64_t end = (*rule)[0].second;
+    rule->insert(rule->begin(), {Lane::kInPlace, std::min(border, end)});
+  }
+}
 
 }  // namespace
 
@@ -222,7 +244,7 @@ Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
   return placement;
 }
 
-Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes,
+Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, double fetched_share,
                         const std::vector<SequenceShape>& sequences) {
   const LayerLevels levels(geometry, sequences);
   const int64_t per_layer = std::max<int64_t>(0, budget_bytes) / geometry.num_layers;
@@ -244,7 +266,9 @@ Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes,
   }
   Placement placement;
   for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
-    placement.layers.push_back(levels.Ranges(layer < lifted ? level + 1 : level));
+    std::vector<HeadRule> heads = levels.Heads(layer < lifted ? level + 1 : level);
+    ShareFetched(fetched_share, Longest(sequences), heads);
+    placement.layers.push_back(ToRanges(heads));
   }
   return placement;
 }

@@ -83,8 +83,9 @@ Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
                         const std::vector<SequenceShape>& sequences);
 
 // As much resident as fits `budget_bytes` of device memory, spread evenly over the layers (they
-// differ by one extent border at most); the rest fetched.
-Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes,
+// differ by one extent border at most). Of the rest, `fetched_share` is fetched, and what is left is
+// attended to in place: whole heads, and one that is cut at an extent border of the longest sequence.
+Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, double fetched_share,
                         const std::vector<SequenceShape>& sequences);
 
 // Device memory that the resident copies of all sequences take: whole extents.

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "services/coordinator/lease.h"
+#include "services/coordinator/placement/step_model.h"
 
 namespace headroom::coordinator {
 
@@ -34,8 +35,9 @@ Prediction Predict(const PredictInput& input) {
   prediction.pool_bytes = input.pool_bytes;
   prediction.tail_bytes = input.num_sequences * input.tail_bytes_per_sequence;
   const int64_t for_residents = std::max<int64_t>(0, input.pool_bytes - prediction.tail_bytes);
-  prediction.placement = input.spec.automatic ? PlaceByBudget(geometry, for_residents, shapes)
-                                              : PlaceByShares(geometry, input.spec, shapes);
+  prediction.placement =
+      input.spec.automatic ? PlaceByBudget(geometry, for_residents, input.costs, shapes)
+                           : PlaceByShares(geometry, input.spec, shapes);
   prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes);
 
   const int64_t sealed = FloorToBlock(input.prompt_tokens);
@@ -55,6 +57,13 @@ Prediction Predict(const PredictInput& input) {
         }
       }
     }
+  }
+  if (input.costs.known()) {
+    LaneBytes bytes;
+    for (int lane = 0; lane < kNumLanes; ++lane) {
+      bytes[lane] = static_cast<double>(prediction.lanes[lane].bytes);
+    }
+    prediction.step_seconds = StepSeconds(input.costs, bytes);
   }
   if (prediction.tail_bytes > input.pool_bytes) {
     prediction.does_not_fit.push_back(

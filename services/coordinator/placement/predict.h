@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/kv_layout.h"
+#include "common/lane_costs.h"
 #include "services/coordinator/placement/placement.h"
 
 namespace headroom::coordinator {
@@ -28,6 +29,7 @@ struct Prediction {
   int64_t tail_bytes = 0;      // of the device, for all sequences
   int64_t resident_bytes = 0;  // of the device: whole extents
   int64_t pool_bytes = 0;      // what the device has for the two
+  double step_seconds = 0;     // of a decode step after the prompt; 0: unknown
   // What will not fit, in words with the numbers; empty if all does.
   std::vector<std::string> does_not_fit;
 };
@@ -41,6 +43,8 @@ struct PredictInput {
   int64_t pool_bytes = 0;
   int64_t tail_bytes_per_sequence = 0;
   int64_t host_capacity_bytes = 0;
+  // Unknown: no time is predicted, and what is not resident is fetched.
+  LaneCosts costs;
 };
 
 // REQUIRES: numbers are not negative, the geometry is valid and bytes stay within int64.

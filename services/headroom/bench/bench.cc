@@ -118,6 +118,20 @@ int Fail(const absl::Status& status, int exit_status) {
 
 }  // namespace
 
+absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options) {
+  EngineOptions engine;
+  engine.model_dir = options.model_dir;
+  engine.device = options.device;
+  engine.threads = options.threads != 0 ? options.threads : UsableThreads();
+  engine.gpu_memory_bytes = options.gpu_memory_bytes;
+  engine.chunk_tokens = options.chunk_tokens;
+  // Lays out a segment that is larger than the caches.
+  const WorkItem item{WorkItem::Kind::kDecode, 4096, Lane::kFetched, 1};
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<BenchEngine> measured,
+                            BenchEngine::Create(engine, {item}));
+  return measured->Calibrate();
+}
+
 int RunBench(const BenchOptions& options) {
   if (const absl::Status status = CheckOptions(options); !status.ok()) return Fail(status, 2);
   const absl::StatusOr<std::vector<WorkItem>> items = ItemsOf(options);

@@ -11,6 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "common/lane_costs.h"
+
 namespace headroom {
 
 struct BenchOptions {
@@ -22,8 +25,8 @@ struct BenchOptions {
   int32_t threads = 0;
   // Device memory for everything; 0: the weights and 2 GiB.
   int64_t gpu_memory_bytes = 0;
-  // What to measure: prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH], LANE one of resident
-  // and fetched. Empty: the items of `set`.
+  // What to measure: prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH], LANE one of resident,
+  // fetched and in_place. Empty: the items of `set`.
   std::vector<std::string> work;
   std::string set = "default";  // see work_item.h
   // Measurements of each item, at least kMinBenchRepeats.
@@ -40,6 +43,9 @@ inline constexpr int32_t kMaxBenchRepeats = 1000;
 // Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for
 // options that are wrong.
 int RunBench(const BenchOptions& options);
+
+// What decode steps of the model cost in each lane, with a store's pool in this process.
+absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options);
 
 }  // namespace headroom
 

@@ -77,6 +77,7 @@ void Add(const StepResult& result, double weight, Measurement& to) {
     to.lane_idle_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].idle_ns);
   }
   to.fetch_wait_seconds += weight * 1e-9 * static_cast<double>(result.fetch_wait_ns);
+  to.in_place_wait_seconds += weight * 1e-9 * static_cast<double>(result.in_place_wait_ns);
   to.sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
 }
 
@@ -117,6 +118,7 @@ absl::StatusOr<std::unique_ptr<BenchEngine>> BenchEngine::Create(
 
 BenchEngine::~BenchEngine() {
   executor_.reset();  // waits for what is in flight; then nothing names the segment
+  pool_.reset();
   for (uint8_t* const data : registered_) device_->UnregisterHost(data).IgnoreError();
 }
 
@@ -143,7 +145,7 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
                                       [this](std::unique_ptr<Step> step) {
                                         done_.Put(std::move(step));
                                       }));
-  for (const Lane lane : {Lane::kResident, Lane::kFetched}) {
+  for (const Lane lane : {Lane::kResident, Lane::kFetched, Lane::kInPlace}) {
     LaneRange all;
     all.lane = lane;
     all.kv_head_end = config_.num_kv_heads;
@@ -152,7 +154,19 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
     plan.layers.assign(config_.num_layers, {all});
     HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
   }
-  return MapSegment(items);
+  HEADROOM_RETURN_IF_ERROR(MapSegment(items));
+  return OpenInPlace(options.threads);
+}
+
+// A store's pool in this process, with as many threads as the device has.
+absl::Status BenchEngine::OpenInPlace(int32_t threads) {
+  MailboxShape shape = MailboxShapeOf(config_, budget_, device_->name() == "cpu");
+  shape.generation = 1;
+  HEADROOM_ASSIGN_OR_RETURN(const std::shared_ptr<Mailbox> mailbox, Mailbox::CreateUnnamed(shape));
+  pool_ = std::make_unique<kvstore::AttendPool>(
+      segment_.data(), [this] { return segment_.bytes(); }, threads);
+  pool_->Attach(mailbox);
+  return executor_->SetMailbox(mailbox);
 }
 
 absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items) {
@@ -271,62 +285,45 @@ absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item) {
   return measured;
 }
 
-// Opens sequences whose keys up to the last whole block lie in the segment and prefills the rest.
-absl::StatusOr<std::vector<uint64_t>> BenchEngine::OpenForDecode(const WorkItem& item) {
-  int64_t used = 0;
-  const int64_t sealed = FloorToBlock(item.context_tokens);
-  std::vector<uint64_t> ids;
-  for (int32_t i = 0; i < item.batch; ++i) {
-    std::unique_ptr<Step> step = NewStep(item);
-    step->open.push_back(Layout(next_sequence_++, PositionsOf(item), used));
-    step->open.back().sealed_tokens = sealed;
-    ids.push_back(step->open.back().sequence_id);
-    if (item.context_tokens > sealed) {
-      StepSequence sequence;
-      sequence.sequence_id = ids.back();
-      sequence.first_pos = sequence.sealed_tokens = sealed;
-      sequence.token_ids.assign(item.context_tokens - sealed, 1);
-      step->sequences.push_back(std::move(sequence));
-    }
-    HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
-    HEADROOM_RETURN_IF_ERROR(TakeDone().status());
-  }
-  return ids;
+StepPort BenchEngine::Port() {
+  StepPort port;
+  port.submit = [this](std::unique_ptr<Step> step) { return executor_->Submit(std::move(step)); };
+  port.take = [this] { return done_.Take(); };
+  port.next_number = [this] { return next_step_++; };
+  return port;
 }
 
-// Steps two deep, as the coordinator sends them: each token but the first is the one drawn before.
 absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
-  HEADROOM_ASSIGN_OR_RETURN(const std::vector<uint64_t> ids, OpenForDecode(item));
-  constexpr int kSteps = kWarmSteps + kMeasuredSteps;
-  Measurement measured;
-  double begin = 0, cpu_begin = 0;
-  for (int submitted = 0, taken = 0; taken < kSteps;) {
-    if (submitted < kSteps && submitted - taken < kStepsInFlight) {
-      std::unique_ptr<Step> step = NewStep(item);
-      for (const uint64_t id : ids) {
-        StepSequence sequence;
-        sequence.sequence_id = id;
-        sequence.first_pos = item.context_tokens + submitted;
-        sequence.sealed_tokens = FloorToBlock(item.context_tokens);
-        if (submitted == 0) sequence.token_ids.push_back(1);
-        sequence.draw = true;
-        step->sequences.push_back(std::move(sequence));
-      }
-      HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
-      ++submitted;
-      continue;
-    }
-    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
-    ++taken;
-    if (taken > kWarmSteps) Add(step->result, 1.0 / kMeasuredSteps, measured);
-    if (taken == kWarmSteps) {
-      begin = Now();
-      cpu_begin = CpuSeconds();
-    }
+  DecodeWork work;
+  work.plan_version = PlanVersionOf(item.lane);
+  work.context_tokens = item.context_tokens;
+  work.warm_steps = kWarmSteps;
+  work.measured_steps = kMeasuredSteps;
+  int64_t used = 0;
+  for (int32_t i = 0; i < item.batch; ++i) {
+    work.sequences.push_back(Layout(next_sequence_++, PositionsOf(item), used));
   }
-  measured.seconds = (Now() - begin) / kMeasuredSteps;
+  double cpu_begin = 0;
+  work.on_measured_begin = [&cpu_begin] { cpu_begin = CpuSeconds(); };
+  HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes times, headroom::MeasureDecode(work, Port()));
+  Measurement measured;
+  measured.seconds = times.step_seconds;
+  std::copy_n(times.lane_bytes, kNumLanes, measured.lane_bytes);
+  std::copy_n(times.lane_busy_seconds, kNumLanes, measured.lane_busy_seconds);
+  std::copy_n(times.lane_idle_seconds, kNumLanes, measured.lane_idle_seconds);
+  measured.fetch_wait_seconds = times.fetch_wait_seconds;
+  measured.in_place_wait_seconds = times.in_place_wait_seconds;
+  measured.sealed_bytes = times.sealed_bytes;
   measured.cpu_seconds = (CpuSeconds() - cpu_begin) / kMeasuredSteps;
   return measured;
+}
+
+absl::StatusOr<LaneCosts> BenchEngine::Calibrate() {
+  CalibrationOptions options;
+  options.segment_bytes = segment_.bytes();
+  options.kv_pool_bytes = budget_.kv_pool_bytes;
+  options.tail_bytes = budget_.tail_bytes_per_sequence;
+  return CalibrateLanes(*executor_, config_, options, Port());
 }
 
 }  // namespace headroom

@@ -14,7 +14,10 @@
 #include "common/mutex.h"
 #include "common/segment/mapped_region.h"
 #include "services/headroom/bench/work_item.h"
+#include "services/kvstore/attend_pool.h"
+#include "services/worker/decode_probe.h"
 #include "services/worker/device_budget.h"
+#include "services/worker/lane_calibration.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/model/weights.h"
 #include "services/worker/step_executor.h"
@@ -36,7 +39,8 @@ struct Measurement {
   double lane_bytes[kNumLanes] = {};
   double lane_busy_seconds[kNumLanes] = {};
   double lane_idle_seconds[kNumLanes] = {};
-  double fetch_wait_seconds = 0;  // the compute stream waited for tiles
+  double fetch_wait_seconds = 0;     // the compute stream waited for tiles
+  double in_place_wait_seconds = 0;  // ... and for keys in place
   double sealed_bytes = 0;
   double cpu_seconds = 0;  // of the whole process
 };
@@ -52,6 +56,9 @@ class BenchEngine {
 
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
   absl::StatusOr<Measurement> Measure(const WorkItem& item);
+
+  // What the planner balances with. Takes some seconds.
+  absl::StatusOr<LaneCosts> Calibrate();
 
   // Steps of a decode measurement, and the mean context over them.
   static constexpr int kWarmSteps = 4;
@@ -82,11 +89,12 @@ class BenchEngine {
   BenchEngine() = default;
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
   absl::Status MapSegment(const std::vector<WorkItem>& items);
+  absl::Status OpenInPlace(int32_t threads);
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;
 
   absl::StatusOr<Measurement> MeasurePrefill(const WorkItem& item);
-  absl::StatusOr<std::vector<uint64_t>> OpenForDecode(const WorkItem& item);
+  StepPort Port();
   absl::StatusOr<Measurement> MeasureDecode(const WorkItem& item);
   std::unique_ptr<Step> NewStep(const WorkItem& item);
   absl::StatusOr<std::unique_ptr<Step>> TakeDone();
@@ -97,6 +105,7 @@ class BenchEngine {
   ModelWeights weights_;
   DeviceBudget budget_;
   MappedRegion segment_;
+  std::unique_ptr<kvstore::AttendPool> pool_;
   std::vector<uint8_t*> registered_;
   int64_t chunk_tokens_ = 0;
   uint64_t next_step_ = 1;

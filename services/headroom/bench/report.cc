@@ -92,8 +92,10 @@ Json ToJson(const BenchResult& result) {
                              {"kv_bytes", result.costs.kv_bytes},
                              {"copied_bytes", result.costs.copied_bytes}}},
       {"lanes", Json::Object{{"resident", LaneJson(median, Lane::kResident)},
-                             {"fetched", LaneJson(median, Lane::kFetched)}}},
+                             {"fetched", LaneJson(median, Lane::kFetched)},
+                             {"in_place", LaneJson(median, Lane::kInPlace)}}},
       {"fetch_wait_seconds", median.fetch_wait_seconds},
+      {"in_place_wait_seconds", median.in_place_wait_seconds},
       {"sealed_bytes", median.sealed_bytes},
       {"cpu_seconds", median.cpu_seconds},
       {"gpu_memory_peak_bytes", result.peak_bytes}};
@@ -156,10 +158,12 @@ absl::Status BenchReport::Add(const BenchResult& result) {
       costs.kv_bytes * 1e-6, costs.copied_bytes * 1e-6);
   PrintLane(median, Lane::kResident);
   PrintLane(median, Lane::kFetched);
+  PrintLane(median, Lane::kInPlace);
   std::printf(
-      "    waited    %9.2f ms for tiles; %.1f MB sealed; %.2f ms of processor time; device memory "
-      "%.0f MiB at most\n",
-      median.fetch_wait_seconds * kMilli, median.sealed_bytes * 1e-6, median.cpu_seconds * kMilli,
+      "    waited    %9.2f ms for tiles, %.2f ms for keys in place; %.1f MB sealed; %.2f ms of "
+      "processor time; device memory %.0f MiB at most\n",
+      median.fetch_wait_seconds * kMilli, median.in_place_wait_seconds * kMilli,
+      median.sealed_bytes * 1e-6, median.cpu_seconds * kMilli,
       static_cast<double>(result.peak_bytes) / kMiB);
   std::fflush(stdout);
   return WriteJson(ToJson(result));

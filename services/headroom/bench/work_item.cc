@@ -23,6 +23,7 @@ const std::vector<NamedSet>& Sets() {
        {{Kind::kPrefill, 2048, Lane::kResident, 1},
         {Kind::kDecode, 1024, Lane::kResident, 1},
         {Kind::kDecode, 7168, Lane::kFetched, 1},
+        {Kind::kDecode, 7168, Lane::kInPlace, 1},
         {Kind::kPrefill, 7168, Lane::kFetched, 1}}},
       {"prefill",
        {{Kind::kPrefill, 512, Lane::kResident, 1},
@@ -34,7 +35,8 @@ const std::vector<NamedSet>& Sets() {
         {Kind::kDecode, 1024, Lane::kResident, 4},
         {Kind::kDecode, 1024, Lane::kResident, 16},
         {Kind::kDecode, 7168, Lane::kResident, 1},
-        {Kind::kDecode, 7168, Lane::kFetched, 1}}},
+        {Kind::kDecode, 7168, Lane::kFetched, 1},
+        {Kind::kDecode, 7168, Lane::kInPlace, 1}}},
   };
   return sets;
 }
@@ -82,8 +84,13 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
   if (parts.size() > 2) {
     if (parts[2] == LaneName(Lane::kFetched)) {
       item.lane = Lane::kFetched;
+    } else if (parts[2] == LaneName(Lane::kInPlace)) {
+      item.lane = Lane::kInPlace;
     } else if (parts[2] != LaneName(Lane::kResident)) {
-      return wrong(absl::StrCat("lane '", parts[2], "', expected resident or fetched"));
+      return wrong(absl::StrCat("lane '", parts[2], "', expected resident, fetched or in_place"));
+    }
+    if (item.kind == Kind::kPrefill && item.lane == Lane::kInPlace) {
+      return wrong("a prefill has too many rows to be attended to in place");
     }
   }
   if (parts.size() > 3) {

@@ -8,6 +8,7 @@
 #ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 #define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -83,9 +84,16 @@ class FakeMachine {
   std::map<uint32_t, std::vector<int32_t>> extents;  // of layer 0: a token for each position, or -1
   std::map<uint64_t, Stored> stored;
   uint32_t next_extent = 1;
+  v1::MeasureLanesResponse lane_costs;  // empty: unknown, so that everything else is fetched
   int32_t attend_threads = 0;
   int mailboxes = 0;                  // that the worker has made
+  std::string mailbox_file;           // the latest
+  bool mailbox_retired = false;       // a step whose keys did not come has given it up
+  int mailboxes_attached = 0;         // at the store
+  int refuse_mailboxes = 0;           // so many calls more will not get one
   std::set<int64_t> discard_steps;    // counts since the start: answered with `retry`
+  int64_t discarded = 0;              // with them: those that went on from them
+  int streams = 0;                    // of steps, since the start
   int64_t steps = 0;
   int64_t chunk_rows = 0;             // of steps with more than one token of a sequence
   std::map<int64_t, int> fail_steps;  // count of the step since the start -> google.rpc.Code
@@ -213,7 +221,9 @@ class FakeStoreClient : public StoreClient {
     if (file != absl::StrCat("mailbox-", machine_->generation, "-", machine_->mailboxes)) {
       return absl::NotFoundError(file);
     }
-    return Ready();
+    if (absl::Status status = Ready(); !status.ok()) return status;
+    ++machine_->mailboxes_attached;
+    return absl::OkStatus();
   }
 
  private:
@@ -248,12 +258,21 @@ class FakeStepStream : public StepStream {
   }
 
   void Send(v1::StepRequest step) override {
+    std::map<uint64_t, int64_t> discarded;
     {
       MutexLock lock(&machine_->mutex);
       machine_->sent.push_back(step);
+      discarded = discarded_;
     }
     MutexLock lock(&mutex_);
     if (++in_flight_[IsChunk(step)] > 2) machine_->Violation("three steps of a kind in flight");
+    for (const v1::StepSequence& sequence : step.sequences()) {
+      const auto at = discarded.find(sequence.sequence_id());
+      if (at != discarded.end() && sequence.first_pos() <= at->second &&
+          rows_in_flight_[sequence.sequence_id()] > 0) {
+        machine_->Violation("sent anew before all steps of the sequence have returned");
+      }
+    }
     // The kinds run side by side: a close would pass a step of the other kind.
     for (const uint64_t id : step.close_sequence_ids()) {
       if (rows_in_flight_[id] > 0) machine_->Violation("closes a sequence with a step in flight");
@@ -296,6 +315,7 @@ class FakeStepStream : public StepStream {
       }
       absl::Duration step_time;
       int code = 0;
+      bool discard = false;
       {
         MutexLock lock(&machine_->mutex);
         const int64_t count = ++machine_->steps;
@@ -303,9 +323,10 @@ class FakeStepStream : public StepStream {
         if (machine_->worker_away || machine_->break_at_steps.count(count) > 0) break;
         const auto failure = machine_->fail_steps.find(count);
         if (failure != machine_->fail_steps.end()) code = failure->second;
+        discard = machine_->discard_steps.count(count) > 0;
       }
       if (step_time > absl::ZeroDuration()) absl::SleepFor(step_time);
-      v1::StepResponse response = Run(step);
+      v1::StepResponse response = Run(step, discard);
       if (code != 0) {
         response.clear_results();
         response.set_code(code);
@@ -323,7 +344,8 @@ class FakeStepStream : public StepStream {
     on_closed_(absl::UnavailableError("the fake worker is gone"));
   }
 
-  v1::StepResponse Run(const v1::StepRequest& step) {
+  // `discard`: what its lanes in place were to bring did not come.
+  v1::StepResponse Run(const v1::StepRequest& step, bool discard) {
     v1::StepResponse response;
     response.set_number(step.number());
     response.set_attempt(step.attempt());
@@ -351,6 +373,12 @@ class FakeStepStream : public StepStream {
       if (open_.count(grant.sequence_id()) == 0) Note(step, "grants to what is not open");
       AddRun(step, open_[grant.sequence_id()], grant.run());
     }
+    if (Discards(step, discard)) {
+      response.set_code(14);
+      response.set_message("the keys in place were not attended to in time");
+      response.set_retry(true);
+      return response;
+    }
     int64_t results = 0;
     for (const v1::StepSequence& what : step.sequences()) {
       RunSequence(step, what, response.add_results());
@@ -364,6 +392,37 @@ class FakeStepStream : public StepStream {
     use->set_kv_heads(2);
     response.mutable_memory()->set_budget_bytes(1 << 30);
     return response;
+  }
+
+  // Whether the step is discarded: itself, or because a sequence of it goes on from positions that
+  // were, until a step begins at those again. REQUIRES: the machine's mutex is held.
+  bool Discards(const v1::StepRequest& step, bool discard) {
+    if (step.sequences().empty()) return false;
+    if (discard) machine_->mailbox_retired = true;
+    for (const v1::StepSequence& what : step.sequences()) {
+      const auto at = discarded_.find(what.sequence_id());
+      discard = discard || (at != discarded_.end() && what.first_pos() > at->second);
+    }
+    for (const v1::StepSequence& what : step.sequences()) {
+      if (!discard) {
+        discarded_.erase(what.sequence_id());
+        continue;
+      }
+      const auto [at, added] = discarded_.try_emplace(what.sequence_id(), what.first_pos());
+      at->second = std::min(at->second, what.first_pos());
+      Scramble(what);
+    }
+    if (discard) ++machine_->discarded;
+    return discard;
+  }
+  // A discarded step has run, on wrong numbers: what it left from its positions on is no key, and
+  // no token.
+  void Scramble(const v1::StepSequence& what) {
+    const auto at = open_.find(what.sequence_id());
+    if (at == open_.end()) return;
+    at->second.last_drawn = -1;
+    auto& tail = at->second.tail;
+    for (auto key = tail.lower_bound(what.first_pos()); key != tail.end(); ++key) key->second = -1;
   }
 
   void RunSequence(const v1::StepRequest& step, const v1::StepSequence& what,
@@ -471,6 +530,8 @@ class FakeStepStream : public StepStream {
   int in_flight_[2] = {};
   std::map<uint64_t, int> rows_in_flight_;
   std::map<uint64_t, Open> open_;
+  // Sequences of discarded steps, and their first position; guarded by the machine's mutex.
+  std::map<uint64_t, int64_t> discarded_;
   uint64_t last_number_ = 0;
   std::vector<std::string> noted_;
   std::thread thread_;
@@ -509,7 +570,21 @@ class FakeWorkerClient : public WorkerClient {
   absl::StatusOr<std::string> OpenMailbox(uint64_t generation) override {
     MutexLock lock(&machine_->mutex);
     if (machine_->worker_away) return absl::UnavailableError("worker away");
-    return absl::StrCat("mailbox-", generation, "-", ++machine_->mailboxes);
+    if (machine_->refuse_mailboxes > 0) {
+      --machine_->refuse_mailboxes;
+      return absl::ResourceExhaustedError("no room for a mailbox");
+    }
+    const std::string prefix = absl::StrCat("mailbox-", generation, "-");
+    if (machine_->mailbox_retired || machine_->mailbox_file.rfind(prefix, 0) != 0) {
+      machine_->mailbox_file = absl::StrCat(prefix, ++machine_->mailboxes);
+      machine_->mailbox_retired = false;
+    }
+    return machine_->mailbox_file;
+  }
+  absl::StatusOr<v1::MeasureLanesResponse> MeasureLanes() override {
+    MutexLock lock(&machine_->mutex);
+    if (machine_->worker_away) return absl::UnavailableError("worker away");
+    return machine_->lane_costs;
   }
   absl::Status PreparePlan(const v1::Plan& plan) override {
     MutexLock lock(&machine_->mutex);
@@ -520,6 +595,10 @@ class FakeWorkerClient : public WorkerClient {
   absl::StatusOr<std::unique_ptr<StepStream>> StartSteps(
       std::function<void(v1::StepResponse)> on_response,
       std::function<void(absl::Status)> on_closed) override {
+    {
+      MutexLock lock(&machine_->mutex);
+      ++machine_->streams;
+    }
     return std::make_unique<FakeStepStream>(machine_, std::move(on_response), std::move(on_closed));
   }
 

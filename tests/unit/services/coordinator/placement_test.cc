@@ -101,7 +101,7 @@ TEST(PlaceByShares, CoversAllForAnyShares) {
 
 TEST(PlaceByBudget, NothingFitsIntoNothing) {
   for (const int64_t budget : {int64_t{-5}, int64_t{0}, 64 * kHeadToken - 1}) {
-    const Placement placement = PlaceByBudget(kGeometry, budget, {Doubling()});
+    const Placement placement = PlaceByBudget(kGeometry, budget, 1.0, {Doubling()});
     ExpectCoversAll(kGeometry, placement);
     EXPECT_EQ(ResidentBytes(kGeometry, placement, {Doubling()}), 0);
   }
@@ -109,9 +109,9 @@ TEST(PlaceByBudget, NothingFitsIntoNothing) {
 
 TEST(PlaceByBudget, EverythingResidentWhereItFits) {
   const int64_t all = 1024 * kGeometry.BytesPerToken();
-  EXPECT_EQ(PlaceByBudget(kGeometry, all, {Doubling()}),
+  EXPECT_EQ(PlaceByBudget(kGeometry, all, 1.0, {Doubling()}),
             PlaceByShares(kGeometry, Shares(1, 0), {Doubling()}));
-  EXPECT_NE(PlaceByBudget(kGeometry, all - 1, {Doubling()}),
+  EXPECT_NE(PlaceByBudget(kGeometry, all - 1, 1.0, {Doubling()}),
             PlaceByShares(kGeometry, Shares(1, 0), {Doubling()}));
 }
 
@@ -119,7 +119,7 @@ TEST(PlaceByBudget, TakesAllThatFitsAndNeverMore) {
   const std::vector<SequenceShape> sequences = {Doubling(), {{{0, 512}, {512, 512}}, 700}};
   const int64_t largest_run = 2 * 512 * kHeadToken;  // both sequences have one from position 512 on
   for (int64_t budget = 0; budget <= 2048 * kGeometry.BytesPerToken(); budget += 7777) {
-    const Placement placement = PlaceByBudget(kGeometry, budget, sequences);
+    const Placement placement = PlaceByBudget(kGeometry, budget, 1.0, sequences);
     ExpectCoversAll(kGeometry, placement);
     const int64_t used = ResidentBytes(kGeometry, placement, sequences);
     EXPECT_LE(used, budget);
@@ -129,7 +129,7 @@ TEST(PlaceByBudget, TakesAllThatFitsAndNeverMore) {
 
 TEST(PlaceByBudget, TheOldestPositionsLeaveFirst) {
   // Room for the newest 512 tokens of one head in each layer.
-  const Placement placement = PlaceByBudget(kGeometry, 4 * 512 * kHeadToken, {Doubling()});
+  const Placement placement = PlaceByBudget(kGeometry, 4 * 512 * kHeadToken, 1.0, {Doubling()});
   for (int32_t layer = 0; layer < kGeometry.num_layers; ++layer) {
     EXPECT_EQ(placement.LaneOf(layer, 0, 512), Lane::kResident);
     EXPECT_EQ(placement.LaneOf(layer, 0, 256), Lane::kFetched);
@@ -139,7 +139,7 @@ TEST(PlaceByBudget, TheOldestPositionsLeaveFirst) {
 
 TEST(PlaceByBudget, LayersDifferByOneBorderAtMost) {
   // One run more than even: 512 tokens in each layer and 256 in one.
-  const Placement placement = PlaceByBudget(kGeometry, (4 * 512 + 256) * kHeadToken, {Doubling()});
+  const Placement placement = PlaceByBudget(kGeometry, (4 * 512 + 256) * kHeadToken, 1.0, {Doubling()});
   EXPECT_EQ(placement.LaneOf(0, 0, 256), Lane::kResident);
   for (int32_t layer = 1; layer < kGeometry.num_layers; ++layer) {
     EXPECT_EQ(placement.LaneOf(layer, 0, 256), Lane::kFetched);

@@ -122,8 +122,8 @@ TEST(GenerateJson, EveryFloatComesBackBitForBit) {
 
 TEST(Explain, ShowsBothPhasesMemoryAndTimes) {
   const std::string text = ExplainAsText(Response().finished());
-  EXPECT_THAT(text, HasSubstr("prefill  fetched        3.00    512 bytes        5.0 ms  100.0%"));
-  EXPECT_THAT(text, HasSubstr("decode   resident       0.75      1.0 KiB        2.0 ms   25.0%"));
+  EXPECT_THAT(text, HasSubstr("prefill  fetched        3.00    512 bytes        5.0 ms    0.0        0.0 ms  100.0%"));
+  EXPECT_THAT(text, HasSubstr("decode   resident       0.75      1.0 KiB        2.0 ms    0.0        0.0 ms   25.0%"));
   EXPECT_THAT(text, HasSubstr("3.9 KiB of 4.0 KiB"));
   EXPECT_THAT(text, HasSubstr("3 of prompt (1 of them cached), 2 of answer"));
   EXPECT_THAT(text, HasSubstr("prefill 2.5 ms, first token 4.0 ms"));
@@ -188,10 +188,31 @@ class Plan : public ::testing::Test {
 
   const std::string dir_;
   PlanOptions options_;
+  LaneCosts costs_;
+  MeasureCosts measure_ = [this](const PlanOptions&) -> absl::StatusOr<LaneCosts> {
+    if (!costs_.known()) return absl::NotFoundError("there are no weights");
+    return costs_;
+  };
 };
 
+TEST_F(Plan, PredictsAStepFromWhatWasMeasured) {
+  EXPECT_THAT(PlanAsText(*MakePlan(options_, measure_)),
+              HasSubstr("no time is predicted: there are no weights"));
+  // 10 ms, and 10 GB/s for fetched keys: as fast as that in place, so nothing is there.
+  costs_.base_seconds = 0.01;
+  costs_.seconds_per_byte[1] = costs_.seconds_per_byte[2] = 1e-10;
+  options_.placement = "fetched";
+  const absl::StatusOr<PlanReport> report = MakePlan(options_, measure_);
+  ASSERT_TRUE(report.ok()) << report.status();
+  const double expected = 0.01 + 117 * 64 * 23040 * 1e-10;
+  EXPECT_NEAR(PlanAsJson(*report).Find("step_seconds")->as_number(), expected, 1e-9);
+  EXPECT_THAT(PlanAsText(*report), HasSubstr("27.25 ms predicted, 36.7 tokens a second"));
+  options_.no_measure = true;
+  EXPECT_EQ(MakePlan(options_, measure_)->prediction.step_seconds, 0);
+}
+
 TEST_F(Plan, ShowsLanesAndMemoryThatAddUp) {
-  const absl::StatusOr<PlanReport> report = MakePlan(options_);
+  const absl::StatusOr<PlanReport> report = MakePlan(options_, measure_);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_TRUE(report->fits());
   EXPECT_THAT(PlanAsText(*report), HasSubstr("all of it fits"));
@@ -219,7 +240,7 @@ TEST_F(Plan, SaysWhatDoesNotFit) {
   options_.host_memory_bytes = int64_t{64} << 20;
   options_.context_tokens = 9000;
   options_.placement = "resident";
-  const absl::StatusOr<PlanReport> report = MakePlan(options_);
+  const absl::StatusOr<PlanReport> report = MakePlan(options_, measure_);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_FALSE(report->fits());
   const std::string text = PlanAsText(*report);
@@ -231,7 +252,7 @@ TEST_F(Plan, SaysWhatDoesNotFit) {
 
 TEST_F(Plan, NamesTheLeastDeviceMemory) {
   options_.gpu_memory_bytes = int64_t{100} << 20;
-  const absl::Status status = MakePlan(options_).status();
+  const absl::Status status = MakePlan(options_, measure_).status();
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_THAT(std::string(status.message()), HasSubstr("needs at least"));
 }
@@ -239,7 +260,7 @@ TEST_F(Plan, NamesTheLeastDeviceMemory) {
 TEST_F(Plan, RefusesNumbersBeyondAllBytes) {
   options_.context_tokens = int64_t{1} << 26;
   options_.sequences = int64_t{1} << 40;
-  EXPECT_TRUE(absl::IsInvalidArgument(MakePlan(options_).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(MakePlan(options_, measure_).status()));
 }
 
 }  // namespace

@@ -1,0 +1,175 @@
+#include "services/worker/lane_calibration.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "common/segment_format.h"
+#include "common/status.h"
+
+namespace headroom {
+namespace {
+
+// Versions that no coordinator uses: theirs count microseconds since 1970.
+constexpr uint64_t kFirstPlan = 1;
+constexpr int kWarmSteps = 2;
+constexpr int kMeasuredSteps = 7;
+constexpr int64_t kFewTokens = 64;
+constexpr int64_t kManyTokens = 4096;
+
+// Every head in `lane`, or, of the two, the first half of the heads fetched and the rest in place.
+Plan PlanOf(uint64_t version, const KvGeometry& geometry, Lane lane, bool both) {
+  Plan plan;
+  plan.version = version;
+  LaneRange range;
+  range.lane = lane;
+  range.kv_head_end = geometry.num_kv_heads;
+  plan.layers.assign(geometry.num_layers, {range});
+  if (!both) return plan;
+  // Layers of an odd number of heads take turns with the head in the middle.
+  for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+    const int32_t fetched = (geometry.num_kv_heads + layer % 2) / 2;
+    std::vector<LaneRange>& ranges = plan.layers[layer];
+    ranges.clear();
+    if (fetched > 0) ranges.push_back({Lane::kFetched, 0, fetched});
+    if (fetched < geometry.num_kv_heads) {
+      ranges.push_back({Lane::kInPlace, fetched, geometry.num_kv_heads});
+    }
+  }
+  return plan;
+}
+
+class Calibration {
+ public:
+  Calibration(StepExecutor& executor, const ModelConfig& config, const CalibrationOptions& options,
+              const StepPort& port)
+      : executor_(executor),
+        geometry_(config.kv_geometry()),
+        options_(options),
+        port_(port),
+        deadline_(absl::Now() + options.time_limit) {}
+
+  absl::StatusOr<LaneCosts> Find() {
+    HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes none, Measure(Lane::kFetched, kFewTokens));
+    LaneCosts costs;
+    costs.base_seconds = none.median_step_seconds;
+    const int64_t pool = options_.kv_pool_bytes - options_.tail_bytes;
+    DecodeTimes times[kNumLanes];
+    for (const Lane lane : {Lane::kFetched, Lane::kInPlace, Lane::kResident}) {
+      int64_t tokens = kManyTokens;
+      while (lane == Lane::kResident && tokens > kFewTokens &&
+             2 * tokens * geometry_.BytesPerToken() > pool) {
+        tokens /= 2;
+      }
+      HEADROOM_ASSIGN_OR_RETURN(times[static_cast<int>(lane)], Measure(lane, tokens));
+    }
+    for (int lane = 0; lane < kNumLanes; ++lane) Fit(times[lane], lane, costs);
+    HEADROOM_RETURN_IF_ERROR(FitHiddenBase(times[static_cast<int>(Lane::kFetched)], costs));
+    HEADROOM_RETURN_IF_ERROR(FitOverlap(costs));
+    return costs;
+  }
+
+ private:
+  absl::StatusOr<DecodeTimes> Measure(Lane lane, int64_t tokens, bool both = false) {
+    if (absl::Now() > deadline_) return absl::DeadlineExceededError("the calibration takes too long");
+    const uint64_t version = kFirstPlan + static_cast<uint64_t>(lane) + (both ? kNumLanes : 0);
+    HEADROOM_RETURN_IF_ERROR(executor_.PreparePlan(PlanOf(version, geometry_, lane, both)));
+    DecodeWork work;
+    work.plan_version = version;
+    work.context_tokens = tokens;
+    work.warm_steps = kWarmSteps;
+    work.measured_steps = kMeasuredSteps;
+    work.sequences.push_back(Layout(tokens));
+    absl::StatusOr<DecodeTimes> times = MeasureDecode(work, port_);
+    HEADROOM_RETURN_IF_ERROR(executor_.CloseAll());
+    return times;
+  }
+
+  // Extents over and over the memory that may be read; within a block of the end, so that nothing is
+  // ever sealed.
+  OpenSequence Layout(int64_t tokens) const {
+    OpenSequence open;
+    open.sequence_id = 1;
+    int64_t used = 0;
+    for (int64_t have = 0; have < tokens + kBlockTokens;) {
+      Run run;
+      run.first_pos = have;
+      run.capacity_tokens = NextExtentTokens(geometry_, have, tokens + kBlockTokens - have);
+      const int64_t bytes = run.capacity_tokens * geometry_.BytesPerTokenPerLayer();
+      for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+        if (used % kRegistrationBytes + bytes > kRegistrationBytes) {
+          used = (used / kRegistrationBytes + 1) * kRegistrationBytes;
+        }
+        if (used + bytes > options_.segment_bytes) used = 0;
+        run.data_offsets.push_back(used);
+        used += bytes;
+      }
+      have += run.capacity_tokens;
+      open.runs.push_back(std::move(run));
+    }
+    return open;
+  }
+
+  // A lane's costs from a step over many keys of it, against one over none.
+  static void Fit(const DecodeTimes& times, int lane, LaneCosts& costs) {
+    // Where no store attends, the bytes in place were fetched.
+    const int as = times.lane_bytes[lane] > 0 ? lane : static_cast<int>(Lane::kFetched);
+    const double bytes = times.lane_bytes[as];
+    if (bytes <= 0) return;
+    costs.busy_seconds_per_byte[lane] = times.lane_busy_seconds[as] / bytes;
+    // Resident keys are attended to on the stream that computes all else.
+    costs.seconds_per_byte[lane] =
+        lane == static_cast<int>(Lane::kResident)
+            ? costs.busy_seconds_per_byte[lane]
+            : std::max(0.0, times.median_step_seconds - costs.base_seconds) / bytes;
+  }
+
+  // A copy engine works beside the base; a core that copies does not compute. Two contexts tell: where
+  // the second is twice the first, time that is hidden does not double.
+  absl::Status FitHiddenBase(const DecodeTimes& many, LaneCosts& costs) {
+    HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes half, Measure(Lane::kFetched, kManyTokens / 2));
+    const int lane = static_cast<int>(Lane::kFetched);
+    const double slope = (many.median_step_seconds - half.median_step_seconds) /
+                         (many.lane_bytes[lane] - half.lane_bytes[lane]);
+    const double cost = costs.seconds_per_byte[lane];
+    // All hidden: what the copies alone take is what they were busy.
+    const double alone = std::max(slope, costs.busy_seconds_per_byte[lane]);
+    if (alone < 1.2 * cost) return absl::OkStatus();
+    const double hidden = (alone - cost) * many.lane_bytes[lane] / costs.base_seconds;
+    costs.hidden_base = std::clamp(hidden, 0.0, 1.0);
+    costs.seconds_per_byte[lane] = alone;
+    return absl::OkStatus();
+  }
+
+  absl::Status FitOverlap(LaneCosts& costs) {
+    HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes both, Measure(Lane::kFetched, kManyTokens, true));
+    const auto seconds = [&](Lane lane) {
+      const int i = static_cast<int>(lane);
+      return both.lane_bytes[i] * costs.seconds_per_byte[i];
+    };
+    const double fetched = std::max(
+        0.0, seconds(Lane::kFetched) - costs.hidden_base * costs.base_seconds);
+    const double in_place = seconds(Lane::kInPlace);
+    const double shorter = std::min(fetched, in_place);
+    if (shorter <= 0) return absl::OkStatus();
+    const double saved = costs.base_seconds + fetched + in_place - both.median_step_seconds;
+    costs.overlap = std::clamp(saved / shorter, 0.0, 1.0);
+    return absl::OkStatus();
+  }
+
+  StepExecutor& executor_;
+  const KvGeometry geometry_;
+  const CalibrationOptions options_;
+  const StepPort& port_;
+  const absl::Time deadline_;
+};
+
+}  // namespace
+
+absl::StatusOr<LaneCosts> CalibrateLanes(StepExecutor& executor, const ModelConfig& config,
+                                         const CalibrationOptions& options, const StepPort& port) {
+  return Calibration(executor, config, options, port).Find();
+}
+
+}  // namespace headroom
