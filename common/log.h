@@ -22,7 +22,8 @@ const char* LogLevelName(LogLevel level);
 struct LogOptions {
   LogLevel level = LogLevel::kInfo;
   bool json = false;
-  std::string process;  // "coordinator", "worker", ...: on each line if set
+  std::string process = {};  // "coordinator", "worker", ...: on each line if set
+  std::string trace_path = {};  // where common/trace.h writes; empty: nowhere
 };
 
 // Before the first line; without it the defaults hold. Not thread-safe against Log().

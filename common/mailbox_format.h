@@ -69,7 +69,7 @@ struct MailboxHeader {
   alignas(64) std::atomic<uint64_t> attached;  // its generation once it looks at the slots
   std::atomic<uint32_t> store_sleeps;          // 1: it sleeps on `wake`
   // ---- Written by the worker.
-  alignas(64) std::atomic<uint32_t> wake;  // rises: a step begins, or a post has found a sleeper
+  alignas(64) std::atomic<uint32_t> wake;  // rises when a step begins, and with each post of a CPU
   // 1: a wait has given up. The store answers nothing more, the worker waits for nothing more.
   std::atomic<uint32_t> retired;
   alignas(64) uint8_t reserved_tail[4096 - 256];

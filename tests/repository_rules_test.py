@@ -31,6 +31,9 @@ LEFTOVER = re.compile(
 FOREIGN_TEXT = {"LICENSE", "Cargo.lock"}
 
 
+# What kernels and services agree on as bytes.
+LAYOUT_HEADERS = ("common/kv_layout.h", "common/mailbox_format.h")
+
 def include_violations(path: PurePosixPath, text: str) -> list[str]:
     """What `text`, the source file at `path` in the repository, includes and must not."""
     found = []
@@ -53,13 +56,13 @@ def include_violations(path: PurePosixPath, text: str) -> list[str]:
 
 
 def kernel_complaint(bracket: str, header: str) -> str | None:
-    if header.startswith("kernels/") or header == "common/kv_layout.h":
+    if header.startswith("kernels/") or header in LAYOUT_HEADERS:
         return None
     if bracket == "<" and ("/" not in header or header.startswith("sys/")):
         return None
     if KERNEL_TOOLKIT.search(header):
         return None
-    return "kernels/ includes the standard library, CUDA and common/kv_layout.h only"
+    return "kernels/ includes the standard library, CUDA and the layouts of common/ only"
 
 
 def text_violations(path: PurePosixPath, text: str) -> list[str]:

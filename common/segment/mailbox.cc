@@ -246,8 +246,8 @@ float* Mailbox::partials(uint32_t slot_index) const {
 }
 
 void WakeStore(MailboxHeader& header) {
-  if (header.store_sleeps.load() == 0 || header.store_sleeps.exchange(0) == 0) return;
   header.wake.fetch_add(1);
+  if (header.store_sleeps.load() == 0 || header.store_sleeps.exchange(0) == 0) return;
   SharedFutexWakeAll(header.wake);
 }
 

@@ -74,7 +74,7 @@ class Mailbox {
 // ---- The doorbells, for who is not a GPU. Both sides say that they sleep before they look again, and
 // ring before they look who sleeps; sequentially consistent, so that one of the two is seen.
 
-// Wakes a store that sleeps.
+// Tells the store that there is, or soon will be, something to look for.
 void WakeStore(MailboxHeader& header);
 // Counts a post or an answer and wakes the other side if it sleeps.
 void RingPosted(MailboxHeader& header, MailboxSlot& slot, uint64_t count);

@@ -21,7 +21,7 @@ struct GenerateCommandOptions {
   int64_t host_memory_bytes = 0;
   int32_t threads = 0;
   absl::Duration timeout = absl::InfiniteDuration();
-  LogOptions log = {LogLevel::kError, false, ""};  // of the private serve
+  LogOptions log = {.level = LogLevel::kError};  // of the private serve
 };
 
 // For the main thread. Prints the answer to standard output, errors to standard error; SIGINT and

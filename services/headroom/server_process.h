@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "common/log.h"
 #include "common/mutex.h"
+#include "common/trace.h"
 #include "services/headroom/exit_code.h"
 #include "services/headroom/process_signals.h"
 
@@ -43,6 +44,12 @@ int RunServer(const LogOptions& log,
               const std::function<void(Server&)>& stop) {
   ConfigureLog(log);
   absl::StatusOr<std::unique_ptr<StopSignal>> signal = StopSignal::Install();
+  if (signal.ok() && !log.trace_path.empty()) {
+    if (absl::Status status = StartTrace(log.trace_path, log.process); !status.ok()) {
+      LogError(DescribeError(status));
+      return kExitUsage;
+    }
+  }
   if (!signal.ok()) {
     LogError(DescribeError(signal.status()));
     return kExitFailed;
@@ -57,6 +64,7 @@ int RunServer(const LogOptions& log,
   LogInfo("stopping");
   stop(**server);
   server->reset();
+  StopTrace();
   LogInfo("stopped");
   return kExitOk;
 }

@@ -61,6 +61,8 @@ void AddLogFlags(Flags& flags, LogOptions* options) {
               return level.status();
             });
   flags.Switch("log-json", &options->json, "One JSON object a line.");
+  flags.Text("trace", "FILE", &options->trace_path,
+             "Appends what runs when to this file, for ui.perfetto.dev: streams, ring, mailbox, pool.");
 }
 
 void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
@@ -127,6 +129,7 @@ void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
 void AppendLogArguments(const LogOptions& log, std::vector<std::string>* args) {
   args->push_back(absl::StrCat("--log-level=", LogLevelName(log.level)));
   if (log.json) args->push_back("--log-json");
+  if (!log.trace_path.empty()) args->push_back(absl::StrCat("--trace=", log.trace_path));
 }
 
 std::vector<std::string> WorkerArguments(const WorkerOptions& options, const LogOptions& log) {

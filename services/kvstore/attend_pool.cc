@@ -18,6 +18,7 @@
 #include "common/futex.h"
 #include "common/segment_format.h"
 #include "common/status.h"
+#include "common/trace.h"
 
 namespace headroom::kvstore {
 namespace {
@@ -108,7 +109,6 @@ void AttendPool::Attach(std::shared_ptr<Mailbox> mailbox) {
 void AttendPool::Loop() {
   pthread_setname_np(pthread_self(), "attend");
   team_.Run([](int member) { PinTo(member); });
-  int64_t last_post_ns = 0;
   while (!stop_.load(std::memory_order_relaxed)) {
     Mailbox* const mailbox = Current();
     if (mailbox == nullptr) continue;
@@ -117,9 +117,9 @@ void AttendPool::Loop() {
       served = ServeSlot(*mailbox, slot) || served;
     }
     if (served) {
-      last_post_ns = NowNs();
+      last_active_ns_ = NowNs();
     } else {
-      Idle(*mailbox, last_post_ns);
+      Idle(*mailbox);
     }
   }
 }
@@ -128,7 +128,10 @@ Mailbox* AttendPool::Current() {
   MutexLock lock(&mutex_);
   if (next_ != nullptr) {
     mailbox_ = std::move(next_);
-    served_.assign(mailbox_->shape().num_slots, 0);
+    served_.clear();
+    for (uint32_t slot = 0; slot < mailbox_->shape().num_slots; ++slot) {
+      served_.push_back(mailbox_->slot(slot).answered.load());  // it may have been attached before
+    }
   } else if (mailbox_ == nullptr && !stop_.load()) {
     attached_.WaitFor(&mutex_, absl::Seconds(1));
   }
@@ -143,16 +146,19 @@ bool AttendPool::AnyPost(const Mailbox& mailbox) const {
   return false;
 }
 
-void AttendPool::Idle(Mailbox& mailbox, int64_t last_post_ns) {
+void AttendPool::Idle(Mailbox& mailbox) {
   MailboxHeader& header = mailbox.header();
   const bool woken = mailbox.shape().poster_wakes;
-  const int64_t quiet_ns = NowNs() - last_post_ns;
+  const uint32_t wake = header.wake.load();
+  // A step begins: its first post may be some time off.
+  if (wake != wake_) last_active_ns_ = NowNs();
+  wake_ = wake;
+  const int64_t quiet_ns = NowNs() - last_active_ns_;
   if (quiet_ns < (woken ? kSpinIfWokenNs : kSpinNs)) {
     for (int i = 0; i < 64; ++i) Pause();
     return;
   }
   // It says that it sleeps before it looks again; who posts looks after posting.
-  const uint32_t wake = header.wake.load();
   header.store_sleeps.store(1);
   bool more = AnyPost(mailbox) || stop_.load();
   if (!more) {
@@ -171,6 +177,7 @@ bool AttendPool::ServeSlot(Mailbox& mailbox, uint32_t slot) {
   if (count == served_[slot]) return false;
   served_[slot] = count;
   const int64_t begun_ns = NowNs();
+  const TraceScope trace("attend in place", "layer", at.post.layer);
   Work work;
   const absl::Status status = ReadPost(mailbox, slot, work);
   if (status.ok()) {
@@ -188,8 +195,10 @@ void AttendPool::Answer(Mailbox& mailbox, uint32_t slot, const Work& work, uint6
   {
     MutexLock lock(&mutex_);
     ++(late ? counters_.late_partials : status.ok() ? counters_.posts : counters_.refused);
-    counters_.bytes += static_cast<uint64_t>(work.bytes);
-    counters_.busy_ns += busy_ns;
+    if (status.ok()) {
+      counters_.bytes += static_cast<uint64_t>(work.bytes);
+      counters_.busy_ns += busy_ns;
+    }
   }
   if (late) return;
   MailboxAnswer answer = {};
@@ -219,6 +228,8 @@ absl::Status AttendPool::ReadPost(const Mailbox& mailbox, uint32_t slot, Work& w
   if (post.layer >= static_cast<uint32_t>(shape.geometry.num_layers)) return Hostile("layer");
   if (post.table >= shape.tables_per_slot) return Hostile("table");
   if (!std::isfinite(post.scale)) return Hostile("scale");
+  const int32_t d = shape.geometry.head_dim;
+  if (d != 64 && d != 128 && d != 256) return absl::UnimplementedError("mailbox: the head size");
   if (post.soft_cap != 0) return absl::UnimplementedError("mailbox: a soft cap");
   kernels::AttendArgs& args = work.args;
   args.q = mailbox.queries(slot);
@@ -254,7 +265,9 @@ absl::Status AttendPool::ReadItems(const Mailbox& mailbox, const uint8_t* table,
   if (uint64_t{layer.item_begin} + layer.item_count > header.num_items) return Hostile("the layer");
   items_.clear();
   spans_.clear();
+  taken_.assign(size_t{work.post.rows} * geometry.num_kv_heads, false);
   const int64_t ready_bytes = ready_bytes_();
+  uint64_t next_span = 0;
   for (uint32_t i = 0; i < layer.item_count; ++i) {
     MailboxItem from;
     std::memcpy(&from, table + header.items_offset + (layer.item_begin + i) * sizeof(from),
@@ -266,6 +279,17 @@ absl::Status AttendPool::ReadItems(const Mailbox& mailbox, const uint8_t* table,
         !CheckedAdd(from.first_pos, from.row_count).has_value() ||
         uint64_t{from.span_begin} + from.span_count > header.num_spans || from.span_count == 0) {
       return Hostile("an item");
+    }
+    // Each span belongs to one item: however long the lists, the work is that of the table's bytes.
+    if (i > 0 && from.span_begin != next_span) return Hostile("spans of several items");
+    next_span = uint64_t{from.span_begin} + from.span_count;
+    // Two items may not write one state.
+    for (int64_t row = from.row_begin; row < *row_end; ++row) {
+      for (int32_t head = from.kv_head_begin; head < from.kv_head_end; ++head) {
+        auto taken = taken_[row * geometry.num_kv_heads + head];
+        if (taken) return Hostile("items that meet");
+        taken = true;
+      }
     }
     kernels::AttendItem item;
     item.row_begin = from.row_begin;
@@ -285,7 +309,8 @@ absl::Status AttendPool::ReadItems(const Mailbox& mailbox, const uint8_t* table,
       if (span.capacity < kBlockTokens || span.capacity > geometry.MaxExtentTokens() ||
           !std::has_single_bit(static_cast<uint32_t>(span.capacity)) || span.count < 1 ||
           span.count > span.capacity || span.count % kBlockTokens != 0 ||
-          span.first_pos < next_pos || span.first_pos % kBlockTokens != 0 ||
+          (s > 0 && span.first_pos != next_pos) || span.first_pos < 0 ||
+          span.first_pos % kBlockTokens != 0 ||
           span.first_pos >= kMaxPositions || span.first_pos < from.first_valid_pos) {
         return Hostile("a span");
       }

@@ -63,7 +63,7 @@ class AttendPool {
   void Answer(Mailbox& mailbox, uint32_t slot, const Work& work, uint64_t count,
               const absl::Status& status, int64_t begun_ns);
   // Until there may be a post.
-  void Idle(Mailbox& mailbox, int64_t last_post_ns);
+  void Idle(Mailbox& mailbox);
   bool AnyPost(const Mailbox& mailbox) const;
 
   const uint8_t* const data_;
@@ -79,8 +79,11 @@ class AttendPool {
   // Of the serving thread.
   std::shared_ptr<Mailbox> mailbox_;
   std::vector<uint64_t> served_;  // by slot: the count of the latest post
+  uint32_t wake_ = 0;             // the mailbox's, as seen last
+  int64_t last_active_ns_ = 0;    // the latest post or wake
   std::vector<kernels::AttendItem> items_;
   std::vector<kernels::KvSpan> spans_;
+  std::vector<bool> taken_;  // [row][kv_head]: an item of the post writes it
   std::unique_ptr<float[]> scratch_;
   kernels::CpuTeam team_;
   std::thread thread_;

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "common/trace.h"
 
 namespace headroom {
 namespace {
@@ -315,6 +316,7 @@ bool StepExecutor::TryBegin(Context& context) {
 }
 
 absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, int flight) {
+  const TraceScope trace("begin step", "step", static_cast<int64_t>(step->number));
   StepContext& state = *context.state;
   StepContext::Flight& at = state.flight(flight);
   at.enqueued_ns = NowNs();
@@ -636,7 +638,10 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
           "the model's logits are not finite: weights or keys are damaged");
     }
   }
-  result.duration_ns = NowNs() - begun_ns;
+  const int64_t ended_ns = NowNs();
+  result.duration_ns = ended_ns - begun_ns;
+  TraceSlice(step->has_chunk() ? "chunk step" : "token step", begun_ns, ended_ns, "step",
+             static_cast<int64_t>(step->number));
   for (int lane = 0; lane < kNumLanes; ++lane) {
     LaneAccount& account = result.lanes[lane];
     account.kv_heads = flight.kv_heads[lane];

@@ -140,7 +140,7 @@ WorkerHarness::~WorkerHarness() {
 
 absl::Status WorkerHarness::OpenInPlace(int attend_threads) {
   if (mailbox_dir_.empty()) {
-    mailbox_dir_ = (std::filesystem::temp_directory_path() / "headroom-mailbox-XXXXXX").string();
+    mailbox_dir_ = "/dev/shm/headroom-mailbox-XXXXXX";  // a GPU registers no file of a disk
     if (mkdtemp(mailbox_dir_.data()) == nullptr) return absl::InternalError("no temporary folder");
   }
   MailboxShape shape = MailboxShapeOf(config_, budget_, device_->name() == "cpu");

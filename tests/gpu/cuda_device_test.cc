@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -41,18 +42,32 @@ class Registered : public HostMemory {
   Device& device_;
 };
 
-// A mailbox's words: the doorbell, and the step's status in another cache line.
-class Mailbox : public Registered {
+// A mailbox of one slot, and the step's status in another cache line.
+class OneSlot : public Registered {
  public:
-  explicit Mailbox(Device& device) : Registered(device, 4096) {}
-  std::atomic<uint64_t>& doorbell() { return *reinterpret_cast<std::atomic<uint64_t>*>(data()); }
+  explicit OneSlot(Device& device) : Registered(device, 16384) {}
+  MailboxHeader& header() { return *reinterpret_cast<MailboxHeader*>(data()); }
+  MailboxSlot& slot() { return *reinterpret_cast<MailboxSlot*>(data() + 4096); }
   std::atomic<uint32_t>& status() {
-    return *reinterpret_cast<std::atomic<uint32_t>*>(data() + 64);
+    return *reinterpret_cast<std::atomic<uint32_t>*>(data() + 8192);
   }
-  AwaitArgs Await(uint64_t expected, absl::Duration deadline) {
-    AwaitArgs args;
-    args.doorbell = &doorbell();
-    args.expected = expected;
+  float* queries() { return reinterpret_cast<float*>(data() + 12288); }
+  // The answer to step 5, layer 3.
+  void Answer(uint64_t count, uint32_t code = 0) {
+    slot().answer.generation = 9;
+    slot().answer.step = 5;
+    slot().answer.layer = 3;
+    slot().answer.code = code;
+    slot().answered.store(count, std::memory_order_release);
+  }
+  kernels::AwaitPartialsArgs Await(uint64_t count, absl::Duration deadline) {
+    kernels::AwaitPartialsArgs args;
+    args.mailbox = &header();
+    args.slot = &slot();
+    args.count = count;
+    args.generation = 9;
+    args.step = 5;
+    args.layer = 3;
     args.deadline_us = absl::ToInt64Microseconds(deadline);
     args.status = &status();
     return args;
@@ -221,9 +236,8 @@ TEST_F(CudaDeviceTest, RefusesForeignPointersInTheWordsOfTheCpuDevice) {
     return device.Gemm(stream, gemm);
   });
   both([&](Device& device, StreamId stream, uint8_t*) {
-    AwaitArgs await;
-    await.doorbell = reinterpret_cast<const std::atomic<uint64_t>*>(foreign.data());
-    await.status = reinterpret_cast<std::atomic<uint32_t>*>(foreign.data() + 64);
+    kernels::AwaitPartialsArgs await;
+    await.mailbox = reinterpret_cast<MailboxHeader*>(foreign.data());
     return device.AwaitPartials(stream, await);
   });
 }
@@ -232,7 +246,7 @@ TEST_F(CudaDeviceTest, RefusesForeignPointersInTheWordsOfTheCpuDevice) {
 // ------------------------------------------------------------------------------
 
 TEST_F(CudaDeviceTest, EventsOrderStreams) {
-  Mailbox mailbox(device_);
+  OneSlot mailbox(device_);
   uint8_t* const word = gpu_.Take(4);
   Registered host(device_, 8192);
   std::fill_n(host.data(), 4, 0x11);
@@ -253,7 +267,7 @@ TEST_F(CudaDeviceTest, EventsOrderStreams) {
             absl::StatusCode::kDeadlineExceeded);
   EXPECT_FALSE(device_.Done(read));
   EXPECT_EQ(host.data()[4096], 0);
-  mailbox.doorbell().store(1, std::memory_order_release);
+  mailbox.Answer(1);
   ASSERT_OK(device_.Synchronize(read, absl::Seconds(10)));
   EXPECT_TRUE(device_.Done(written));
   EXPECT_EQ(host.data()[4096], 0x11);
@@ -273,8 +287,8 @@ TEST_F(CudaDeviceTest, AnEventBelongsToOneStream) {
 // ---------------------------------------------------------------------------------------
 
 TEST_F(CudaDeviceTest, AwaitPartialsSeesADoorbellThatRangBefore) {
-  Mailbox mailbox(device_);
-  mailbox.doorbell().store(7);
+  OneSlot mailbox(device_);
+  mailbox.Answer(7);
   const absl::Time begin = absl::Now();
   ASSERT_OK(device_.AwaitPartials(gpu_.stream(), mailbox.Await(7, absl::Seconds(20))));
   gpu_.Await();
@@ -283,7 +297,7 @@ TEST_F(CudaDeviceTest, AwaitPartialsSeesADoorbellThatRangBefore) {
 }
 
 TEST_F(CudaDeviceTest, AwaitPartialsGivesUpAtItsDeadlineAndLaterWaitsReturnAtOnce) {
-  Mailbox mailbox(device_);
+  OneSlot mailbox(device_);
   const absl::Time begin = absl::Now();
   ASSERT_OK(device_.AwaitPartials(gpu_.stream(), mailbox.Await(1, absl::Milliseconds(100))));
   for (int i = 0; i < 20; ++i) {
@@ -293,12 +307,78 @@ TEST_F(CudaDeviceTest, AwaitPartialsGivesUpAtItsDeadlineAndLaterWaitsReturnAtOnc
   const absl::Duration took = absl::Now() - begin;
   EXPECT_GE(took, absl::Milliseconds(95));
   EXPECT_LT(took, absl::Seconds(3));
-  EXPECT_EQ(mailbox.status().load(), static_cast<uint32_t>(absl::StatusCode::kDeadlineExceeded));
+  EXPECT_EQ(mailbox.status().load(), kernels::kAwaitExpired);
+  EXPECT_EQ(mailbox.header().retired.load(), 1u);
+  // What has come since is not taken by a later step either.
+  mailbox.Answer(1);
+  mailbox.status().store(0);
+  ASSERT_OK(device_.AwaitPartials(gpu_.stream(), mailbox.Await(1, absl::Seconds(20))));
+  gpu_.Await();
+  EXPECT_EQ(mailbox.status().load(), kernels::kAwaitRetired);
   EXPECT_OK(device_.status());
 }
 
+TEST_F(CudaDeviceTest, AwaitPartialsTakesTheAnswerToItsOwnQuestionOnly) {
+  const std::vector<std::function<void(kernels::AwaitPartialsArgs&)>> others = {
+      [](auto& a) { ++a.generation; }, [](auto& a) { ++a.step; }, [](auto& a) { ++a.attempt; },
+      [](auto& a) { ++a.layer; }};
+  for (const auto& other_question : others) {
+    OneSlot mailbox(device_);
+    mailbox.Answer(1);
+    kernels::AwaitPartialsArgs await = mailbox.Await(1, absl::Seconds(20));
+    other_question(await);
+    ASSERT_OK(device_.AwaitPartials(gpu_.stream(), await));
+    gpu_.Await();
+    EXPECT_EQ(mailbox.status().load(), kernels::kAwaitMismatch);
+    EXPECT_EQ(mailbox.header().retired.load(), 1u);
+  }
+  OneSlot mailbox(device_);
+  mailbox.Answer(1, /*code=*/13);
+  ASSERT_OK(device_.AwaitPartials(gpu_.stream(), mailbox.Await(1, absl::Seconds(20))));
+  gpu_.Await();
+  EXPECT_EQ(mailbox.status().load(), kernels::kAwaitRefused);
+}
+
+TEST_F(CudaDeviceTest, PostQueriesWritesRowsAndRecordBeforeTheCount) {
+  constexpr int64_t kRows = 3, kFloats = 192, kStride = 320;
+  Registered host(device_, 8192);
+  auto* const from = reinterpret_cast<float*>(host.data());
+  for (int i = 0; i < kRows * kStride; ++i) from[i] = static_cast<float>(i);
+  auto* const q = gpu_.Take<float>(kRows * kStride);
+  ASSERT_OK(device_.Copy(gpu_.stream(), Plain(q, from, kRows * kStride * sizeof(float))));
+  OneSlot mailbox(device_);
+  kernels::PostQueriesArgs post;
+  post.q = q;
+  post.q_stride = kStride;
+  post.rows = kRows;
+  post.row_floats = kFloats;
+  post.queries = mailbox.queries();
+  post.mailbox = &mailbox.header();
+  post.slot = &mailbox.slot();
+  post.post.step = 77;
+  post.post.scale = 0.5f;
+  post.count = 4;
+  ASSERT_OK(device_.PostQueries(gpu_.stream(), post));
+  while (mailbox.slot().posted.load(std::memory_order_acquire) != 4) {
+  }
+  EXPECT_EQ(mailbox.slot().post.step, 77u);
+  EXPECT_EQ(mailbox.slot().post.scale, 0.5f);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t i = 0; i < kFloats; ++i) {
+      ASSERT_EQ(mailbox.queries()[row * kFloats + i], static_cast<float>(row * kStride + i));
+    }
+  }
+  gpu_.Await();
+  // A store that has been given up may still read: nothing is written any more.
+  mailbox.header().retired.store(1);
+  post.count = 5;
+  ASSERT_OK(device_.PostQueries(gpu_.stream(), post));
+  gpu_.Await();
+  EXPECT_EQ(mailbox.slot().posted.load(), 4u);
+}
+
 TEST_F(CudaDeviceTest, AwaitPartialsAnswersWithinMicroseconds) {
-  Mailbox mailbox(device_);
+  OneSlot mailbox(device_);
   Registered echo(device_, 4096);
   uint8_t* const word = gpu_.Take(8);
   auto& answer = *reinterpret_cast<std::atomic<uint64_t>*>(echo.data());
@@ -311,7 +391,7 @@ TEST_F(CudaDeviceTest, AwaitPartialsAnswersWithinMicroseconds) {
     ASSERT_OK(device_.Copy(gpu_.stream(), Plain(&answer, word, 8)));
     absl::SleepFor(absl::Milliseconds(2));  // the kernel waits by now
     const absl::Time begin = absl::Now();
-    mailbox.doorbell().store(round, std::memory_order_release);
+    mailbox.Answer(round);
     while (answer.load(std::memory_order_acquire) != round) {
       ASSERT_LT(absl::Now() - begin, absl::Seconds(10));
     }

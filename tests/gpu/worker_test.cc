@@ -1,11 +1,13 @@
 // The whole step executor on a GPU: the same bits however a sequence is computed, and close to the
 // CPU device, which computes in float32.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "common/device/device_factory.h"
 #include "gtest/gtest.h"
 #include "tests/common/worker_harness.h"
@@ -16,6 +18,8 @@ namespace {
 constexpr uint64_t kResident = 1;
 constexpr uint64_t kFetched = 2;
 constexpr uint64_t kMixed = 3;
+constexpr uint64_t kInPlace = 4;
+constexpr uint64_t kThreeLanes = 5;
 
 RandomModelSpec Model(int64_t q_heads, int64_t kv_heads, int64_t head_dim) {
   RandomModelSpec spec;
@@ -36,6 +40,8 @@ class WorkerOnGpu : public ::testing::Test {
     ASSERT_TRUE(folder.ok()) << folder.status();
     folder_ = *std::move(folder);
     WorkerHarnessOptions options;
+    options.attend_threads = 4;
+    options.in_place_deadline = absl::Milliseconds(500);
     options.wrap_device = [&](std::unique_ptr<Device>) {
       DeviceOptions device;
       device.kind = "cuda";
@@ -56,6 +62,13 @@ class WorkerOnGpu : public ::testing::Test {
     const KvGeometry geometry = (*harness)->geometry();
     EXPECT_TRUE(executor.PreparePlan(ResidentPlan(kResident, geometry)).ok());
     EXPECT_TRUE(executor.PreparePlan(FetchedPlan(kFetched, geometry)).ok());
+    EXPECT_TRUE(executor.PreparePlan(InPlacePlan(kInPlace, geometry)).ok());
+    EXPECT_TRUE(executor
+                    .PreparePlan(WholeHeadPlan(kThreeLanes, geometry,
+                                               [](int32_t layer, int32_t head) {
+                                                 return static_cast<Lane>((layer + head) % 3);
+                                               }))
+                    .ok());
     EXPECT_TRUE(
         executor
             .PreparePlan(WholeHeadPlan(
@@ -167,6 +180,57 @@ TEST_F(WorkerOnGpu, SequencesSideBySideHaveTheBitsOfSequencesAlone) {
   ASSERT_TRUE(together.ok()) << together.status();
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(Difference((*together)[i], Run(*gpu_, requests[i], kFetched)), "") << i;
+  }
+}
+
+// The store's processors compute in float32 with another order of sums than the GPU: close, and the same
+// bits each time.
+TEST_F(WorkerOnGpu, KeysInPlaceAreWithinRounding) {
+  Start(Model(6, 3, 64));
+  ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
+  TestRequest request = Request(6, 600, 1);
+  request.chunk_tokens = 40;
+  const TestOutput resident = Run(*gpu_, request, kResident);
+  KvGeometry geometry = gpu_->geometry();
+  ASSERT_TRUE(gpu_->executor()
+                  .PreparePlan(SplitHeadPlan(9, geometry, 1, 256, Lane::kInPlace, Lane::kFetched))
+                  .ok());
+  for (const uint64_t plan : {kInPlace, kThreeLanes, uint64_t{9}}) {
+    const TestOutput in_place = Run(*gpu_, request, plan);
+    ASSERT_EQ(in_place.scored.size(), resident.scored.size());
+    EXPECT_GT(gpu_->steps().back().result.lanes[static_cast<int>(Lane::kInPlace)].bytes, 0);
+    EXPECT_EQ(gpu_->retries(), 0);
+    double sum = 0, worst = 0;
+    for (size_t i = 0; i < resident.scored.size(); ++i) {
+      const double apart = std::abs(in_place.scored[i].logprob - resident.scored[i].logprob);
+      sum += apart;
+      worst = std::max(worst, apart);
+    }
+    const double mean = sum / static_cast<double>(resident.scored.size());
+    std::printf("plan %d: mean difference %.2g, worst %.2g\n", static_cast<int>(plan), mean, worst);
+    EXPECT_LT(mean, 0.02);
+    EXPECT_LT(worst, 0.1);
+    EXPECT_EQ(Difference(in_place, Run(*gpu_, request, plan)), "") << "run again";
+  }
+}
+
+TEST_F(WorkerOnGpu, AStoreThatDiesCostsNoToken) {
+  Start(Model(6, 3, 64));
+  ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
+  const TestRequest request = Request(7, 300, 30);
+  const TestOutput expected = Run(*gpu_, request, kFetched);
+  gpu_->set_segment_used(0);
+  RunOptions options;
+  options.plan_version = kInPlace;
+  options.on_step = [&](int steps) {
+    if (steps == 6) gpu_->KillPool();
+  };
+  const auto output = gpu_->RunOne(request, options);
+  ASSERT_TRUE(output.ok()) << output.status();
+  EXPECT_GT(gpu_->retries(), 0);
+  ASSERT_EQ(output->drawn.size(), expected.drawn.size());
+  for (size_t i = 0; i < expected.drawn.size(); ++i) {
+    EXPECT_EQ(output->drawn[i].token_id, expected.drawn[i].token_id) << i;
   }
 }
 

@@ -196,7 +196,7 @@ class CpuDevice : public Device {
     }
     event.captured.store(false, std::memory_order_relaxed);
     const uint32_t value = event.recorded.fetch_add(1, std::memory_order_relaxed) + 1;
-    return Enqueue(stream, RecordEventArgs{&event, value}, nullptr,
+    return Enqueue(stream, nullptr, RecordEventArgs{&event, value}, nullptr,
                    [](const void* args, kernels::CpuTeam&, OpAccount*) {
                      const auto& a = *static_cast<const RecordEventArgs*>(args);
                      a.event->fired.store(a.value, std::memory_order_release);
@@ -216,7 +216,7 @@ class CpuDevice : public Device {
     HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(event));
     const uint32_t target = event.recorded.load(std::memory_order_relaxed);
     if (target == 0) return absl::OkStatus();
-    return Enqueue(stream, WaitEventArgs{&event, target}, account,
+    return Enqueue(stream, "Wait", WaitEventArgs{&event, target}, account,
                    [](const void* args, kernels::CpuTeam&, OpAccount*) {
                      const auto& a = *static_cast<const WaitEventArgs*>(args);
                      AwaitFired(*a.event, a.target);
@@ -256,7 +256,7 @@ class CpuDevice : public Device {
       status = absl::FailedPreconditionError(status.message());
     }
     HEADROOM_RETURN_IF_ERROR(status);
-    return Enqueue(stream, args, account,
+    return Enqueue(stream, "Copy", args, account,
                    [](const void* a, kernels::CpuTeam&, OpAccount* account) {
                      const auto& args = *static_cast<const CopyArgs*>(a);
                      TouchRanges(args);
@@ -269,17 +269,19 @@ class CpuDevice : public Device {
     HEADROOM_RETURN_IF_ERROR(CheckPost(
         args, [this](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
         [this](const void* data, int64_t bytes) { return InHost(data, bytes); }));
-    return Enqueue(stream, args, nullptr, [](const void* a, kernels::CpuTeam&, OpAccount*) {
-      RunPost(*static_cast<const kernels::PostQueriesArgs*>(a));
-    });
+    return Enqueue(stream, "PostQueries", args, nullptr,
+                   [](const void* a, kernels::CpuTeam&, OpAccount*) {
+                     RunPost(*static_cast<const kernels::PostQueriesArgs*>(a));
+                   });
   }
   absl::Status AwaitPartials(StreamId stream, const kernels::AwaitPartialsArgs& args,
                              OpAccount* account) override {
     HEADROOM_RETURN_IF_ERROR(CheckAwait(
         args, [this](const void* data, int64_t bytes) { return InHost(data, bytes); }));
-    return Enqueue(stream, args, account, [](const void* a, kernels::CpuTeam&, OpAccount*) {
-      RunAwait(*static_cast<const kernels::AwaitPartialsArgs*>(a));
-    });
+    return Enqueue(stream, "AwaitPartials", args, account,
+                   [](const void* a, kernels::CpuTeam&, OpAccount*) {
+                     RunAwait(*static_cast<const kernels::AwaitPartialsArgs*>(a));
+                   });
   }
   absl::Status MergePartials(StreamId s, const kernels::MergePartialsArgs& a) override {
     return Launch<&kernels::cpu::MergePartials>(s, "MergePartials", a, nullptr, /*host_too=*/true);
@@ -348,7 +350,7 @@ class CpuDevice : public Device {
       }
       ops = &recordings_[id.index]->ops;
     }
-    return Enqueue(stream, ReplayArgs{ops}, nullptr,
+    return Enqueue(stream, "Replay", ReplayArgs{ops}, nullptr,
                    [](const void* args, kernels::CpuTeam& team, OpAccount*) {
                      for (const CpuOp& op : *static_cast<const ReplayArgs*>(args)->ops) {
                        RunOp(op, team);
@@ -380,10 +382,12 @@ class CpuDevice : public Device {
   Recording* recording_of(StreamId stream) { return active_[stream.index]; }
 
   template <typename Args>
-  absl::Status Enqueue(StreamId stream, const Args& args, OpAccount* account, CpuOp::Run run) {
+  absl::Status Enqueue(StreamId stream, const char* name, const Args& args, OpAccount* account,
+                       CpuOp::Run run) {
     static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= CpuOp::kStorageBytes);
     CpuOp op;
     op.run = run;
+    op.name = name;
     op.account = account;
     new (op.storage) Args(args);
     if (Recording* recording = recording_of(stream)) {
@@ -394,12 +398,12 @@ class CpuDevice : public Device {
   }
 
   template <auto kKernel, typename Args>
-  absl::Status Launch(StreamId stream, absl::string_view name, const Args& args,
+  absl::Status Launch(StreamId stream, const char* name, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
     HEADROOM_RETURN_IF_ERROR(CheckRanges(name, args, [&](const void* data, int64_t bytes) {
       return arena_.Contains(data, bytes) || (host_too && InHost(data, bytes));
     }));
-    return Enqueue(stream, args, account,
+    return Enqueue(stream, name, args, account,
                    [](const void* a, kernels::CpuTeam& team, OpAccount* account) {
                      const auto& args = *static_cast<const Args*>(a);
                      TouchRanges(args);

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/futex.h"
 #include "common/status.h"
+#include "common/trace.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,13 +40,15 @@ uint64_t NextRandom(uint64_t& state) {
 }  // namespace
 
 void RunOp(const CpuOp& op, kernels::CpuTeam& team) {
-  if (op.account == nullptr) return op.run(op.storage, team, nullptr);
-  const auto begin = std::chrono::steady_clock::now();
+  const bool traced = op.name != nullptr && TraceOn();
+  if (op.account == nullptr && !traced) return op.run(op.storage, team, nullptr);
+  const int64_t begin_ns = TraceNowNs();
   op.run(op.storage, team, op.account);
-  op.account->busy_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                    std::chrono::steady_clock::now() - begin)
-                                    .count(),
-                                std::memory_order_relaxed);
+  const int64_t end_ns = TraceNowNs();
+  if (op.account != nullptr) {
+    op.account->busy_ns.fetch_add(end_ns - begin_ns, std::memory_order_relaxed);
+  }
+  if (traced) TraceSlice(op.name, begin_ns, end_ns);
 }
 
 CpuStream::CpuStream(std::string name, int threads, std::optional<uint64_t> delay_seed)

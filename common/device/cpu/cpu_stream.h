@@ -25,6 +25,7 @@ struct CpuOp {
   using Run = void (*)(const void* args, kernels::CpuTeam& team, OpAccount* account);
 
   Run run = nullptr;
+  const char* name = nullptr;    // a literal, for the trace; null: not traced
   OpAccount* account = nullptr;  // may be null
   alignas(8) std::byte storage[kStorageBytes];
 };

@@ -252,6 +252,19 @@ TEST_F(MailboxTest, OneThatIsUnlinkedStaysMapped) {
   EXPECT_EQ(CodeOfOpen(), absl::StatusCode::kNotFound);
 }
 
+TEST_F(MailboxTest, OneWithoutANameIsLikeAnyOtherToItsProcess) {
+  const auto first = Mailbox::CreateUnnamed(SmallShape());
+  const auto second = Mailbox::CreateUnnamed(SmallShape());
+  ASSERT_TRUE(first.ok()) << first.status();
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_EQ((*first)->bytes(), SmallShape().file_bytes());
+  EXPECT_EQ((*first)->shape().max_rows, 3u);
+  RingPosted((*first)->header(), (*first)->slot(1), 4);
+  EXPECT_EQ((*first)->slot(1).posted, 4u);
+  EXPECT_EQ((*second)->slot(1).posted, 0u);
+  EXPECT_TRUE(std::filesystem::is_empty(dir_));
+}
+
 TEST_F(MailboxTest, AFolderWithoutRoomSaysSoAndKeepsNoFile) {
   MailboxShape shape = SmallShape();
   shape.table_bytes = int64_t{1} << 44;
@@ -555,20 +568,22 @@ TEST_F(MailboxBells, CountsMayPassTheWordThatIsSleptOn) {
   store.join();
 }
 
-TEST_F(MailboxBells, APostIsCountedAndRingsOnlyForASleeper) {
+// A store that looks at `wake` before it says that it sleeps misses no rise of it.
+TEST_F(MailboxBells, EveryPostAndEveryBeginOfAStepRaisesTheWordThatAStoreSleepsOn) {
   RingPosted(worker_->header(), worker_->slot(1), 1);
   EXPECT_EQ(store_->slot(1).posted, 1u);
   EXPECT_EQ(store_->slot(0).posted, 0u);
-  EXPECT_EQ(store_->header().wake, 0u);
-  store_->header().store_sleeps.store(1);
-  RingPosted(worker_->header(), worker_->slot(1), 2);
   EXPECT_EQ(store_->header().wake, 1u);
-  EXPECT_EQ(store_->header().store_sleeps, 0u);
-  WakeStore(worker_->header());
-  EXPECT_EQ(store_->header().wake, 1u);
-  store_->header().store_sleeps.store(1);
   WakeStore(worker_->header());
   EXPECT_EQ(store_->header().wake, 2u);
+  store_->header().store_sleeps.store(1);
+  RingPosted(worker_->header(), worker_->slot(1), 2);
+  EXPECT_EQ(store_->header().wake, 3u);
+  EXPECT_EQ(store_->header().store_sleeps, 0u) << "one bell is enough";
+  store_->header().store_sleeps.store(1);
+  WakeStore(worker_->header());
+  EXPECT_EQ(store_->header().wake, 4u);
+  EXPECT_EQ(store_->header().store_sleeps, 0u);
 }
 
 // Each side asks and answers by turns; what either sleeps through is lost time, never a post.

@@ -824,12 +824,12 @@ TEST_F(SchedulerInPlaceTest, ADiscardedStepIsRunAgainAndNoTokenChanges) {
 }
 
 TEST_F(SchedulerInPlaceTest, WhatWasSentAheadOfADiscardedTokenIsRunAgainWithItsId) {
-  machine_->step_time = absl::Milliseconds(5);
+  machine_->step_time = absl::Milliseconds(25);
   Start();
-  DiscardNext(6);  // three chunks, the first of them with a token, and two tokens before it
-  auto outcome = Submit(Prompt(300), 20);
+  DiscardNext(6);  // after three chunks and two tokens
+  auto outcome = Submit(Prompt(300), 7);
   ASSERT_TRUE(outcome->WaitForEnd());
-  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 20));
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 7));
   EXPECT_EQ(Under(&FakeMachine::discarded), 2) << "the step and the one ahead of it";
   // Position 302 is computed twice, and 303; the second time 302's token is known.
   std::map<int64_t, std::vector<int>> ids_at;

@@ -400,6 +400,7 @@ TEST_F(AttendPoolTest, PostsWithWrongNumbersAreRefused) {
   WriteQueries(0, 1);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   ExpectRefused([](Question& q) { q.post.rows = 0; });
+  ExpectRefused([](Question& q) { q.post.rows = 0, q.layers[1] = {0, 0}; });
   ExpectRefused([](Question& q) { q.post.rows = 1; });  // the item's row is the second
   ExpectRefused([](Question& q) { q.post.rows = 129; });
   ExpectRefused([](Question& q) { q.post.rows = UINT32_MAX; });
@@ -507,6 +508,21 @@ TEST_F(AttendPoolTest, SpansThatAreNoExtentsAreRefused) {
                               INT32_MAX - 63}) {
     ExpectRefused([count](Question& q) { q.spans[0].count = count; });
   }
+  ExpectRefused([](Question& q) { q.spans[1].count = 192; });  // of 128
+}
+
+TEST_F(AttendPoolTest, AnExtentLargerThanAnyIsRefusedWhereThereIsRoomForIt) {
+  const int64_t capacity = 2 * kGeometry.MaxExtentTokens();
+  segment_.resize(capacity * kGeometry.BytesPerTokenPerLayer());
+  ready_bytes_.store(static_cast<int64_t>(segment_.size()));
+  Start();
+  WriteQueries(0, 1);
+  for (const int64_t tokens : {capacity / 2, capacity}) {
+    Question q = PlainQuestion();
+    q.spans[0].data_offset = 0;
+    q.spans[0].capacity = static_cast<int32_t>(tokens);
+    EXPECT_EQ(Ask(0, q), tokens == capacity ? kInvalidArgument : 0);
+  }
 }
 
 TEST_F(AttendPoolTest, ExtentsOutsideTheSegmentAreRefused) {
@@ -549,6 +565,13 @@ TEST_F(AttendPoolTest, KeysOutOfOrderAreRefused) {
   for (const int64_t pos : {int64_t{-64}, int64_t{1}, int64_t{63}, kMaxPositions, INT64_MAX - 63,
                             INT64_MAX, INT64_MIN}) {
     ExpectRefused([pos](Question& q) { q.spans[0].first_pos = pos; });
+  }
+  // Alone, so that nothing else is wrong.
+  for (const int64_t pos : {int64_t{-64}, int64_t{1}, int64_t{32}, int64_t{63}}) {
+    ExpectRefused([pos](Question& q) {
+      q.items[0].span_count = 1;
+      q.spans[0].first_pos = pos;
+    });
   }
   // The second extent's keys begin before the first's end.
   for (const int64_t pos : {int64_t{0}, int64_t{64}, int64_t{192}, int64_t{-256}}) {
@@ -757,22 +780,25 @@ TEST_F(AttendPoolTest, APoolThatSleepsIsWokenByAPost) {
   EXPECT_LT(best, absl::Milliseconds(100));
 }
 
-// A GPU raises the count and rings no bell.
+// A GPU raises the count and rings no bell. Between the layers of a step the pool spins; for a
+// while after it, it naps.
 TEST_F(AttendPoolTest, PostsOfWhoCanWakeNobodyAreFoundWhileAStepRuns) {
   Start(1, NewMailbox([](MailboxShape& shape) { shape.poster_wakes = false; }));
   WriteQueries(0, 1);
-  absl::Duration best = absl::InfiniteDuration();
-  for (int round = 0; round < 5; ++round) {
-    ExpectServed(0, PlainQuestion());
-    absl::SleepFor(absl::Milliseconds(round % 2 == 0 ? 1 : 40));  // it spins, or it naps
-    mailbox_->slot(0).post.step = 900 + round;
-    const absl::Time begin = absl::Now();
-    mailbox_->slot(0).posted.store(++counts_[0]);
-    ASSERT_TRUE(Answered(0));
-    best = std::min(best, absl::Now() - begin);
-    EXPECT_EQ(mailbox_->slot(0).answer.step, static_cast<uint64_t>(900 + round));
+  for (const absl::Duration quiet : {absl::Milliseconds(1), absl::Milliseconds(60)}) {
+    absl::Duration best = absl::InfiniteDuration();
+    for (uint64_t round = 0; round < 3; ++round) {
+      ExpectServed(0, PlainQuestion());
+      absl::SleepFor(quiet);
+      mailbox_->slot(0).post.step = 900 + round;
+      const absl::Time begin = absl::Now();
+      mailbox_->slot(0).posted.store(++counts_[0]);
+      ASSERT_TRUE(Answered(0));
+      best = std::min(best, absl::Now() - begin);
+      EXPECT_EQ(mailbox_->slot(0).answer.step, 900 + round);
+    }
+    EXPECT_LT(best, absl::Milliseconds(100)) << quiet;
   }
-  EXPECT_LT(best, absl::Milliseconds(100));
 }
 
 // ... and between steps it sleeps deeply, until the worker's host says that one begins.
