@@ -105,12 +105,7 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
   }
   in_place_open_ = false;
   if (store.attend_threads() > 0) OpenInPlace(store.generation());
-  absl::StatusOr<v1::MeasureLanesResponse> costs = worker_->MeasureLanes();
-  if (costs.ok()) {
-    made.found.lane_costs = *std::move(costs);
-  } else {
-    LogWarning(absl::StrCat("what steps cost is not known: ", costs.status().message()));
-  }
+  made.found.lane_costs = LaneCostsOf(made.found);
   HEADROOM_ASSIGN_OR_RETURN(
       made.stream, worker_->StartSteps(
                        [this, epoch](v1::StepResponse response) {
@@ -125,6 +120,22 @@ absl::StatusOr<Peers::Connection> Peers::TryConnect(uint64_t epoch) {
   store_answers_ = true;
   restart_told_ = false;
   return made;
+}
+
+// Measured once for peers of a kind: when one of them comes back, sequences wait for it.
+v1::MeasureLanesResponse Peers::LaneCostsOf(const PeersFound& found) {
+  const std::string measured_for = absl::StrCat(
+      found.worker.device(), ", ", found.worker.memory().budget_bytes(), " bytes, ",
+      found.worker.fingerprint().value(), ", ", in_place_open_ ? found.store.attend_threads() : 0);
+  if (measured_for == measured_for_) return lane_costs_;
+  absl::StatusOr<v1::MeasureLanesResponse> costs = worker_->MeasureLanes();
+  if (!costs.ok()) {
+    LogWarning(absl::StrCat("what steps cost is not known: ", costs.status().message()));
+    return {};
+  }
+  measured_for_ = measured_for;
+  lane_costs_ = *std::move(costs);
+  return lane_costs_;
 }
 
 absl::Status Peers::BindStore(PeersFound& found) {

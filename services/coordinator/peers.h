@@ -83,6 +83,7 @@ class Peers {
 
   absl::StatusOr<Connection> TryConnect(uint64_t epoch);
   absl::Status BindStore(PeersFound& found);
+  v1::MeasureLanesResponse LaneCostsOf(const PeersFound& found);
   void ConnectUntilItWorks(uint64_t epoch);
   void WatchStore();
   // The store watches the mailbox that the worker has made for it. Not having it costs speed only.
@@ -114,6 +115,8 @@ class Peers {
   absl::Time in_place_retry_ = absl::InfinitePast();   // not before
   absl::Time in_place_opened_ = absl::InfinitePast();  // the latest that worked
   absl::Duration in_place_pause_;                      // before the next try
+  std::string measured_for_;  // the peers that lane_costs_ hold for
+  v1::MeasureLanesResponse lane_costs_;
 
   TaskThread calls_;
 };

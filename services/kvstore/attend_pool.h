@@ -16,11 +16,10 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "common/kv_layout.h"
 #include "common/mutex.h"
 #include "common/segment/mailbox.h"
-#include "kernels/attention.h"
 #include "kernels/cpu/team.h"
+#include "services/kvstore/post_reader.h"
 
 namespace headroom::kvstore {
 
@@ -46,28 +45,17 @@ class AttendPool {
   void Attach(std::shared_ptr<Mailbox> mailbox);
 
  private:
-  // One post, copied out of the mailbox and checked.
-  struct Work {
-    MailboxPost post;
-    kernels::AttendArgs args;
-    int64_t bytes = 0;
-  };
-
   void Loop();
   // The mailbox to serve; null: none yet.
   Mailbox* Current();
   // Answers the slot's post, if there is one that is not answered.
   bool ServeSlot(Mailbox& mailbox, uint32_t slot);
-  absl::Status ReadPost(const Mailbox& mailbox, uint32_t slot, Work& work);
-  absl::Status ReadItems(const Mailbox& mailbox, const uint8_t* table, Work& work);
-  void Answer(Mailbox& mailbox, uint32_t slot, const Work& work, uint64_t count,
-              const absl::Status& status, int64_t begun_ns);
+  void Answer(Mailbox& mailbox, uint32_t slot, uint64_t count, const absl::Status& status,
+              int64_t begun_ns);
   // Until there may be a post.
   void Idle(Mailbox& mailbox);
   bool AnyPost(const Mailbox& mailbox) const;
 
-  const uint8_t* const data_;
-  const std::function<int64_t()> ready_bytes_;
   std::atomic<bool> stop_{false};
 
   mutable Mutex mutex_;
@@ -81,10 +69,7 @@ class AttendPool {
   std::vector<uint64_t> served_;  // by slot: the count of the latest post
   uint32_t wake_ = 0;             // the mailbox's, as seen last
   int64_t last_active_ns_ = 0;    // the latest post or wake
-  std::vector<kernels::AttendItem> items_;
-  std::vector<kernels::KvSpan> spans_;
-  std::vector<bool> taken_;  // [row][kv_head]: an item of the post writes it
-  std::unique_ptr<float[]> scratch_;
+  PostReader reader_;
   kernels::CpuTeam team_;
   std::thread thread_;
 };

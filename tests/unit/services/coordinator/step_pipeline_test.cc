@@ -135,7 +135,7 @@ TEST_F(StepPipelineTest, ADiscardedTokenIsSentAgainWhenWhatWentOnFromItHasReturn
   EXPECT_TRUE(pipeline_.idle());
   Pump();
   ASSERT_EQ(sent_.size(), 5u) << "two in flight again";
-  EXPECT_EQ(Of(4), "1@100+1");
+  ASSERT_EQ(Of(4), "1@100+1");
   EXPECT_EQ(Sent(4).sequences(0).token_ids(0), TokenAt(100)) << "it is known by now";
   EXPECT_EQ(Of(5), "1@101+?");
   EXPECT_EQ(Sent(4).open_sequences_size(), 0) << "the worker still has it";

@@ -77,7 +77,7 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"decode", "no context"},         {"decode:0", "context '0'"},
       {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
       {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
-      {"decode:5:gpu", "lane 'gpu'"},   {"decode:5:in_place", "lane 'in_place'"},
+      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
   };
@@ -165,7 +165,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   options.gpu_memory_bytes = int64_t{128} << 20;
   options.repeat = 3;
   options.chunk_tokens = 64;
-  options.work = {"prefill:200:resident", "decode:130:fetched:3"};
+  options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3"};
   options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
 
@@ -176,10 +176,10 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
     ASSERT_TRUE(json.ok()) << json.status();
     lines.push_back(*std::move(json));
   }
-  ASSERT_EQ(lines.size(), 3);
+  ASSERT_EQ(lines.size(), 4);
   EXPECT_EQ(lines[0].Find("type")->as_string(), "setup");
   EXPECT_EQ(lines[0].Find("threads")->as_int(), 2);
-  for (int i = 1; i < 3; ++i) {
+  for (int i = 1; i < 4; ++i) {
     SCOPED_TRACE(lines[i].Dump());
     EXPECT_GT(lines[i].Find("floor_seconds")->as_number(), 0);
     EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
@@ -195,6 +195,9 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   const double bytes = 3 * 128 * 4 * 2 * 64 * 2 * 2;
   const Json& fetched = *lines[2].Find("lanes")->Find("fetched");
   EXPECT_DOUBLE_EQ(fetched.Find("bytes")->as_number(), bytes);
+  // ... or read where it lies.
+  EXPECT_EQ(lines[3].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), 0);
+  EXPECT_DOUBLE_EQ(lines[3].Find("lanes")->Find("in_place")->Find("bytes")->as_number(), bytes);
 }
 
 TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {
