@@ -49,8 +49,11 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident, "
-                 "fetched or in_place. May be given several times. Default: the items of --set.");
-  flags.Text("set", "NAME", &options.set, "A named set of items.");
+                 "fetched, in_place or, for decode, auto. May be given several times. Default: the items of --set.");
+  flags.Text("set", "NAME", &options.set,
+             "A named set of items: default, prefill, decode, or plan, which sets what the planner "
+             "predicts for --gpu-memory against what is measured.");
+  flags.Integer("seed", &options.seed, 0, int64_t{1} << 62, "Draws one context of the set plan.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
                 "Measurements of each item.");
   flags.Group("Device");

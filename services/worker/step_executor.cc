@@ -342,6 +342,10 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
 
 absl::Status StepExecutor::ApplyMembership(const Step& step) {
   for (const uint64_t id : step.close) kv_->Close(id);
+  if (!step.close.empty()) {
+    MutexLock lock(&mutex_);
+    for (const uint64_t id : step.close) discarded_.erase(id);
+  }
   runs_changed_ = runs_changed_ || !step.open.empty() || !step.grants.empty();
   const bool repeated = step.attempt > 0;
   for (const OpenSequence& open : step.open) {

@@ -47,7 +47,7 @@ int32_t UsableThreads() {
 }
 
 absl::StatusOr<std::vector<WorkItem>> ItemsOf(const BenchOptions& options) {
-  if (options.work.empty()) return WorkItemsOf(options.set);
+  if (options.work.empty()) return WorkItemsOf(options.set, options.seed);
   std::vector<WorkItem> items;
   for (const std::string& text : options.work) {
     HEADROOM_ASSIGN_OR_RETURN(const WorkItem item, ParseWorkItem(text));
@@ -60,6 +60,11 @@ absl::StatusOr<BenchResult> MeasureItem(const WorkItem& item, int32_t repeat, Be
                                         CpuCeilingProbe& probe) {
   BenchResult result;
   result.item = item;
+  if (item.planned) {  // said before anything of the item runs
+    HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine.PlanFor(item));
+    result.predicted_seconds = planned.step_seconds;
+    BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
+  }
   HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe.Measure());
   for (int32_t i = 0; i < repeat; ++i) {
     HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine.Measure(item));

@@ -29,6 +29,7 @@ struct BenchOptions {
   // fetched and in_place. Empty: the items of `set`.
   std::vector<std::string> work;
   std::string set = "default";  // see work_item.h
+  uint64_t seed = 0;            // draws what a set draws
   // Measurements of each item, at least kMinBenchRepeats.
   int32_t repeat = 5;
   // Longest chunk of a prefill, beside what the memory allows.

@@ -13,6 +13,7 @@
 #include "common/kv_layout.h"
 #include "common/segment_format.h"
 #include "common/status.h"
+#include "services/coordinator/placement/step_model.h"
 #include "services/headroom/bench/ceilings.h"
 #include "services/headroom/bench/costs.h"
 
@@ -227,7 +228,7 @@ absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item) {
 absl::Status BenchEngine::CheckResident(const WorkItem& item,
                                         const Measurement& measurement) const {
   const double fetched = measurement.lane_bytes[static_cast<int>(Lane::kFetched)];
-  if (item.lane != Lane::kResident || fetched == 0) return absl::OkStatus();
+  if (item.planned || item.lane != Lane::kResident || fetched == 0) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat(item.ToString(), ": ", budget_.kv_pool_bytes,
                    " bytes of device memory for keys and values do not hold them: raise "
@@ -295,7 +296,7 @@ StepPort BenchEngine::Port() {
 
 absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   DecodeWork work;
-  work.plan_version = PlanVersionOf(item.lane);
+  work.plan_version = item.planned ? planned_version_ : PlanVersionOf(item.lane);
   work.context_tokens = item.context_tokens;
   work.warm_steps = kWarmSteps;
   work.measured_steps = kMeasuredSteps;
@@ -318,12 +319,46 @@ absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   return measured;
 }
 
+absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) {
+  HEADROOM_ASSIGN_OR_RETURN(const LaneCosts costs, Calibrate());
+  const KvGeometry geometry = config_.kv_geometry();
+  std::vector<coordinator::SequenceShape> shapes;
+  int64_t used = 0;
+  for (int32_t i = 0; i < item.batch; ++i) {
+    coordinator::SequenceShape shape;
+    shape.tokens = FloorToBlock(item.context_tokens);
+    for (const Run& run : Layout(1, PositionsOf(item), used).runs) {
+      shape.runs.push_back({run.first_pos, run.capacity_tokens});
+    }
+    shapes.push_back(std::move(shape));
+  }
+  const coordinator::Placement placement = coordinator::PlaceByBudget(
+      geometry, budget_.kv_pool_bytes - item.batch * budget_.tail_bytes_per_sequence, costs, shapes);
+  Plan plan;
+  plan.version = ++planned_version_;
+  for (const std::vector<coordinator::LaneRange>& ranges : placement.layers) {
+    plan.layers.emplace_back();
+    for (const coordinator::LaneRange& range : ranges) {
+      plan.layers.back().push_back({static_cast<Lane>(range.lane), range.kv_head_begin,
+                                    range.kv_head_end, range.first_pos, range.end_pos});
+    }
+  }
+  HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
+  const coordinator::LaneBytes bytes = coordinator::BytesOfStep(geometry, placement, shapes);
+  Planned planned;
+  planned.step_seconds = coordinator::StepSeconds(costs, bytes);
+  std::copy(bytes.begin(), bytes.end(), planned.lane_bytes);
+  return planned;
+}
+
 absl::StatusOr<LaneCosts> BenchEngine::Calibrate() {
+  if (lane_costs_.known()) return lane_costs_;
   CalibrationOptions options;
   options.segment_bytes = segment_.bytes();
   options.kv_pool_bytes = budget_.kv_pool_bytes;
   options.tail_bytes = budget_.tail_bytes_per_sequence;
-  return CalibrateLanes(*executor_, config_, options, Port());
+  HEADROOM_ASSIGN_OR_RETURN(lane_costs_, CalibrateLanes(*executor_, config_, options, Port()));
+  return lane_costs_;
 }
 
 }  // namespace headroom

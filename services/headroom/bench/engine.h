@@ -57,8 +57,14 @@ class BenchEngine {
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
   absl::StatusOr<Measurement> Measure(const WorkItem& item);
 
-  // What the planner balances with. Takes some seconds.
+  // What the planner balances with. Takes some seconds; later calls return the same.
   absl::StatusOr<LaneCosts> Calibrate();
+  // How the planner places a planned item in this device's memory, and what it predicts.
+  struct Planned {
+    double step_seconds = 0;
+    double lane_bytes[kNumLanes] = {};
+  };
+  absl::StatusOr<Planned> PlanFor(const WorkItem& item);
 
   // Steps of a decode measurement, and the mean context over them.
   static constexpr int kWarmSteps = 4;
@@ -108,6 +114,8 @@ class BenchEngine {
   std::unique_ptr<kvstore::AttendPool> pool_;
   std::vector<uint8_t*> registered_;
   int64_t chunk_tokens_ = 0;
+  LaneCosts lane_costs_;
+  uint64_t planned_version_ = 1000;  // of the latest planned item
   uint64_t next_step_ = 1;
   uint64_t next_sequence_ = 1;
   DoneQueue done_;

@@ -73,7 +73,7 @@ Json ToJson(const BenchResult& result) {
       {"type", result.item.kind == WorkItem::Kind::kPrefill ? "prefill" : "decode"},
       {"work", result.item.ToString()},
       {"context_tokens", result.item.context_tokens},
-      {"lane", std::string(LaneName(result.item.lane))},
+      {"lane", result.item.planned ? "auto" : std::string(LaneName(result.item.lane))},
       {"batch", int64_t{result.item.batch}},
       {"repeats", static_cast<int64_t>(result.measurements.size())},
       {"seconds", Json::Object{{"median", seconds.median},
@@ -81,6 +81,7 @@ Json ToJson(const BenchResult& result) {
                                {"most", seconds.most}}},
       {"tokens_per_second", result.tokens() / seconds.median},
       {"floor_seconds", result.floor_seconds},
+      {"predicted_seconds", result.predicted_seconds},
       {"ratio", seconds.median / result.floor_seconds},
       {"least_ratio", seconds.least / result.floor_seconds},
       {"ceilings", Json::Object{{"gemm_flops_per_second", result.ceilings.gemm_flops},
@@ -139,6 +140,16 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
   return WriteJson(ToJson(setup));
 }
 
+void BenchReport::PrintPlan(const WorkItem& item, double step_seconds,
+                            const double (&lane_bytes)[kNumLanes]) {
+  std::printf("%-26s %9.2f ms predicted:", item.ToString().c_str(), step_seconds * kMilli);
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    std::printf(" %s %.1f MB%s", std::string(LaneName(static_cast<Lane>(lane))).c_str(),
+                lane_bytes[lane] * 1e-6, lane + 1 < kNumLanes ? "," : "\n");
+  }
+  std::fflush(stdout);
+}
+
 absl::Status BenchReport::Add(const BenchResult& result) {
   const Spread seconds = result.seconds();
   const Measurement& median = result.median();
@@ -156,6 +167,10 @@ absl::Status BenchReport::Add(const BenchResult& result) {
       "values, %.1f MB copied\n",
       costs.linear_flops / kGiga, costs.attention_flops / kGiga, costs.weight_bytes * 1e-6,
       costs.kv_bytes * 1e-6, costs.copied_bytes * 1e-6);
+  if (result.predicted_seconds > 0) {
+    std::printf("    plan      %9.2f ms predicted, %+.1f%% off\n", result.predicted_seconds * kMilli,
+                100 * (result.predicted_seconds / seconds.median - 1));
+  }
   PrintLane(median, Lane::kResident);
   PrintLane(median, Lane::kFetched);
   PrintLane(median, Lane::kInPlace);

@@ -31,6 +31,7 @@ struct BenchResult {
   Ceilings ceilings;
   Costs costs;
   double floor_seconds = 0;
+  double predicted_seconds = 0;  // of a planned item
   std::vector<Measurement> measurements;
   int64_t peak_bytes = 0;  // device memory: what the arena gave out, the KV pool at its fullest
 
@@ -51,6 +52,10 @@ class BenchReport {
   BenchReport(BenchReport&& other) noexcept;
   BenchReport& operator=(BenchReport&&) = delete;
   ~BenchReport();
+
+  // Where a planned item's keys will be attended, and how long a step will take: before it runs.
+  static void PrintPlan(const WorkItem& item, double step_seconds,
+                        const double (&lane_bytes)[kNumLanes]);
 
   absl::Status Begin(const BenchSetup& setup);
   absl::Status Add(const BenchResult& result);

@@ -1,5 +1,7 @@
 #include "services/headroom/bench/work_item.h"
 
+#include <random>
+
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -16,6 +18,9 @@ struct NamedSet {
   absl::string_view name;
   std::vector<WorkItem> items;
 };
+
+// Predictions against measurements, at the --gpu-memory that is given.
+constexpr absl::string_view kPlanSet = "plan";
 
 const std::vector<NamedSet>& Sets() {
   static const auto& sets = *new std::vector<NamedSet>{
@@ -63,6 +68,7 @@ absl::string_view LaneName(Lane lane) {
 }
 
 std::string WorkItem::ToString() const {
+  if (planned) return absl::StrCat("decode:", context_tokens, ":auto:", batch);
   if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", LaneName(lane));
   return absl::StrCat("decode:", context_tokens, ":", LaneName(lane), ":", batch);
 }
@@ -86,9 +92,13 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       item.lane = Lane::kFetched;
     } else if (parts[2] == LaneName(Lane::kInPlace)) {
       item.lane = Lane::kInPlace;
+    } else if (parts[2] == "auto") {
+      item.planned = true;
     } else if (parts[2] != LaneName(Lane::kResident)) {
-      return wrong(absl::StrCat("lane '", parts[2], "', expected resident, fetched or in_place"));
+      return wrong(
+          absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place or auto"));
     }
+    if (item.kind == Kind::kPrefill && item.planned) return wrong("only decode can be planned");
     if (item.kind == Kind::kPrefill && item.lane == Lane::kInPlace) {
       return wrong("a prefill has too many rows to be attended to in place");
     }
@@ -103,7 +113,16 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
   return item;
 }
 
-absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set) {
+absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set, uint64_t seed) {
+  if (set == kPlanSet) {
+    std::mt19937_64 random(seed);
+    std::vector<WorkItem> items;
+    for (const int64_t context : {int64_t{1024}, int64_t{7168},
+                                  std::uniform_int_distribution<int64_t>(512, 8000)(random)}) {
+      items.push_back({Kind::kDecode, context, Lane::kResident, 1, /*planned=*/true});
+    }
+    return items;
+  }
   for (const NamedSet& named : Sets()) {
     if (named.name == set) return named.items;
   }
@@ -111,7 +130,8 @@ absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set) {
       "--set '", set, "', expected one of ",
       absl::StrJoin(Sets(), ", ", [](std::string* out, const NamedSet& named) {
         absl::StrAppend(out, named.name);
-      })));
+      }),
+      ", ", kPlanSet));
 }
 
 }  // namespace headroom

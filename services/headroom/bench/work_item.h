@@ -21,6 +21,7 @@ struct WorkItem {
   int64_t context_tokens = 0;
   Lane lane = Lane::kResident;  // of every head
   int32_t batch = 1;            // sequences of a decode step
+  bool planned = false;         // in the lanes that the planner chooses, not in `lane`
 
   // The text that ParseWorkItem() takes.
   std::string ToString() const;
@@ -29,12 +30,13 @@ struct WorkItem {
 
 absl::string_view LaneName(Lane lane);
 
-// prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH]. INVALID_ARGUMENT names the part that is
-// wrong.
+// prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], for decode also with `auto` as LANE: planned.
+// INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 
-// The items of a named set. INVALID_ARGUMENT lists the names there are.
-absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set);
+// The items of a named set; those of `plan` hold a context drawn by `seed`. INVALID_ARGUMENT lists the
+// names there are.
+absl::StatusOr<std::vector<WorkItem>> WorkItemsOf(absl::string_view set, uint64_t seed);
 
 }  // namespace headroom
 

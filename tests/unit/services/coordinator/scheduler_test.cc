@@ -999,7 +999,7 @@ TEST_F(SchedulerInPlaceTest, ExplainsEveryStepThatCountsOnce) {
 // steps are discarded with each lane.
 TEST_F(SchedulerInPlaceTest, TheLaneIsOpenedAgainAfterAPause) {
   Start();
-  ASSERT_TRUE(Eventually([this] { return Under(&FakeMachine::mailboxes_attached) == 1; }));
+  EXPECT_EQ(Under(&FakeMachine::mailboxes_attached), 1) << "it is there before the first step";
   EXPECT_EQ(Under(&FakeMachine::mailboxes), 1);
   const absl::Duration pauses[] = {absl::Milliseconds(500), absl::Seconds(1), absl::Seconds(2)};
   for (int round = 0; round < 3; ++round) {
@@ -1023,6 +1023,22 @@ TEST_F(SchedulerInPlaceTest, ALaneThatCannotBeOpenedCostsSpeedOnlyAndIsTriedAgai
   EXPECT_EQ(Under(&FakeMachine::mailboxes_attached), 0);
   EXPECT_TRUE(Eventually([this] { return Under(&FakeMachine::mailboxes_attached) == 1; }));
   EXPECT_EQ(Under(&FakeMachine::streams), 1);
+}
+
+TEST_F(SchedulerInPlaceTest, ALaneThatCannotBeOpenedWithANewStreamIsTriedAgain) {
+  Start();
+  EXPECT_EQ(Under(&FakeMachine::mailboxes_attached), 1);
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->refuse_mailboxes = 1;
+    machine_->break_at_steps.insert(machine_->steps + 5);
+  }
+  auto outcome = Submit(Prompt(300), 10);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 10));
+  EXPECT_EQ(Under(&FakeMachine::streams), 2);
+  EXPECT_TRUE(Eventually([this] { return Under(&FakeMachine::mailboxes_attached) == 2; }));
+  EXPECT_EQ(Under(&FakeMachine::mailboxes), 1) << "the worker still has it";
 }
 
 TEST_F(SchedulerInPlaceTest, ARestartedStoreGetsAMailboxOfItsGeneration) {

@@ -57,8 +57,8 @@ TEST(WorkItem, IsReadFromItsText) {
 }
 
 TEST(WorkItem, OfEverySetIsReadFromItsOwnText) {
-  for (const char* const set : {"default", "prefill", "decode"}) {
-    const absl::StatusOr<std::vector<WorkItem>> items = WorkItemsOf(set);
+  for (const char* const set : {"default", "prefill", "decode", "plan"}) {
+    const absl::StatusOr<std::vector<WorkItem>> items = WorkItemsOf(set, 1);
     ASSERT_TRUE(items.ok()) << items.status();
     for (const WorkItem& item : *items) {
       const absl::StatusOr<WorkItem> read = ParseWorkItem(item.ToString());
@@ -77,7 +77,7 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"decode", "no context"},         {"decode:0", "context '0'"},
       {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
       {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
-      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"},
+      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"}, {"prefill:5:auto", "only decode"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
   };
@@ -86,7 +86,7 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << c.text;
     EXPECT_NE(status.message().find(c.part), std::string::npos) << status;
   }
-  EXPECT_NE(WorkItemsOf("nightly").status().message().find("default, prefill, decode"),
+  EXPECT_NE(WorkItemsOf("nightly", 1).status().message().find("default, prefill, decode"),
             std::string::npos);
 }
 
@@ -165,7 +165,8 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   options.gpu_memory_bytes = int64_t{128} << 20;
   options.repeat = 3;
   options.chunk_tokens = 64;
-  options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3"};
+  options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3",
+                  "decode:4000:auto:1"};
   options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
 
@@ -176,10 +177,10 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
     ASSERT_TRUE(json.ok()) << json.status();
     lines.push_back(*std::move(json));
   }
-  ASSERT_EQ(lines.size(), 4);
+  ASSERT_EQ(lines.size(), 5);
   EXPECT_EQ(lines[0].Find("type")->as_string(), "setup");
   EXPECT_EQ(lines[0].Find("threads")->as_int(), 2);
-  for (int i = 1; i < 4; ++i) {
+  for (int i = 1; i < 5; ++i) {
     SCOPED_TRACE(lines[i].Dump());
     EXPECT_GT(lines[i].Find("floor_seconds")->as_number(), 0);
     EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
@@ -198,6 +199,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   // ... or read where it lies.
   EXPECT_EQ(lines[3].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), 0);
   EXPECT_DOUBLE_EQ(lines[3].Find("lanes")->Find("in_place")->Find("bytes")->as_number(), bytes);
+  EXPECT_GT(lines[4].Find("predicted_seconds")->as_number(), 0);
 }
 
 TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {

@@ -642,6 +642,46 @@ TEST_F(AttendPoolTest, ItemsThatShareSpansAreRefused) {
       kInvalidArgument, many);
 }
 
+// Two members of the team would write one state at a time.
+TEST_F(AttendPoolTest, ItemsThatMeetInARowAndHeadAreRefused) {
+  Start(2);
+  WriteQueries(0, 1);
+  // A second item with spans of its own: the first row, for the head that the first item leaves.
+  Question two = PlainQuestion();
+  two.items.push_back(two.items[0]);
+  two.items[1].row_begin = 0;
+  two.items[1].kv_head_begin = 0;
+  two.items[1].kv_head_end = 1;
+  two.items[1].span_begin = 2;
+  two.spans.insert(two.spans.end(), two.spans.begin(), two.spans.begin() + 2);
+  two.layers[1].item_count = 2;
+  two.LayOut();
+  ExpectServed(0, two);
+  ExpectRefused([](Question& q) { q.items[1] = q.items[0], q.items[1].span_begin = 2; },
+                kInvalidArgument, two);
+  // Rows 0 and 1 for the last head; row 1 and all heads.
+  ExpectRefused(
+      [](Question& q) {
+        q.items[1].row_count = 2;
+        q.items[1].kv_head_begin = 2;
+        q.items[1].kv_head_end = 3;
+      },
+      kInvalidArgument, two);
+  ExpectRefused(
+      [](Question& q) {
+        q.items[1].row_begin = 1;
+        q.items[1].kv_head_end = 3;
+      },
+      kInvalidArgument, two);
+  // Side by side they may touch.
+  for (const int32_t row : {0, 1}) {
+    Question q = two;
+    q.items[1].row_begin = row;
+    q.items[1].kv_head_end = row == 0 ? 3 : 1;
+    ExpectServed(0, q);
+  }
+}
+
 // The kernels have three head sizes; a store is bound to whatever geometry its coordinator names.
 TEST_F(AttendPoolTest, AHeadSizeThatTheKernelsDoNotHaveIsRefused) {
   Start(1, NewMailbox([](MailboxShape& shape) { shape.geometry.head_dim = 96; }));

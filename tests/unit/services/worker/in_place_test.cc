@@ -324,7 +324,13 @@ TEST_F(InPlace, AnswersToOtherQuestionsAreRefused) {
         std::this_thread::yield();
       }
     });
-    EXPECT_EQ(Difference(resident, Run(request, kAllInPlace, SealedRule::kAtOnce)), "");
+    RunOptions run;
+    run.plan_cycle = {kAllInPlace};
+    run.sealed = SealedRule::kAtOnce;
+    // The step sent ahead of a discarded one asks too, or reads what the device has and must go all
+    // the same.
+    if (&lie == &lies.back()) run.plan_cycle.push_back(kResident);
+    EXPECT_EQ(Difference(resident, Run(request, run)), "");
     EXPECT_GT(harness_->retries(), 0);
     EXPECT_EQ(BytesInPlace(), 0);
     stop.store(true);
