@@ -18,7 +18,7 @@ constexpr absl::Duration kLongestPause = absl::Seconds(1);
 constexpr absl::Duration kLasting = absl::Seconds(1);
 // Before the lane in place is opened again: a store that is too slow must not stop every step.
 constexpr absl::Duration kFirstInPlacePause = absl::Milliseconds(500);
-constexpr absl::Duration kLongestInPlacePause = absl::Minutes(1);
+constexpr absl::Duration kLongestInPlacePause = absl::Seconds(10);
 constexpr absl::Duration kInPlaceLasting = absl::Seconds(30);
 constexpr int32_t kSchemaRevision = 1;
 

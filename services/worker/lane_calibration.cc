@@ -71,7 +71,14 @@ class Calibration {
   }
 
  private:
+  // The better of two: what else the machine does can only make it slower.
   absl::StatusOr<DecodeTimes> Measure(Lane lane, int64_t tokens, bool both = false) {
+    HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes once, MeasureOnce(lane, tokens, both));
+    HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes again, MeasureOnce(lane, tokens, both));
+    return again.median_step_seconds < once.median_step_seconds ? again : once;
+  }
+
+  absl::StatusOr<DecodeTimes> MeasureOnce(Lane lane, int64_t tokens, bool both) {
     if (absl::Now() > deadline_) return absl::DeadlineExceededError("the calibration takes too long");
     const uint64_t version = kFirstPlan + static_cast<uint64_t>(lane) + (both ? kNumLanes : 0);
     HEADROOM_RETURN_IF_ERROR(executor_.PreparePlan(PlanOf(version, geometry_, lane, both)));

@@ -105,6 +105,12 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
     h.budget_.ring_bytes = options.ring_bytes;
     h.budget_.max_tile_bytes = options.ring_bytes / kNumContexts / 2;
   }
+  if (options.kv_pool_bytes > 0) {
+    if (options.kv_pool_bytes > h.budget_.kv_pool_bytes) {
+      return absl::InvalidArgumentError("the KV pool cannot be larger than the budget's");
+    }
+    h.budget_.kv_pool_bytes = options.kv_pool_bytes;
+  }
   HEADROOM_ASSIGN_OR_RETURN(h.weights_,
                             LoadWeights(model_dir, h.config_, *h.device_, [](double) {}));
   StepExecutorOptions executor;

@@ -62,6 +62,7 @@ enum class SealedRule {
 struct WorkerHarnessOptions {
   int64_t budget_bytes = int64_t{96} << 20;
   int64_t ring_bytes = 0;  // 0: as DivideBudget() has it; else less, so that tiles wrap
+  int64_t kv_pool_bytes = 0;  // likewise, so that what is freed is taken at once
   int64_t chunk_limit_tokens = 1024;
   int64_t max_context_tokens = 4096;
   int64_t segment_bytes = int64_t{8} << 20;

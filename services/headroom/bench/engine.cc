@@ -352,13 +352,11 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
 }
 
 absl::StatusOr<LaneCosts> BenchEngine::Calibrate() {
-  if (lane_costs_.known()) return lane_costs_;
   CalibrationOptions options;
   options.segment_bytes = segment_.bytes();
   options.kv_pool_bytes = budget_.kv_pool_bytes;
   options.tail_bytes = budget_.tail_bytes_per_sequence;
-  HEADROOM_ASSIGN_OR_RETURN(lane_costs_, CalibrateLanes(*executor_, config_, options, Port()));
-  return lane_costs_;
+  return CalibrateLanes(*executor_, config_, options, Port());
 }
 
 }  // namespace headroom

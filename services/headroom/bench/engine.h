@@ -57,7 +57,7 @@ class BenchEngine {
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
   absl::StatusOr<Measurement> Measure(const WorkItem& item);
 
-  // What the planner balances with. Takes some seconds; later calls return the same.
+  // What the planner balances with, as of now. Takes some seconds.
   absl::StatusOr<LaneCosts> Calibrate();
   // How the planner places a planned item in this device's memory, and what it predicts.
   struct Planned {
@@ -114,7 +114,6 @@ class BenchEngine {
   std::unique_ptr<kvstore::AttendPool> pool_;
   std::vector<uint8_t*> registered_;
   int64_t chunk_tokens_ = 0;
-  LaneCosts lane_costs_;
   uint64_t planned_version_ = 1000;  // of the latest planned item
   uint64_t next_step_ = 1;
   uint64_t next_sequence_ = 1;

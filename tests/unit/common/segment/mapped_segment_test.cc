@@ -119,8 +119,10 @@ TEST_F(MappedSegmentTest, AnotherGeometryOrShardIsRefused) {
 }
 
 TEST_F(MappedSegmentTest, AnotherGenerationIsRefused) {
-  EXPECT_TRUE(absl::IsFailedPrecondition(
-      MappedSegment::Open(dir_, expected_, kGeneration + 1).status()));
+  for (const uint64_t other : {kGeneration - 1, kGeneration + 1}) {
+    EXPECT_TRUE(
+        absl::IsFailedPrecondition(MappedSegment::Open(dir_, expected_, other).status()));
+  }
 }
 
 TEST_F(MappedSegmentTest, WithoutFilesThereIsNothingToMap) {

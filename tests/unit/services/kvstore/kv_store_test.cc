@@ -146,6 +146,13 @@ TEST(KvStore, TellsWhatItHoldsAndCanHold) {
   EXPECT_EQ(facts.used_extents, 3);
 }
 
+// Extents lie there: the rest of a segment may come later.
+TEST(KvStore, MemoryOfTheFirstPieceIsThereBeforeItServes) {
+  const TempSegmentDir dir;
+  const std::unique_ptr<KvStore> store = Must(KvStore::Open(SmallSegment(dir, 128 << 20)));
+  EXPECT_EQ(store->Facts().ready_bytes, 128 << 20);
+}
+
 // Each thread keeps its own sequences; all of them share memory, descriptors and the index.
 TEST(KvStore, CallsFromManyThreadsDoNotDisturbEachOther) {
   const TempSegmentDir dir;

@@ -153,6 +153,18 @@ TEST_F(Exactness, TheChunksOfAPromptDoNotShow) {
   }
 }
 
+// A chunk of a key more than the tail holds does not lie in it.
+TEST_F(Exactness, AChunkMayBeAKeyLongerThanTheTail) {
+  Start(SmallModel());
+  for (const int64_t length : {kTailTokens, kTailTokens + 1}) {
+    TestRequest request = Request(5, length, 2);
+    request.chunk_tokens = length;
+    const TestOutput whole = Run(request, kResident);
+    request.chunk_tokens = 100;
+    EXPECT_EQ(Difference(whole, Run(request, kResident)), "") << length;
+  }
+}
+
 TEST_F(Exactness, OtherSequencesOfTheBatchDoNotShow) {
   Start(SmallModel());
   std::vector<TestRequest> requests;
@@ -256,6 +268,35 @@ TEST_F(Exactness, ThePlanMayChangeWithEveryStep) {
     EXPECT_EQ(Difference(alone[0], (*both)[0]), "");
     EXPECT_EQ(Difference(alone[1], (*both)[1]), "");
   }
+}
+
+// The pool holds the copies of one head: with every step another head's take their place, while the
+// step before may still read them.
+TEST_F(Exactness, CopiesMayTakeThePlaceOfOthersWithEveryStep) {
+  const RandomModelSpec spec = SmallModel();
+  const KvGeometry geometry{static_cast<int32_t>(spec.num_layers),
+                            static_cast<int32_t>(spec.num_kv_heads),
+                            static_cast<int32_t>(spec.head_dim)};
+  constexpr int64_t kSealed = 256;
+  WorkerHarnessOptions options;
+  options.kv_pool_bytes = kTailTokens * geometry.BytesPerToken() +
+                          kSealed * geometry.num_layers * geometry.BytesPerTokenPerHead();
+  Start(spec, options);
+  TestRequest request = Request(62, kSealed + 30, Either(20, 8));
+  request.max_run_tokens = 128;
+  RunOptions run;
+  run.sealed = SealedRule::kAtOnce;
+  for (int32_t resident = 0; resident < geometry.num_kv_heads; ++resident) {
+    run.plan_cycle.push_back(100 + resident);
+    Prepare(WholeHeadPlan(100 + resident, geometry, [&](int32_t, int32_t head) {
+      return head == resident ? Lane::kResident : Lane::kFetched;
+    }));
+  }
+  const TestOutput fetched = Run(request, kFetched);
+  EXPECT_EQ(Difference(fetched, Run(request, run)), "");
+  const LaneAccount& copies =
+      harness_->steps().back().result.lanes[static_cast<int>(Lane::kResident)];
+  EXPECT_NEAR(copies.kv_heads, 1, 1e-9);
 }
 
 // Tiles so small that the ring wraps many times a layer; in the decode tiling and the prefill one.
