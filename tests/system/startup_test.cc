@@ -127,7 +127,8 @@ TEST_F(Startup, TooLittleDeviceMemorySaysTheLeastAndThatWorks) {
   request.set_explain(true);
   const Generation generation = cluster.client().Generate(request);
   EXPECT_EQ(generation.tokens.size(), 10u) << generation.status;
-  EXPECT_GT(generation.LaneBytes(v1::LANE_FETCHED), 0);
+  // What costs less here, the planner decides.
+  EXPECT_GT(generation.LaneBytes(v1::LANE_FETCHED) + generation.LaneBytes(v1::LANE_IN_PLACE), 0);
   EXPECT_LE(generation.finished.explanation().peak_bytes(), mib << 20);
 }
 
