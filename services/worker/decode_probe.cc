@@ -47,18 +47,18 @@ absl::Status Open(const DecodeWork& work, const StepPort& port) {
   return absl::OkStatus();
 }
 
-void Add(const StepResult& result, double weight, DecodeTimes& to) {
-  for (int lane = 0; lane < kNumLanes; ++lane) {
-    to.lane_bytes[lane] += weight * static_cast<double>(result.lanes[lane].bytes);
-    to.lane_busy_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].busy_ns);
-    to.lane_idle_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].idle_ns);
-  }
-  to.fetch_wait_seconds += weight * 1e-9 * static_cast<double>(result.fetch_wait_ns);
-  to.in_place_wait_seconds += weight * 1e-9 * static_cast<double>(result.in_place_wait_ns);
-  to.sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
-}
-
 }  // namespace
+
+void StepTimes::Add(const StepResult& result, double weight) {
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    lane_bytes[lane] += weight * static_cast<double>(result.lanes[lane].bytes);
+    lane_busy_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].busy_ns);
+    lane_idle_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].idle_ns);
+  }
+  fetch_wait_seconds += weight * 1e-9 * static_cast<double>(result.fetch_wait_ns);
+  in_place_wait_seconds += weight * 1e-9 * static_cast<double>(result.in_place_wait_ns);
+  sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
+}
 
 absl::StatusOr<DecodeTimes> MeasureDecode(const DecodeWork& work, const StepPort& port) {
   HEADROOM_RETURN_IF_ERROR(Open(work, port));
@@ -85,7 +85,7 @@ absl::StatusOr<DecodeTimes> MeasureDecode(const DecodeWork& work, const StepPort
     HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, Take(port));
     ++taken;
     if (taken > work.warm_steps) {
-      Add(step->result, 1.0 / work.measured_steps, times);
+      times.Add(step->result, 1.0 / work.measured_steps);
       each.push_back(Now() - last);
     }
     last = Now();

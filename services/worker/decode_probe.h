@@ -14,16 +14,22 @@
 
 namespace headroom {
 
-// Means over the measured steps.
-struct DecodeTimes {
-  double step_seconds = 0;
-  double median_step_seconds = 0;  // of the same: what one slow step does not move
+// Sums, or weighted means, of what steps report.
+struct StepTimes {
   double lane_bytes[kNumLanes] = {};
   double lane_busy_seconds[kNumLanes] = {};
   double lane_idle_seconds[kNumLanes] = {};
-  double fetch_wait_seconds = 0;
-  double in_place_wait_seconds = 0;
+  double fetch_wait_seconds = 0;     // the compute stream waited for tiles
+  double in_place_wait_seconds = 0;  // ... and for keys in place
   double sealed_bytes = 0;
+
+  void Add(const StepResult& result, double weight);
+};
+
+// Means over the measured steps.
+struct DecodeTimes : StepTimes {
+  double step_seconds = 0;
+  double median_step_seconds = 0;  // of the same: what one slow step does not move
 };
 
 struct DecodeWork {

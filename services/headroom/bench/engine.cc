@@ -71,17 +71,6 @@ void FillWithKeys(const MappedRegion& region) {
   }
 }
 
-void Add(const StepResult& result, double weight, Measurement& to) {
-  for (int lane = 0; lane < kNumLanes; ++lane) {
-    to.lane_bytes[lane] += weight * static_cast<double>(result.lanes[lane].bytes);
-    to.lane_busy_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].busy_ns);
-    to.lane_idle_seconds[lane] += weight * 1e-9 * static_cast<double>(result.lanes[lane].idle_ns);
-  }
-  to.fetch_wait_seconds += weight * 1e-9 * static_cast<double>(result.fetch_wait_ns);
-  to.in_place_wait_seconds += weight * 1e-9 * static_cast<double>(result.in_place_wait_ns);
-  to.sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
-}
-
 int64_t PositionsOf(const WorkItem& item) {
   return item.context_tokens + BenchEngine::kWarmSteps + BenchEngine::kMeasuredSteps + 1;
 }
@@ -259,7 +248,7 @@ absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item) {
   const double cpu_begin = CpuSeconds();
   const auto take = [&]() -> absl::Status {
     HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
-    Add(step->result, 1, measured);
+    measured.Add(step->result, 1);
     --in_flight;
     return absl::OkStatus();
   };
@@ -308,13 +297,8 @@ absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   work.on_measured_begin = [&cpu_begin] { cpu_begin = CpuSeconds(); };
   HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes times, headroom::MeasureDecode(work, Port()));
   Measurement measured;
+  static_cast<StepTimes&>(measured) = times;
   measured.seconds = times.step_seconds;
-  std::copy_n(times.lane_bytes, kNumLanes, measured.lane_bytes);
-  std::copy_n(times.lane_busy_seconds, kNumLanes, measured.lane_busy_seconds);
-  std::copy_n(times.lane_idle_seconds, kNumLanes, measured.lane_idle_seconds);
-  measured.fetch_wait_seconds = times.fetch_wait_seconds;
-  measured.in_place_wait_seconds = times.in_place_wait_seconds;
-  measured.sealed_bytes = times.sealed_bytes;
   measured.cpu_seconds = (CpuSeconds() - cpu_begin) / kMeasuredSteps;
   return measured;
 }

@@ -32,16 +32,9 @@ struct EngineOptions {
   int64_t chunk_tokens = 0;
 };
 
-// One measurement.
-struct Measurement {
-  double seconds = 0;  // of the prefill; of one decode step (mean over a window of steps)
-  // Sums over the prefill's steps; means over the window's.
-  double lane_bytes[kNumLanes] = {};
-  double lane_busy_seconds[kNumLanes] = {};
-  double lane_idle_seconds[kNumLanes] = {};
-  double fetch_wait_seconds = 0;     // the compute stream waited for tiles
-  double in_place_wait_seconds = 0;  // ... and for keys in place
-  double sealed_bytes = 0;
+// One measurement: sums over the prefill's steps, or means over the window's.
+struct Measurement : StepTimes {
+  double seconds = 0;      // of the prefill; of one decode step (mean over a window of steps)
   double cpu_seconds = 0;  // of the whole process
 };
 
