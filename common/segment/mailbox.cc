@@ -247,8 +247,7 @@ float* Mailbox::partials(uint32_t slot_index) const {
 
 void WakeStore(MailboxHeader& header) {
   header.wake.fetch_add(1);
-  if (header.store_sleeps.load() == 0 || header.store_sleeps.exchange(0) == 0) return;
-  SharedFutexWakeAll(header.wake);
+  if (header.store_sleeps.load() != 0) SharedFutexWakeAll(header.wake);
 }
 
 void RingPosted(MailboxHeader& header, MailboxSlot& slot, uint64_t count) {
@@ -258,8 +257,7 @@ void RingPosted(MailboxHeader& header, MailboxSlot& slot, uint64_t count) {
 
 void RingAnswered(MailboxSlot& slot, uint64_t count) {
   slot.answered.store(count);
-  if (slot.worker_sleeps.load() == 0 || slot.worker_sleeps.exchange(0) == 0) return;
-  SharedFutexWakeAll(LowHalf(slot.answered));
+  if (slot.worker_sleeps.load() != 0) SharedFutexWakeAll(LowHalf(slot.answered));
 }
 
 bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count,
@@ -273,13 +271,15 @@ bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count,
       Pause();
       continue;
     }
-    slot.worker_sleeps.store(1);
-    answered = slot.answered.load();
-    if (answered >= count) return true;
     const absl::Duration left = deadline - absl::Now();
     if (left <= absl::ZeroDuration()) return false;
-    SharedFutexWait(LowHalf(slot.answered), static_cast<uint32_t>(answered),
-                    std::min(left, kLongestSleep));
+    slot.worker_sleeps.store(1);
+    answered = slot.answered.load();
+    if (answered < count) {
+      SharedFutexWait(LowHalf(slot.answered), static_cast<uint32_t>(answered),
+                      std::min(left, kLongestSleep));
+    }
+    slot.worker_sleeps.store(0);
   }
 }
 

@@ -72,7 +72,8 @@ class Mailbox {
 };
 
 // ---- The doorbells, for who is not a GPU. Both sides say that they sleep before they look again, and
-// ring before they look who sleeps; sequentially consistent, so that one of the two is seen.
+// ring before they look who sleeps; sequentially consistent, so that one of the two is seen. Only the
+// sleeper clears its flag: a bell that comes late would take it from the next one.
 
 // Tells the store that there is, or soon will be, something to look for.
 void WakeStore(MailboxHeader& header);
