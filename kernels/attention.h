@@ -51,7 +51,7 @@ struct AttendArgs {
   const float* q = nullptr;  // row r, head h at q + r * q_stride + h * head_dim
   int64_t q_stride = 0;
   float* state = nullptr;  // [rows, num_q_heads, AttentionStateFloats(head_dim)]
-  float* out = nullptr;    // [rows, num_q_heads * head_dim]; null: no item finishes
+  Activations out;         // [rows, num_q_heads * head_dim]; null: no item finishes
   int64_t rows = 0;        // of the whole batch: the size of q, state and out
   Table<AttendItem> items;
   Table<KvSpan> spans;
@@ -74,7 +74,7 @@ void ForEachRange(const AttendArgs& a, F&& f) {
   f(a.q, ((a.rows - 1) * a.q_stride + q_width) * kFloat, Access::kRead);
   f(a.state, a.rows * a.num_q_heads * AttentionStateFloats(a.head_dim) * kFloat,
     Access::kReadWrite);
-  if (a.out != nullptr) f(a.out, a.rows * q_width * kFloat, Access::kWrite);
+  if (a.out.data != nullptr) f(a.out.data, a.out.Bytes(a.rows * q_width), Access::kWrite);
   f(a.scratch, a.scratch_floats * kFloat, Access::kWrite);
   f(a.items.device, a.items.count * static_cast<int64_t>(sizeof(AttendItem)), Access::kRead);
   f(a.spans.device, a.spans.count * static_cast<int64_t>(sizeof(KvSpan)), Access::kRead);

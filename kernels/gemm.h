@@ -1,8 +1,9 @@
 // Linear layers: c[m, n] = (accumulate ? c[m, n] : 0) + sum over k of a[m, k] * w[n, k].
 //
-// float32 activations, bfloat16 weights widened inside the kernel (no float32 copy of the model).
-// Every output is ONE chain of float32 fused multiply-adds over k = 0, 1, ..., K-1, then one addition
-// of the old c where `accumulate` is set, so that a row's bits do not depend on the batch.
+// bfloat16 weights; sums in float32, then one addition of the old c where `accumulate` is set.
+// On the CPU activations are float32, and every sum is ONE chain of fused multiply-adds over k = 0, 1,
+// ..., K-1, so that a row's bits do not depend on the batch. On a GPU activations are bfloat16, and a
+// row's bits do not depend on the batch among batches of up to kFewGemmRows rows: decode.
 #ifndef HEADROOM_KERNELS_GEMM_H_
 #define HEADROOM_KERNELS_GEMM_H_
 
@@ -33,11 +34,14 @@ inline int64_t PackedWeightIndex(int64_t k, int64_t row, int64_t column) {
   return (row / kPanelOutputs * k + column) * kPanelOutputs + row % kPanelOutputs;
 }
 
+// What a decode step may have; more rows are a chunk's.
+inline constexpr int64_t kFewGemmRows = 64;
+
 struct GemmArgs {
-  const float* a = nullptr;  // [m, k], row stride a_stride
+  Activations a;  // [m, k], row stride a_stride; read
   int64_t a_stride = 0;
   PackedWeight w;
-  float* c = nullptr;  // [m, n], row stride c_stride
+  Activations c;  // [m, n], row stride c_stride; float32 with `accumulate`
   int64_t c_stride = 0;
   int64_t m = 0;
   bool accumulate = false;
@@ -46,9 +50,9 @@ struct GemmArgs {
 template <typename F>
 void ForEachRange(const GemmArgs& g, F&& f) {
   if (g.m == 0) return;
-  f(g.a, ((g.m - 1) * g.a_stride + g.w.k) * static_cast<int64_t>(sizeof(float)), Access::kRead);
+  f(g.a.data, g.a.Bytes((g.m - 1) * g.a_stride + g.w.k), Access::kRead);
   f(g.w.data, PackedWeightBytes(g.w.n, g.w.k), Access::kRead);
-  f(g.c, ((g.m - 1) * g.c_stride + g.w.n) * static_cast<int64_t>(sizeof(float)),
+  f(g.c.data, g.c.Bytes((g.m - 1) * g.c_stride + g.w.n),
     g.accumulate ? Access::kReadWrite : Access::kWrite);
 }
 

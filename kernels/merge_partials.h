@@ -26,7 +26,7 @@ struct MergeItem {
 struct MergePartialsArgs {
   const float* partials = nullptr;  // [rows, num_q_heads, AttentionStateFloats]; may be host memory
   float* state = nullptr;           // [rows, num_q_heads, AttentionStateFloats]
-  float* out = nullptr;             // [rows, num_q_heads * head_dim]
+  Activations out;                  // [rows, num_q_heads * head_dim]
   int64_t rows = 0;                 // of the whole batch
   Table<MergeItem> items;
   int32_t num_q_heads = 0;
@@ -48,7 +48,7 @@ void ForEachRange(const MergePartialsArgs& a, F&& f) {
       f(a.partials + first * state_floats, heads * state_floats * kFloat, Access::kRead);
       f(a.state + first * state_floats, heads * state_floats * kFloat, Access::kReadWrite);
       if (item.finish == 0) continue;
-      f(a.out + first * a.head_dim, heads * a.head_dim * kFloat, Access::kWrite);
+      f((a.out + first * a.head_dim).data, a.out.Bytes(heads * a.head_dim), Access::kWrite);
     }
   }
 }

@@ -13,7 +13,7 @@ struct RmsNormArgs {
   const float* x = nullptr;  // [x_rows, hidden]
   int64_t x_rows = 0;
   const BFloat16* weight = nullptr;  // [hidden]
-  float* out = nullptr;              // [rows, hidden]
+  Activations out;                   // [rows, hidden]
   int64_t rows = 0;
   int64_t hidden = 0;
   float epsilon = 0;
@@ -26,7 +26,7 @@ template <typename F>
 void ForEachRange(const RmsNormArgs& a, F&& f) {
   f(a.x, a.x_rows * a.hidden * static_cast<int64_t>(sizeof(float)), Access::kRead);
   f(a.weight, a.hidden * static_cast<int64_t>(sizeof(BFloat16)), Access::kRead);
-  f(a.out, a.rows * a.hidden * static_cast<int64_t>(sizeof(float)), Access::kWrite);
+  f(a.out.data, a.out.Bytes(a.rows * a.hidden), Access::kWrite);
   if (a.row_index.device != nullptr) {
     f(a.row_index.device, a.rows * static_cast<int64_t>(sizeof(int32_t)), Access::kRead);
   }

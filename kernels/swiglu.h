@@ -11,16 +11,16 @@ namespace headroom::kernels {
 class CpuTeam;
 
 struct SwiGluArgs {
-  const float* gate_up = nullptr;  // [rows, 2 * width]
-  float* out = nullptr;            // [rows, width]
+  Activations gate_up;  // [rows, 2 * width], read
+  Activations out;      // [rows, width]
   int64_t rows = 0;
   int64_t width = 0;
 };
 
 template <typename F>
 void ForEachRange(const SwiGluArgs& a, F&& f) {
-  f(a.gate_up, a.rows * 2 * a.width * static_cast<int64_t>(sizeof(float)), Access::kRead);
-  f(a.out, a.rows * a.width * static_cast<int64_t>(sizeof(float)), Access::kWrite);
+  f(a.gate_up.data, a.gate_up.Bytes(a.rows * 2 * a.width), Access::kRead);
+  f(a.out.data, a.out.Bytes(a.rows * a.width), Access::kWrite);
 }
 
 namespace cpu {

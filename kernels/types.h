@@ -10,9 +10,9 @@
 //   them when the operation runs, so that a missing event is a reported race.
 // - cpu::Foo(args, team) is the CPU kernel, reference::Foo(args) the plain oracle that it is tested
 //   against, cuda::LaunchFoo(args, stream) the GPU launcher.
-// - Activations are float32, row-major, rows contiguous unless a stride is named; weights and KV are
-//   bfloat16. On the CPU every row's result is independent of the other rows in the batch and of the
-//   number of threads, to the bit.
+// - Activations are float32, row-major, rows contiguous unless a stride is named; those next to a matrix
+//   product may be bfloat16 (Activations); weights and KV are bfloat16. On the CPU every row's result
+//   is independent of the other rows in the batch and of the number of threads, to the bit.
 #ifndef HEADROOM_KERNELS_TYPES_H_
 #define HEADROOM_KERNELS_TYPES_H_
 
@@ -45,6 +45,48 @@ inline BFloat16 ToBFloat16(float value) {
 }
 
 enum class Access { kRead, kWrite, kReadWrite };
+
+enum class ElementType : int32_t { kFloat32, kBFloat16 };
+
+inline constexpr int64_t ElementBytes(ElementType type) {
+  return type == ElementType::kFloat32 ? 4 : 2;
+}
+
+// Activations that go into a matrix product or come from one, of the type that the device multiplies
+// (Device::product_type()): float32 on the CPU, bfloat16 on tensor cores. A pointer converts to
+// activations of its type; what an operation only reads it says.
+struct Activations {
+  void* data = nullptr;
+  ElementType type = ElementType::kFloat32;
+
+  Activations() = default;
+  Activations(const float* floats) : data(const_cast<float*>(floats)) {}
+  Activations(const BFloat16* bfloats)
+      : data(const_cast<BFloat16*>(bfloats)), type(ElementType::kBFloat16) {}
+  Activations(void* elements, ElementType its_type) : data(elements), type(its_type) {}
+
+  // The activations from element `count` on.
+  Activations operator+(int64_t count) const {
+    return {static_cast<uint8_t*>(data) + Bytes(count), type};
+  }
+  Activations& operator+=(int64_t count) { return *this = *this + count; }
+  int64_t Bytes(int64_t count) const { return count * ElementBytes(type); }
+  // REQUIRES: that type.
+  HEADROOM_HOST_DEVICE float* floats() const { return static_cast<float*>(data); }
+  HEADROOM_HOST_DEVICE BFloat16* bfloats() const { return static_cast<BFloat16*>(data); }
+
+  // Element `i`, widened; rounded to nearest even when set.
+  float Get(int64_t i) const {
+    return type == ElementType::kFloat32 ? floats()[i] : ToFloat(bfloats()[i]);
+  }
+  void Set(int64_t i, float value) const {
+    if (type == ElementType::kFloat32) {
+      floats()[i] = value;
+    } else {
+      bfloats()[i] = ToBFloat16(value);
+    }
+  }
+};
 
 // A table that the host built for one step. `device` is the copy in the arena that kernels read;
 // `host` is the buffer it was uploaded from, valid and unchanged until the operation has run: launch

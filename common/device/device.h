@@ -79,6 +79,7 @@ struct ArenaUse {
   int64_t capacity_bytes = 0;
   int64_t used_bytes = 0;
   int64_t high_water_bytes = 0;
+  int64_t free_bytes() const { return capacity_bytes - used_bytes; }
 };
 
 class Device {
@@ -98,12 +99,17 @@ class Device {
   virtual absl::Status RegisterHost(void* data, int64_t bytes) = 0;
   virtual absl::Status UnregisterHost(void* data) = 0;
 
+  // What goes into this device's matrix products and comes from them (GemmArgs, and what feeds it).
+  virtual kernels::ElementType product_type() const = 0;
+
   // ---- Weights. Synchronous, start-up only.
   // Writes rows [row_begin, row_begin + rows) of a row-major bfloat16 [n, k] matrix (plain host
   // memory) into `packed` in the form that this device's Gemm and Embed read.
   virtual int64_t PackedBytes(int64_t n, int64_t k) const = 0;
   virtual absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin,
                                       int64_t rows, int64_t n, int64_t k, uint8_t* packed) = 0;
+  // Makes what products with an [n, k] matrix need, so that none is made while steps run.
+  virtual absl::Status PrepareGemm(int64_t n, int64_t k) = 0;
   // Copies plain host memory into the arena, now.
   virtual absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) = 0;
 

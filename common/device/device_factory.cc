@@ -30,6 +30,10 @@ std::string ChooseDevice(absl::string_view kind) {
   return kHaveCuda && access("/dev/nvidiactl", F_OK) == 0 ? "cuda" : "cpu";
 }
 
+kernels::ElementType ProductTypeOf(absl::string_view chosen_kind) {
+  return chosen_kind == "cuda" ? kernels::ElementType::kBFloat16 : kernels::ElementType::kFloat32;
+}
+
 absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options) {
   const std::string kind = ChooseDevice(options.kind);
   if (kind != "cpu" && kind != "cuda") {

@@ -26,6 +26,8 @@ struct DeviceOptions {
 // "cuda" where `kind` is "auto", this binary has the CUDA device and the host has an NVIDIA driver
 // (/dev/nvidiactl); "cpu" where it has not; any other `kind` as it is.
 std::string ChooseDevice(absl::string_view kind);
+// Device::product_type() of a chosen device, without making one.
+kernels::ElementType ProductTypeOf(absl::string_view chosen_kind);
 
 // INVALID_ARGUMENT: `kind` is none of the three, or memory_bytes or compute_threads cannot be.
 // UNAVAILABLE: the CUDA device is asked for and this binary, the driver or the card cannot give it.

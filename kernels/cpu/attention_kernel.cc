@@ -56,7 +56,7 @@ struct Launch {
     return a.q + row * a.q_stride + q_head * a.head_dim;
   }
   float* out(int64_t row, int64_t q_head) const {
-    return a.out + (row * a.num_q_heads + q_head) * a.head_dim;
+    return a.out.floats() + (row * a.num_q_heads + q_head) * a.head_dim;
   }
 };
 

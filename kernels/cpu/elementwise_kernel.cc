@@ -12,7 +12,7 @@ void RmsNorm(const RmsNormArgs& args, CpuTeam& team) {
     const int64_t from =
         args.row_index.device != nullptr ? args.row_index.device[row] : row;
     const float* x = args.x + from * args.hidden;
-    float* out = args.out + row * args.hidden;
+    float* out = args.out.floats() + row * args.hidden;
     const int64_t whole = args.hidden / kLanes * kLanes;
     F32x16 sum = Zero();
     for (int64_t i = 0; i < whole; i += kLanes) {
@@ -40,9 +40,9 @@ void SwiGlu(const SwiGluArgs& args, CpuTeam& team) {
     return Mul(Div(g, Add(Broadcast(1.0f), Exp(Sub(Zero(), g)))), up);
   };
   team.ForEach(args.rows, [&](int64_t row) {
-    const float* gate = args.gate_up + row * 2 * args.width;
+    const float* gate = args.gate_up.floats() + row * 2 * args.width;
     const float* up = gate + args.width;
-    float* out = args.out + row * args.width;
+    float* out = args.out.floats() + row * args.width;
     int64_t i = 0;
     for (; i + kLanes <= args.width; i += kLanes) {
       Store(out + i, vector(Load(gate + i), Load(up + i)));

@@ -108,7 +108,8 @@ void Panel(const GemmArgs& g, int64_t row_begin, int64_t row_end, int64_t panel,
            const BFloat16* weights_end) {
   for (int64_t m = row_begin; m < row_end; m += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, row_end - m);
-    kPanelRows[rows - 1](g, g.a + m * g.a_stride, panel, weights_end, g.c + m * g.c_stride);
+    kPanelRows[rows - 1](g, g.a.floats() + m * g.a_stride, panel, weights_end,
+                         g.c.floats() + m * g.c_stride);
   }
 }
 

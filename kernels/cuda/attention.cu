@@ -33,20 +33,34 @@ template <int kD>
 constexpr int kManyRows = kD <= 128 ? 4 : 2;
 // From so many queries of an item on, more rows at once are worth it.
 constexpr int64_t kManyQueries = 33;
-// Blocks of threads that keep every multiprocessor of a large GPU (132) busy.
+// Blocks of threads that keep every multiprocessor of a large GPU (132) busy; and how many of them fit
+// there at once when units are computed side by side.
 constexpr int64_t kEnoughBlocks = 264;
+constexpr int64_t kUnitBlocks = 396;
 
 // What the units [first, first + count) of every item leave in scratch, for FoldKernel: floats of
 // one query and unit, [o: d][m][l], at Slot().
 struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
+  int64_t per_block;  // consecutive ones that a block of threads computes, one after the other
   int64_t heads;    // of the item that has the most
   int64_t queries;  // likewise
   __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
     return ((item * count + unit) * heads + head) * queries + query;
   }
 };
+
+// Two neighbours; `i` is even.
+__device__ void StorePair(const Activations& to, int64_t i, float2 value) {
+  if (to.type == ElementType::kFloat32) {
+    *reinterpret_cast<float2*>(to.floats() + i) = value;
+  } else {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
+    *reinterpret_cast<uint32_t*>(to.bfloats() + i) = both;
+  }
+}
 
 // An item's keys and places of its queries.
 struct Work {
@@ -78,8 +92,9 @@ struct Work {
     const int64_t floats = 2 * (a.head_dim + 2);  // AttentionStateFloats()
     return a.state + (row(query) * a.num_q_heads + q_head(kv_head, query)) * floats;
   }
-  __device__ float* out(int32_t kv_head, int64_t query) const {
-    return a.out + (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
+  // The query's first element of a.out.
+  __device__ int64_t out(int32_t kv_head, int64_t query) const {
+    return (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
   }
 };
 
@@ -182,9 +197,9 @@ class Tile {
     r_written_ = r_from_state;
   }
 
-  // The item's keys in [begin, end); `begin` is a block's. With kFold units are folded at borders.
-  template <bool kFold>
-  __device__ void Walk(int64_t begin, int64_t end) {
+  // The item's keys in [begin, end); `begin` is a block's. Calls on_border(pos) at each unit's end.
+  template <typename OnBorder>
+  __device__ void Walk(int64_t begin, int64_t end, OnBorder&& on_border) {
     Cursor cursor{0, begin, end};
     Block block, next;
     if (!Next(cursor, block)) return;
@@ -201,7 +216,8 @@ class Tile {
       }
       __syncthreads();
       TakeBlock(block, stage);
-      if (kFold && (block.pos + block.keys) % kUnitTokens == 0) FoldUnit();
+      const int64_t block_end = block.pos + block.keys;
+      if (block_end % kUnitTokens == 0) on_border(block_end);
       __syncthreads();  // the stage is free
       if (!more) break;
       if constexpr (SharedMemory::kStages == 1) {
@@ -225,8 +241,8 @@ class Tile {
       for (int tile = 0; tile < kTiles; ++tile) {
         if (finish) {
           const float2 o = r_written_ ? Load(R(h), tile) : make_float2(0, 0);
-          Store(work_.out(kv_head_, first_ + Query(h)), tile,
-                make_float2(__fmul_rn(o.x, inverse), __fmul_rn(o.y, inverse)));
+          StorePair(work_.a.out, work_.out(kv_head_, first_ + Query(h)) + Column(tile),
+                    make_float2(__fmul_rn(o.x, inverse), __fmul_rn(o.y, inverse)));
         }
         if (!r_written_) Store(R(h), tile, make_float2(0, 0));
         Store(U(h), tile, PairOf(h, tile));
@@ -239,7 +255,7 @@ class Tile {
     }
   }
 
-  // U of query n to partial(n).
+  // U of query n to partial(n); U = empty.
   template <typename Partial>
   __device__ void StoreUnit(Partial&& partial) {
 #pragma unroll
@@ -252,6 +268,26 @@ class Tile {
       to[kD] = m_[h];
       to[kD + 1] = l_[h];
     }
+    Clear();
+  }
+
+  // R = fold(R, U), U = empty.
+  __device__ void FoldUnit() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const FoldWeights fold(fold_m_[h], fold_l_[h], m_[h], l_[h]);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (!Has(h)) continue;
+        const float2 r = r_written_ ? Load(R(h), tile) : make_float2(0, 0);
+        const float2 u = PairOf(h, tile);
+        Store(R(h), tile, make_float2(fold(r.x, u.x), fold(r.y, u.y)));
+      }
+      fold_m_[h] = fold.m;
+      fold_l_[h] = fold.l;
+    }
+    r_written_ = true;
+    Clear();
   }
 
  private:
@@ -484,26 +520,15 @@ class Tile {
     }
   }
 
-  // R = fold(R, U), U = empty.
-  __device__ void FoldUnit() {
+  // U = empty.
+  __device__ void Clear() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const FoldWeights fold(fold_m_[h], fold_l_[h], m_[h], l_[h]);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (Has(h)) {
-          const float2 r = r_written_ ? Load(R(h), tile) : make_float2(0, 0);
-          const float2 u = PairOf(h, tile);
-          Store(R(h), tile, make_float2(fold(r.x, u.x), fold(r.y, u.y)));
-        }
-        SetPair(h, tile, make_float2(0, 0));
-      }
-      fold_m_[h] = fold.m;
-      fold_l_[h] = fold.l;
+      for (int tile = 0; tile < kTiles; ++tile) SetPair(h, tile, make_float2(0, 0));
       m_[h] = -CUDART_INF_F;
       l_[h] = 0;
     }
-    r_written_ = true;
   }
 
   // op over the four lanes of a query, in the same order each time.
@@ -534,6 +559,7 @@ template <int kD, int kRows>
 __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ AttendArgs a,
                                                         int64_t first_item) {
   constexpr int kQueries = Tile<kD, kRows>::kQueries;
+  BeginDependent();
   extern __shared__ __align__(16) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kD, kRows>*>(memory);
   const AttendItem item = a.items.device[first_item + blockIdx.y];
@@ -546,15 +572,16 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   tile.Open(item.reset == 0, item.reset == 0);
   const int64_t seen = tile.last_pos() + 1;
   const int64_t end = work.end_pos() < seen ? work.end_pos() : seen;
-  tile.template Walk<true>(work.begin_pos(), end);
+  tile.Walk(work.begin_pos(), end, [&](int64_t) { tile.FoldUnit(); });
   __syncthreads();
   tile.Close(item.finish != 0);
 }
 
-// Block (unit, head and tile of queries; item): one unit, to scratch.
+// Block (units, head and tile of queries; item): window.per_block units, to scratch.
 template <int kD>
 __global__ void __launch_bounds__(kThreads) UnitKernel(const __grid_constant__ AttendArgs a,
                                                         UnitWindow window) {
+  BeginDependent();
   constexpr int kQueries = kFewQueries;
   extern __shared__ __align__(16) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kD, kFewRows>*>(memory);
@@ -562,32 +589,51 @@ __global__ void __launch_bounds__(kThreads) UnitKernel(const __grid_constant__ A
   const Work work(a, item);
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
   const int64_t tiles = (work.num_queries() + kQueries - 1) / kQueries;
-  const int64_t in_window = blockIdx.x / (heads * tiles);
   const int64_t task = blockIdx.x % (heads * tiles);
   const int64_t begin_pos = work.begin_pos();
-  const int64_t unit = begin_pos / kUnitTokens + window.first + in_window;
-  if (in_window >= window.count || unit * kUnitTokens >= work.end_pos()) return;
+  const int64_t item_unit = begin_pos / kUnitTokens;  // window.first counts from it
+  const int64_t item_units = (work.end_pos() + kUnitTokens - 1) / kUnitTokens - item_unit;
+  const int64_t begin_unit = window.first + blockIdx.x / (heads * tiles) * window.per_block;
+  int64_t end_unit = begin_unit + window.per_block;
+  if (end_unit > window.first + window.count) end_unit = window.first + window.count;
+  if (end_unit > item_units) end_unit = item_units;
+  if (begin_unit >= end_unit) return;
   const int64_t head = task % heads;
   const int64_t first_query = task / heads * kQueries;
   Tile<kD, kFewRows> tile(work, shared, static_cast<int32_t>(item.kv_head_begin + head),
                           first_query);
+  int64_t begin = (item_unit + begin_unit) * kUnitTokens;
   // A unit that an earlier launch opened goes on from there.
-  tile.Open(item.reset == 0 && begin_pos > unit * kUnitTokens, false);
-  const int64_t begin = begin_pos > unit * kUnitTokens ? begin_pos : unit * kUnitTokens;
-  int64_t end = (unit + 1) * kUnitTokens;
+  tile.Open(item.reset == 0 && begin_pos > begin, false);
+  if (begin_pos > begin) begin = begin_pos;
+  int64_t end = (item_unit + end_unit) * kUnitTokens;
   if (end > work.end_pos()) end = work.end_pos();
   if (end > tile.last_pos() + 1) end = tile.last_pos() + 1;
-  tile.template Walk<false>(begin, end);
-  __syncthreads();
-  tile.StoreUnit([&](int n) {
-    return a.scratch + window.Slot(blockIdx.y, in_window, head, first_query + n) * (kD + 2);
-  });
+  int64_t unit = begin_unit;
+  const auto store = [&] {
+    tile.StoreUnit([&](int n) {
+      return a.scratch +
+             window.Slot(blockIdx.y, unit - window.first, head, first_query + n) * (kD + 2);
+    });
+    ++unit;
+  };
+  tile.Walk(begin, end, [&](int64_t) { store(); });
+  while (unit < end_unit) store();  // the last, if it is open, and those that no query sees
 }
 
 // Block (query and head, item): folds the window's units in order. A thread for each column.
+//
+// 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights
+// of each unit) is found for kD units at once, so that only a multiplication and an addition a unit
+// remain one after the other.
 template <int kD>
 __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
                                                  UnitWindow window) {
+  BeginDependent();
+  // Of the unit: weights of what is before it and of itself, and its l. Where nothing is before it the
+  // first is negative.
+  __shared__ float weight_before[kD], weight[kD], unit_l[kD];
+  __shared__ float largest_of_warp[kD / kWarp];
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
@@ -600,6 +646,11 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   const int64_t units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
   if (window.first >= units) return;
   const int64_t last = window.first + window.count < units ? window.first + window.count : units;
+  const bool opens = last == units && end_pos % kUnitTokens != 0;
+  const int64_t last_whole = opens ? last - 1 : last;
+  const auto part_of = [&](int64_t unit) {
+    return a.scratch + window.Slot(blockIdx.y, unit - window.first, head, query) * (kD + 2);
+  };
 
   const int i = static_cast<int>(threadIdx.x);
   float* const r = work.state(kv_head, query);
@@ -608,20 +659,51 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   float o = empty ? 0.0f : r[i];
   float m = empty ? -CUDART_INF_F : r[kD];
   float l = empty ? 0.0f : r[kD + 1];
-  float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;  // it went into the first unit's partial
-  for (int64_t unit = window.first; unit < last; ++unit) {
-    const float* const part =
-        a.scratch + window.Slot(blockIdx.y, unit - window.first, head, query) * (kD + 2);
-    if ((first_unit + unit + 1) * kUnitTokens <= end_pos) {
-      const FoldWeights fold(m, l, part[kD], part[kD + 1]);
-      o = fold(o, part[i]);
-      m = fold.m;
-      l = fold.l;
-    } else {
-      open_o = part[i];
-      open_m = part[kD];
-      open_l = part[kD + 1];
+  for (int64_t begin = window.first; begin < last_whole; begin += kD) {
+    const int count = static_cast<int>(last_whole - begin < kD ? last_whole - begin : kD);
+    const float* const part = part_of(begin + (i < count ? i : 0));
+    const float its_m = i < count ? part[kD] : -CUDART_INF_F;
+    const float its_l = i < count ? part[kD + 1] : 0.0f;
+    // The largest up to and with each unit.
+    float upto = its_m;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const float left = __shfl_up_sync(kFullMask, upto, offset);
+      if (i % kWarp >= offset) upto = fmaxf(upto, left);
     }
+    __syncthreads();  // the round before has read its weights
+    if (i % kWarp == kWarp - 1) largest_of_warp[i / kWarp] = upto;
+    float before = __shfl_up_sync(kFullMask, upto, 1);
+    if (i % kWarp == 0) before = -CUDART_INF_F;
+    __syncthreads();
+    float earlier = m;
+#pragma unroll
+    for (int warp = 0; warp < kD / kWarp; ++warp) {
+      if (warp < i / kWarp) earlier = fmaxf(earlier, largest_of_warp[warp]);
+      m = fmaxf(m, largest_of_warp[warp]);
+    }
+    before = fmaxf(before, earlier);
+    upto = fmaxf(upto, earlier);
+    const bool nothing_before = before == -CUDART_INF_F;
+    weight_before[i] = its_l == 0 ? 1.0f : nothing_before ? -1.0f : expf(__fsub_rn(before, upto));
+    weight[i] = its_l == 0 ? 0.0f : nothing_before ? 1.0f : expf(__fsub_rn(its_m, upto));
+    unit_l[i] = its_l;
+    __syncthreads();
+#pragma unroll 8
+    for (int n = 0; n < count; ++n) {
+      const float its_o = part_of(begin + n)[i];
+      const float wa = weight_before[n];
+      const float wb = weight[n];
+      o = wa < 0 ? its_o : __fmaf_rn(its_o, wb, __fmul_rn(o, wa));
+      l = wa < 0 ? unit_l[n] : __fmaf_rn(unit_l[n], wb, __fmul_rn(l, wa));
+    }
+  }
+  float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;  // it went into the first unit's partial
+  if (opens) {
+    const float* const part = part_of(last - 1);
+    open_o = part[i];
+    open_m = part[kD];
+    open_l = part[kD + 1];
   }
   if (last == units && item.finish != 0) {
     const FoldWeights fold(m, l, open_m, open_l);
@@ -630,7 +712,7 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
     l = fold.l;
     open_o = open_l = 0;
     open_m = -CUDART_INF_F;
-    work.out(kv_head, query)[i] = __fmul_rn(o, 1.0f / l);
+    StoreActivation(a.out, work.out(kv_head, query) + i, __fmul_rn(o, 1.0f / l));
   }
   __syncthreads();  // all have read m and l
   r[i] = o;
@@ -683,8 +765,8 @@ cudaError_t LaunchWalk(const AttendArgs& a, const Extents& e, cudaStream_t strea
   for (int64_t first = 0; first < a.items.count; first += kMaxGridY) {
     const int64_t y = a.items.count - first < kMaxGridY ? a.items.count - first : kMaxGridY;
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, WalkKernel<kD, kRows>, grid, kThreads,
-                                           sizeof(Shared<kD, kRows>), a, first));
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchDependentOn(stream, WalkKernel<kD, kRows>, grid, kThreads,
+                                                    sizeof(Shared<kD, kRows>), a, first));
   }
   return cudaSuccess;
 }
@@ -692,15 +774,17 @@ cudaError_t LaunchWalk(const AttendArgs& a, const Extents& e, cudaStream_t strea
 template <int kD>
 cudaError_t LaunchUnits(const AttendArgs& a, const Extents& e, int64_t window_units,
                         cudaStream_t stream) {
-  UnitWindow window = {0, window_units, e.heads, e.queries};
   const auto y = static_cast<unsigned>(a.items.count);
   const int64_t tasks = e.heads * CeilDiv(e.queries, kFewQueries);
+  const int64_t per_block = CeilDiv(window_units * tasks * y, kUnitBlocks);
+  UnitWindow window = {0, window_units, per_block, e.heads, e.queries};
   for (; window.first < e.units; window.first += window.count) {
-    const dim3 units(static_cast<unsigned>(window.count * tasks), y);
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, UnitKernel<kD>, units, kThreads,
-                                           sizeof(Shared<kD, kFewRows>), a, window));
+    const dim3 units(static_cast<unsigned>(CeilDiv(window.count, per_block) * tasks), y);
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads,
+                                                    sizeof(Shared<kD, kFewRows>), a, window));
     const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
+    HEADROOM_CUDA_RETURN_IF_ERROR(
+        LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
   }
   return cudaSuccess;
 }

@@ -30,6 +30,17 @@ __device__ inline BFloat16 RoundToBFloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+__device__ inline void StoreActivation(const Activations& to, int64_t i, float value) {
+  if (to.type == ElementType::kFloat32) {
+    to.floats()[i] = value;
+  } else {
+    to.bfloats()[i] = RoundToBFloat16(value);
+  }
+}
+__device__ inline float LoadActivation(const Activations& from, int64_t i) {
+  return from.type == ElementType::kFloat32 ? from.floats()[i] : Widen(from.bfloats()[i]);
+}
+
 struct Sum {
   template <typename T>
   __device__ T operator()(T a, T b) const {
@@ -91,6 +102,17 @@ cudaError_t LoadKernel(Kernel* kernel, int64_t shared_bytes) {
                               static_cast<int>(shared_bytes));
 }
 
+// Programmatic dependent launch (compute capability 9.0): a kernel that is enqueued with
+// LaunchDependentOn() may start while the one before it on the stream still runs. It calls this before it
+// touches anything that others write, or that they read and it writes; what it does before that hides
+// the start of the kernel. Waits for all earlier kernels, then lets the next one start.
+__device__ inline void BeginDependent() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
 // Enqueues kernel(arguments...). What it returns is the launch's own error: cudaGetLastError()
 // would also tell of calls before it, and of events that were asked too early.
 template <typename... Parameters, typename... Arguments>
@@ -101,6 +123,31 @@ cudaError_t LaunchOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 gr
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Likewise, for a kernel that calls BeginDependent().
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
+                              int threads, int64_t shared_bytes, const Arguments&... arguments) {
+  static const bool early = [] {
+    int device = 0;
+    int major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major >= 9;
+  }();
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

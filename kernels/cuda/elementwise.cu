@@ -6,6 +6,24 @@ namespace headroom::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kNormThreads = 512;
+
+// Elements [i, i + 4); i is a multiple of 4 and the memory aligned accordingly.
+__device__ float4 Load4(const Activations& from, int64_t i) {
+  if (from.type == ElementType::kFloat32) return *reinterpret_cast<const float4*>(from.floats() + i);
+  const uint2 words = *reinterpret_cast<const uint2*>(from.bfloats() + i);
+  return make_float4(WidenLow(words.x), WidenHigh(words.x), WidenLow(words.y), WidenHigh(words.y));
+}
+__device__ void Store4(const Activations& to, int64_t i, float4 value) {
+  if (to.type == ElementType::kFloat32) {
+    *reinterpret_cast<float4*>(to.floats() + i) = value;
+    return;
+  }
+  uint2 words;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.x) : "f"(value.y), "f"(value.x));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.y) : "f"(value.w), "f"(value.z));
+  *reinterpret_cast<uint2*>(to.bfloats() + i) = words;
+}
 
 // One block a row.
 __global__ void EmbedKernel(EmbedArgs a) {
@@ -18,28 +36,61 @@ __global__ void EmbedKernel(EmbedArgs a) {
   }
 }
 
-// One block a row.
-__global__ void RmsNormKernel(RmsNormArgs a) {
+// One block a row; rows of multiples of 4 are read 16 bytes at once.
+__global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
+  BeginDependent();
   __shared__ float shared[kWarp];
   const int64_t row = blockIdx.x;
   const int64_t from = a.row_index.device != nullptr ? a.row_index.device[row] : row;
-  const float* x = a.x + from * a.hidden;
+  const float* const x = a.x + from * a.hidden;
+  const int64_t vectors = a.hidden % 4 == 0 ? a.hidden / 4 : 0;
+  const auto* const x4 = reinterpret_cast<const float4*>(x);
   float sum = 0;
-  for (int64_t i = threadIdx.x; i < a.hidden; i += blockDim.x) sum = __fmaf_rn(x[i], x[i], sum);
+  for (int64_t i = threadIdx.x; i < vectors; i += kNormThreads) {
+    const float4 v = x4[i];
+    sum = __fmaf_rn(v.x, v.x, sum);
+    sum = __fmaf_rn(v.y, v.y, sum);
+    sum = __fmaf_rn(v.z, v.z, sum);
+    sum = __fmaf_rn(v.w, v.w, sum);
+  }
+  for (int64_t i = vectors * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
+    sum = __fmaf_rn(x[i], x[i], sum);
+  }
   sum = BlockReduce(sum, 0.0f, Sum(), shared);
   const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.hidden) + a.epsilon);
-  for (int64_t i = threadIdx.x; i < a.hidden; i += blockDim.x) {
-    a.out[row * a.hidden + i] = x[i] * scale * Widen(a.weight[i]);
+  for (int64_t i = threadIdx.x; i < vectors; i += kNormThreads) {
+    const float4 v = x4[i];
+    const BFloat16* const w = a.weight + i * 4;
+    Store4(a.out, row * a.hidden + i * 4,
+           make_float4(v.x * scale * Widen(w[0]), v.y * scale * Widen(w[1]),
+                       v.z * scale * Widen(w[2]), v.w * scale * Widen(w[3])));
+  }
+  for (int64_t i = vectors * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
+    StoreActivation(a.out, row * a.hidden + i, x[i] * scale * Widen(a.weight[i]));
   }
 }
 
-__global__ void SwiGluKernel(SwiGluArgs a) {
+__device__ float Gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+// Four elements a thread where the width allows it.
+__global__ void __launch_bounds__(kThreads) SwiGluKernel(SwiGluArgs a) {
+  BeginDependent();
   const int64_t row = blockIdx.y;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= a.width) return;
-  const float gate = a.gate_up[row * 2 * a.width + i];
-  const float up = a.gate_up[row * 2 * a.width + a.width + i];
-  a.out[row * a.width + i] = gate / (1.0f + expf(-gate)) * up;
+  const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
+  const int64_t gate = row * 2 * a.width + i;
+  const int64_t up = gate + a.width;
+  const int64_t to = row * a.width + i;
+  if (a.width % 4 == 0 && i < a.width) {
+    const float4 g = Load4(a.gate_up, gate);
+    const float4 u = Load4(a.gate_up, up);
+    Store4(a.out, to,
+           make_float4(Gated(g.x, u.x), Gated(g.y, u.y), Gated(g.z, u.z), Gated(g.w, u.w)));
+    return;
+  }
+  for (int64_t n = 0; n < 4 && i + n < a.width; ++n) {
+    StoreActivation(a.out, to + n,
+                    Gated(LoadActivation(a.gate_up, gate + n), LoadActivation(a.gate_up, up + n)));
+  }
 }
 
 // One block a row. Once a step, so float64 costs nothing that shows.
@@ -63,19 +114,20 @@ cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
 
 cudaError_t LaunchRmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.rows == 0) return cudaSuccess;
-  return LaunchOn(stream, RmsNormKernel, dim3(static_cast<unsigned>(args.rows)), kThreads, 0, args);
+  const dim3 grid(static_cast<unsigned>(args.rows));
+  return LaunchDependentOn(stream, RmsNormKernel, grid, kNormThreads, 0, args);
 }
 
 cudaError_t LaunchSwiGlu(const SwiGluArgs& args, cudaStream_t stream) {
   constexpr int64_t kMaxRows = 65535;  // of a grid's second dimension
   for (int64_t row = 0; row < args.rows; row += kMaxRows) {
     SwiGluArgs part = args;
-    part.gate_up += row * 2 * args.width;
-    part.out += row * args.width;
+    part.gate_up = args.gate_up + row * 2 * args.width;
+    part.out = args.out + row * args.width;
     part.rows = args.rows - row < kMaxRows ? args.rows - row : kMaxRows;
-    const dim3 grid(static_cast<unsigned>(CeilDiv(args.width, kThreads)),
+    const dim3 grid(static_cast<unsigned>(CeilDiv(args.width, 4 * kThreads)),
                     static_cast<unsigned>(part.rows));
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, SwiGluKernel, grid, kThreads, 0, part));
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchDependentOn(stream, SwiGluKernel, grid, kThreads, 0, part));
   }
   return cudaSuccess;
 }

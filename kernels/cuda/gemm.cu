@@ -1,12 +1,9 @@
-// Linear layers on the tensor cores, with float32 accuracy.
+// Products that no faster way takes: of few rows whose length is no multiple of 8 (skinny_gemm.cu takes
+// the others), of many where there is no cuBLASLt.
 //
-// An activation is split into two bfloat16, hi = bf16(a) and lo = bf16(a - hi), which leaves out
-// less than 2^-16 of it; products of bfloat16 are exact in float32. So an output is two chains of
-// m16n8k16 products over ascending k, one of hi and one of lo, added at the end, then the old c
-// where `accumulate` is set. All tile shapes below keep that order, so that a row's bits do not
-// depend on the batch.
-//
-// Tiles of A (float32, split when it is read) and W go through shared memory, several stages ahead.
+// An output is one chain of m16n8k16 products over ascending k, then the old c where `accumulate` is
+// set. Both tile shapes keep that order, so that a row's bits do not depend on the batch. Tiles of A and
+// W go through shared memory, several stages ahead.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/tensor_core.cuh"
@@ -24,34 +21,31 @@ struct Tiling {
   static constexpr int kMmaM = kM / kWarpsM / 16;  // products of a warp
   static constexpr int kMmaN = kN / kWarpsN / 8;
   // Rows are padded so that the lanes of a fragment's load meet 32 different banks.
-  static constexpr int kStrideA = kK + 8;  // floats
-  static constexpr int kStrideW = kK + 8;  // bfloat16
-  static constexpr int kBytesA = kM * kStrideA * 4;
-  static constexpr int kBytesW = kN * kStrideW * 2;
+  static constexpr int kStride = kK + 8;
+  static constexpr int kBytesA = kM * kStride * 2;
+  static constexpr int kBytesW = kN * kStride * 2;
   static constexpr int kSharedBytes = kStages * (kBytesA + kBytesW);
 };
-// Decode: the weights are streamed once; many stages keep enough bytes in flight.
-using Skinny = Tiling<16, 32, 64, 1, 4, 6>;
 using Middle = Tiling<64, 64, 32, 2, 2, 4>;
 using Wide = Tiling<128, 128, 32, 2, 4, 3>;
 
 // Rows [row, row + kRows) x columns [column, column + kColumns) of a [num_rows, num_columns]
 // matrix to shared memory; what lies outside becomes zero. 16 bytes at once where kVector (rows
 // and columns are multiples of 16 bytes).
-template <int kRows, int kColumns, int kStride, int kThreads, bool kVector, typename T>
-__device__ void LoadTile(const T* matrix, int64_t stride, int64_t row, int64_t num_rows,
-                         int64_t column, int64_t num_columns, T* shared) {
-  constexpr int kPerCopy = kVector ? 16 / static_cast<int>(sizeof(T)) : 1;
+template <int kRows, int kColumns, int kStride, int kThreads, bool kVector>
+__device__ void LoadTile(const BFloat16* matrix, int64_t stride, int64_t row, int64_t num_rows,
+                         int64_t column, int64_t num_columns, BFloat16* shared) {
+  constexpr int kPerCopy = kVector ? 8 : 1;
   constexpr int kPerRow = kColumns / kPerCopy;
   for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
     const int64_t r = row + i / kPerRow;
     const int64_t c = column + i % kPerRow * kPerCopy;
-    T* const to = shared + i / kPerRow * kStride + i % kPerRow * kPerCopy;
+    BFloat16* const to = shared + i / kPerRow * kStride + i % kPerRow * kPerCopy;
     const bool inside = r < num_rows && c < num_columns;
     if constexpr (kVector) {
       CopyAsync16(to, inside ? matrix + r * stride + c : matrix, inside ? 16 : 0);
     } else {
-      *to = inside ? matrix[r * stride + c] : T();
+      *to = inside ? matrix[r * stride + c] : BFloat16();
     }
   }
 }
@@ -59,7 +53,7 @@ __device__ void LoadTile(const T* matrix, int64_t stride, int64_t row, int64_t n
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
   extern __shared__ __align__(16) uint8_t shared[];
-  auto* const shared_a = reinterpret_cast<float*>(shared);
+  auto* const shared_a = reinterpret_cast<BFloat16*>(shared);
   auto* const shared_w = reinterpret_cast<BFloat16*>(shared + T::kStages * T::kBytesA);
   const int64_t row = int64_t{blockIdx.y} * T::kM;
   const int64_t column = int64_t{blockIdx.x} * T::kN;
@@ -67,11 +61,12 @@ __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
   const auto load = [&](int64_t step) {
     if (step < steps) {
       const auto stage = static_cast<int>(step % T::kStages);
-      LoadTile<T::kM, T::kK, T::kStrideA, T::kThreads, kVector>(
-          g.a, g.a_stride, row, g.m, step * T::kK, g.w.k, shared_a + stage * T::kM * T::kStrideA);
-      LoadTile<T::kN, T::kK, T::kStrideW, T::kThreads, kVector>(
+      LoadTile<T::kM, T::kK, T::kStride, T::kThreads, kVector>(
+          g.a.bfloats(), g.a_stride, row, g.m, step * T::kK, g.w.k,
+          shared_a + stage * T::kM * T::kStride);
+      LoadTile<T::kN, T::kK, T::kStride, T::kThreads, kVector>(
           g.w.data, g.w.k, column, g.w.n, step * T::kK, g.w.k,
-          shared_w + stage * T::kN * T::kStrideW);
+          shared_w + stage * T::kN * T::kStride);
     }
     CommitCopies();  // also when empty: groups are counted
   };
@@ -82,8 +77,7 @@ __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
   const int pair = lane % 4;
   const int warp_row = warp / T::kWarpsN * (T::kMmaM * 16);
   const int warp_column = warp % T::kWarpsN * (T::kMmaN * 8);
-  float hi[T::kMmaM][T::kMmaN][4] = {};
-  float lo[T::kMmaM][T::kMmaN][4] = {};
+  float sum[T::kMmaM][T::kMmaN][4] = {};
 
   for (int stage = 0; stage < T::kStages - 1; ++stage) load(stage);
   for (int64_t step = 0; step < steps; ++step) {
@@ -91,31 +85,28 @@ __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
     __syncthreads();  // the stage is complete, and the one before is no longer read
     load(step + T::kStages - 1);
     const auto stage = static_cast<int>(step % T::kStages);
-    const float* const a = shared_a + stage * T::kM * T::kStrideA;
-    const BFloat16* const w = shared_w + stage * T::kN * T::kStrideW;
+    const BFloat16* const a = shared_a + stage * T::kM * T::kStride;
+    const BFloat16* const w = shared_w + stage * T::kN * T::kStride;
 #pragma unroll
     for (int k = 0; k < T::kK; k += 16) {
       uint32_t b[T::kMmaN][2];
 #pragma unroll
       for (int n = 0; n < T::kMmaN; ++n) {
-        const BFloat16* const from = w + (warp_column + n * 8 + quad) * T::kStrideW + k + 2 * pair;
+        const BFloat16* const from = w + (warp_column + n * 8 + quad) * T::kStride + k + 2 * pair;
         b[n][0] = *reinterpret_cast<const uint32_t*>(from);
         b[n][1] = *reinterpret_cast<const uint32_t*>(from + 8);
       }
 #pragma unroll
       for (int m = 0; m < T::kMmaM; ++m) {
-        const float* const from = a + (warp_row + m * 16 + quad) * T::kStrideA + k + 2 * pair;
-        uint32_t a_hi[4], a_lo[4];
+        const BFloat16* const from = a + (warp_row + m * 16 + quad) * T::kStride + k + 2 * pair;
+        uint32_t fragment[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // rows quad, quad + 8; then the same of columns + 8
-          Split(*reinterpret_cast<const float2*>(from + i % 2 * 8 * T::kStrideA + i / 2 * 8),
-                a_hi[i], a_lo[i]);
+          fragment[i] =
+              *reinterpret_cast<const uint32_t*>(from + i % 2 * 8 * T::kStride + i / 2 * 8);
         }
 #pragma unroll
-        for (int n = 0; n < T::kMmaN; ++n) {
-          Multiply(hi[m][n], a_hi, b[n][0], b[n][1]);
-          Multiply(lo[m][n], a_lo, b[n][0], b[n][1]);
-        }
+        for (int n = 0; n < T::kMmaN; ++n) Multiply(sum[m][n], fragment, b[n][0], b[n][1]);
       }
     }
   }
@@ -129,9 +120,9 @@ __global__ void __launch_bounds__(T::kThreads) GemmKernel(GemmArgs g) {
         const int64_t r = row + warp_row + m * 16 + quad + i / 2 * 8;
         const int64_t c = column + warp_column + n * 8 + 2 * pair + i % 2;
         if (r >= g.m || c >= g.w.n) continue;
-        float& to = g.c[r * g.c_stride + c];
-        const float sum = __fadd_rn(hi[m][n][i], lo[m][n][i]);
-        to = g.accumulate ? __fadd_rn(to, sum) : sum;
+        const int64_t at = r * g.c_stride + c;
+        const float value = sum[m][n][i];
+        StoreActivation(g.c, at, g.accumulate ? __fadd_rn(g.c.floats()[at], value) : value);
       }
     }
   }
@@ -145,7 +136,7 @@ template <typename T>
 cudaError_t Launch(GemmArgs g, cudaStream_t stream) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool vector =
-      g.w.k % 8 == 0 && g.a_stride % 4 == 0 && aligned(g.a) && aligned(g.w.data);
+      g.w.k % 8 == 0 && g.a_stride % 8 == 0 && aligned(g.a.data) && aligned(g.w.data);
   void (*const kernel)(GemmArgs) = vector ? GemmKernel<T, true> : GemmKernel<T, false>;
   constexpr int64_t kMaxRows = int64_t{65535} * T::kM;  // of a grid's second dimension
   const int64_t m = g.m;
@@ -154,8 +145,9 @@ cudaError_t Launch(GemmArgs g, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(CeilDiv(g.w.n, T::kN)),
                     static_cast<unsigned>(CeilDiv(g.m, T::kM)));
     HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, kernel, grid, T::kThreads, T::kSharedBytes, g));
-    g.a += kMaxRows * g.a_stride;
-    g.c += kMaxRows * g.c_stride;
+    g.a.data = g.a.bfloats() + kMaxRows * g.a_stride;
+    g.c.data = static_cast<uint8_t*>(g.c.data) +
+               kMaxRows * g.c_stride * ElementBytes(g.c.type);
   }
   return cudaSuccess;
 }
@@ -170,16 +162,20 @@ cudaError_t Load() {
 
 cudaError_t LaunchGemm(const GemmArgs& args, cudaStream_t stream) {
   if (args.m == 0 || args.w.n == 0) return cudaSuccess;
+  if (args.a.type != ElementType::kBFloat16 ||
+      (args.accumulate && args.c.type != ElementType::kFloat32)) {
+    return cudaErrorInvalidValue;
+  }
+  if (IsSkinny(args)) return LaunchSkinnyGemm(args, stream);
   // Wide tiles reuse more, where there are enough of them for a wave of some hundred
   // multiprocessors.
   constexpr int64_t kWave = 100;
-  if (args.m <= Skinny::kM) return Launch<Skinny>(args, stream);
   if (Blocks(args, Wide::kM, Wide::kN) < kWave) return Launch<Middle>(args, stream);
   return Launch<Wide>(args, stream);
 }
 
 cudaError_t LoadGemm() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(Load<Skinny>());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadSkinnyGemm());
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<Middle>());
   return Load<Wide>();
 }

@@ -49,6 +49,10 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchPostQueries(const PostQueriesArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAwaitPartials(const AwaitPartialsArgs& args, cudaStream_t stream);
 
+// LaunchGemm()'s way for a decode step's rows, where IsSkinny().
+bool IsSkinny(const GemmArgs& args);
+[[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);
+
 // Parts of LoadKernels(), one in each source file.
 [[nodiscard]] cudaError_t LoadAttend();
 [[nodiscard]] cudaError_t LoadElementwise();
@@ -56,6 +60,7 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LoadKvRows();
 [[nodiscard]] cudaError_t LoadMailbox();
 [[nodiscard]] cudaError_t LoadSample();
+[[nodiscard]] cudaError_t LoadSkinnyGemm();
 
 }  // namespace headroom::kernels::cuda
 

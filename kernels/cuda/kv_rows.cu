@@ -6,6 +6,7 @@ namespace headroom::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kRopeThreads = 512;
 constexpr int64_t kMaxGridY = 65535;
 
 // x' of pair i: the first or, with `second`, the second of the two that turn together. Rounded as
@@ -21,7 +22,8 @@ __device__ float Turned(const float* x, const float* cos_sin, int32_t i, int32_t
 }
 
 // Block (at, item): position `at` of an item. A thread turns pairs of q, then of k, and rounds v.
-__global__ void RopeAppendKernel(RopeAppendArgs a) {
+__global__ void __launch_bounds__(kRopeThreads) RopeAppendKernel(RopeAppendArgs a) {
+  BeginDependent();
   const AppendItem item = a.items.device[blockIdx.y];
   const int64_t at = blockIdx.x;
   if (at >= item.target.count) return;
@@ -87,7 +89,7 @@ cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
   if (longest == 0) return cudaSuccess;
   if (args.items.count > kMaxGridY) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(longest), static_cast<unsigned>(args.items.count));
-  return LaunchOn(stream, RopeAppendKernel, grid, kThreads, 0, args);
+  return LaunchDependentOn(stream, RopeAppendKernel, grid, kRopeThreads, 0, args);
 }
 
 cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {

@@ -132,7 +132,7 @@ __global__ void MergeKernel(MergePartialsArgs a) {
     }
     if (item->finish == 0) continue;
     const Part all = Folded(finished[i], open[i]);
-    a.out[at * d + column] = __fdiv_rn(all.o, all.l);
+    StoreActivation(a.out, at * d + column, __fdiv_rn(all.o, all.l));
   }
 }
 

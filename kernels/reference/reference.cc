@@ -37,11 +37,11 @@ void Gemm(const GemmArgs& g) {
     for (int64_t n = 0; n < g.w.n; ++n) {
       float sum = 0;
       for (int64_t k = 0; k < g.w.k; ++k) {
-        sum = std::fma(g.a[m * g.a_stride + k], ToFloat(g.w.data[PackedWeightIndex(g.w.k, n, k)]),
-                       sum);
+        sum = std::fma(g.a.Get(m * g.a_stride + k),
+                       ToFloat(g.w.data[PackedWeightIndex(g.w.k, n, k)]), sum);
       }
-      float& c = g.c[m * g.c_stride + n];
-      c = g.accumulate ? c + sum : sum;
+      const int64_t at = m * g.c_stride + n;
+      g.c.Set(at, g.accumulate ? g.c.Get(at) + sum : sum);
     }
   }
 }
@@ -54,7 +54,8 @@ void RmsNorm(const RmsNormArgs& args) {
     for (int64_t i = 0; i < args.hidden; ++i) sum += static_cast<double>(x[i]) * x[i];
     const double scale = 1 / std::sqrt(sum / static_cast<double>(args.hidden) + args.epsilon);
     for (int64_t i = 0; i < args.hidden; ++i) {
-      args.out[row * args.hidden + i] = static_cast<float>(x[i] * scale * ToFloat(args.weight[i]));
+      args.out.Set(row * args.hidden + i,
+                   static_cast<float>(x[i] * scale * ToFloat(args.weight[i])));
     }
   }
 }
@@ -62,9 +63,9 @@ void RmsNorm(const RmsNormArgs& args) {
 void SwiGlu(const SwiGluArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t i = 0; i < args.width; ++i) {
-      const double gate = args.gate_up[row * 2 * args.width + i];
-      const double up = args.gate_up[row * 2 * args.width + args.width + i];
-      args.out[row * args.width + i] = static_cast<float>(gate / (1 + std::exp(-gate)) * up);
+      const double gate = args.gate_up.Get(row * 2 * args.width + i);
+      const double up = args.gate_up.Get(row * 2 * args.width + args.width + i);
+      args.out.Set(row * args.width + i, static_cast<float>(gate / (1 + std::exp(-gate)) * up));
     }
   }
 }
@@ -172,9 +173,8 @@ void Attend(const AttendArgs& args) {
           total += weight;
           for (int32_t j = 0; j < d; ++j) out[j] += weight * ToFloat(values[k][j]);
         }
-        float* const to =
-            args.out + ((item.row_begin + row) * args.num_q_heads + q_head) * int64_t{d};
-        for (int32_t j = 0; j < d; ++j) to[j] = static_cast<float>(out[j] / total);
+        const int64_t at = ((item.row_begin + row) * args.num_q_heads + q_head) * d;
+        for (int32_t j = 0; j < d; ++j) args.out.Set(at + j, static_cast<float>(out[j] / total));
       }
     }
   }
@@ -223,7 +223,7 @@ void MergePartials(const MergePartialsArgs& args) {
         std::vector<double> o(d, 0);
         double l = 0;
         sum(o, &l);
-        for (int32_t j = 0; j < d; ++j) args.out[at * d + j] = static_cast<float>(o[j] / l);
+        for (int32_t j = 0; j < d; ++j) args.out.Set(at * d + j, static_cast<float>(o[j] / l));
       }
     }
   }

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "absl/strings/str_cat.h"
+#include "common/device/device_factory.h"
 #include "services/headroom/bench/bench.h"
 #include "services/headroom/commands.h"
 #include "services/headroom/exit_code.h"
@@ -22,6 +23,7 @@ int PlanCommand(const std::vector<std::string>& args) {
   if (options.context_tokens == 0) return MissingFlag("plan", "context");
   if (options.gpu_memory_bytes == 0) return MissingFlag("plan", "gpu-memory");
   if (options.host_memory_bytes == 0) return MissingFlag("plan", "host-memory");
+  options.product_type = ProductTypeOf(ChooseDevice(options.device));
   const absl::StatusOr<PlanReport> report = MakePlan(options, [](const PlanOptions& what) {
     BenchOptions bench;
     bench.model_dir = what.model_dir;

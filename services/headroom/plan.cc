@@ -82,7 +82,8 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCos
       report.budget,
       DivideBudget(report.config, WeightBytes(report.config, kernels::PackedWeightBytes),
                    options.gpu_memory_bytes, options.max_chunk_tokens,
-                   report.config.max_position_tokens));
+                   report.config.max_position_tokens,
+                   options.product_type));
   coordinator::PredictInput input;
   input.geometry = report.config.kv_geometry();
   input.spec = *spec;

@@ -28,6 +28,7 @@ struct PlanOptions {
   // No decode steps are run to find what they cost on this device, and no time is predicted.
   bool no_measure = false;
   std::string device = "auto";
+  kernels::ElementType product_type = kernels::ElementType::kFloat32;  // of that device
   int32_t threads = 0;
   bool json = false;
 };

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kMaxUnitScratchFloats = int64_t{4} << 20;
 constexpr int64_t kAlignSlack = 64 * 256;  // what aligning a few dozen buffers may cost
 
 // Sequences with extents of every size whose resident copies one step may list.
@@ -39,18 +40,30 @@ int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_
          config.num_layers * (kTableSequences * a_sequence + long_context);
 }
 
+// On the CPU as little as the kernel works with; a GPU computes the units of the longest context side by
+// side, up to 16 MiB of them: 128K tokens of Llama-3-8B.
+int64_t AttendScratchFloats(const ModelConfig& config, kernels::ElementType product_type,
+                            int64_t max_context_tokens) {
+  if (product_type == kernels::ElementType::kFloat32) return kernels::kMinAttendScratchFloats;
+  const int64_t units = max_context_tokens / kUnitTokens + 2;
+  return std::clamp(units * config.num_q_heads * (config.head_dim + 2),
+                    kernels::kMinAttendScratchFloats, kMaxUnitScratchFloats);
+}
+
 }  // namespace
 
-int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, int64_t mlp_slice_rows) {
+int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t row_floats = config.hidden + config.qkv_width() + q_width +
-                             config.num_q_heads * kernels::AttentionStateFloats(config.head_dim);
-  const int64_t mlp_floats = std::min(rows, mlp_slice_rows) * 3 * config.intermediate;
-  const int64_t logit_floats = kLogitSliceRows * (config.vocab + config.hidden) +
+  const int64_t row_floats = config.qkv_width() + config.num_q_heads *
+                                                      kernels::AttentionStateFloats(config.head_dim);
+  const int64_t logit_floats = kLogitSliceRows * config.vocab +
                                kSampleSliceRows * kernels::SampleScratchFloats(config.vocab);
-  return (rows * row_floats + mlp_floats + logit_floats + kernels::kMinAttendScratchFloats) *
-             kFloat +
-         kAlignSlack;
+  // What goes through products: normed rows, attention's result, the MLP's two buffers, sampled rows.
+  const int64_t activations = rows * (config.hidden + q_width) +
+                              std::min(rows, budget.mlp_slice_rows) * 3 * config.intermediate +
+                              kLogitSliceRows * config.hidden;
+  return (rows * row_floats + logit_floats + budget.attend_scratch_floats) * kFloat +
+         activations * kernels::ElementBytes(budget.product_type) + kAlignSlack;
 }
 
 int64_t ContextBytes(const ModelConfig& config, int64_t rows) {
@@ -65,11 +78,14 @@ int64_t ChunkBufferBytes(const ModelConfig& config, int64_t rows) {
 
 absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t weights_bytes,
                                           int64_t budget_bytes, int64_t chunk_limit,
-                                          int64_t max_context_tokens) {
+                                          int64_t max_context_tokens,
+                                          kernels::ElementType product_type) {
   const KvGeometry geometry = config.kv_geometry();
   DeviceBudget budget;
   budget.budget_bytes = budget_bytes;
   budget.weights_bytes = weights_bytes;
+  budget.product_type = product_type;
+  budget.attend_scratch_floats = AttendScratchFloats(config, product_type, max_context_tokens);
   budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
   const int64_t rest = std::max<int64_t>(budget_bytes, 0) - weights_bytes;
   budget.mlp_slice_rows = kMinChunkTokens;
@@ -79,7 +95,7 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   }
   const auto activations = [&](int64_t chunk) {
     const int64_t tables = TableBytes(config, chunk, max_context_tokens);
-    return WorkspaceBytes(config, chunk, budget.mlp_slice_rows) + ContextBytes(config, chunk) +
+    return WorkspaceBytes(config, chunk, budget) + ContextBytes(config, chunk) +
            ContextBytes(config, kMaxDecodeRows) + ChunkBufferBytes(config, chunk) +
            kNumContexts * kStepsInFlight * tables;
   };

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
+#include "kernels/types.h"
 #include "services/worker/model/model_config.h"
 
 namespace headroom {
@@ -35,11 +36,13 @@ struct DeviceBudget {
   int64_t tail_bytes_per_sequence = 0;
   int64_t max_chunk_tokens = 0;
   int64_t mlp_slice_rows = 0;
+  int64_t attend_scratch_floats = 0;
+  kernels::ElementType product_type = kernels::ElementType::kFloat32;
 };
 
 // Buffers that live within one layer of one step, shared by the contexts: they take turns at layer
-// borders on one stream.
-int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, int64_t mlp_slice_rows);
+// borders on one stream. Uses of `budget`: mlp_slice_rows, attend_scratch_floats, product_type.
+int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget);
 // What one context keeps over a step: residual stream, RoPE table, results; without tables.
 int64_t ContextBytes(const ModelConfig& config, int64_t rows);
 // The chunk buffers (two, used by turns) for chunks of `rows` tokens.
@@ -48,10 +51,12 @@ int64_t ChunkBufferBytes(const ModelConfig& config, int64_t rows);
 // Divides `budget_bytes`: weights; ring = the smaller of 512 MiB and a quarter of the rest, at least
 // two tiles a context; activations = the largest chunk (a power of two, 64 to `chunk_limit`) that
 // takes at most a third of the rest; the KV pool is what remains and holds at least one tail.
-// RESOURCE_EXHAUSTED says what the least budget would be.
+// `product_type` is the device's. RESOURCE_EXHAUSTED says what the least budget would be.
 absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t weights_bytes,
                                           int64_t budget_bytes, int64_t chunk_limit,
-                                          int64_t max_context_tokens);
+                                          int64_t max_context_tokens,
+                                          kernels::ElementType product_type =
+                                              kernels::ElementType::kFloat32);
 
 }  // namespace headroom
 

@@ -94,7 +94,8 @@ absl::Status Worker::Init(const WorkerOptions& options) {
   // Too small a budget is said before anything is loaded.
   HEADROOM_ASSIGN_OR_RETURN(
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
-                            device_->arena_use().capacity_bytes, options.max_chunk_tokens, context));
+                            device_->arena_use().free_bytes(), options.max_chunk_tokens, context,
+                            device_->product_type()));
   HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_,
                                                   LoadProgress(budget_.weights_bytes)));
   StepExecutorOptions executor;

@@ -23,6 +23,8 @@ class ForwardingDevice : public Device {
     return device_->RegisterHost(data, bytes);
   }
   absl::Status UnregisterHost(void* data) override { return device_->UnregisterHost(data); }
+  kernels::ElementType product_type() const override { return device_->product_type(); }
+  absl::Status PrepareGemm(int64_t n, int64_t k) override { return device_->PrepareGemm(n, k); }
   int64_t PackedBytes(int64_t n, int64_t k) const override { return device_->PackedBytes(n, k); }
   absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin, int64_t rows,
                               int64_t n, int64_t k, uint8_t* packed) override {

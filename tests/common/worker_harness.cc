@@ -97,7 +97,8 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   if (options.wrap_device) h.device_ = options.wrap_device(std::move(h.device_));
   HEADROOM_ASSIGN_OR_RETURN(
       h.budget_, DivideBudget(h.config_, WeightBytes(h.config_, *h.device_), options.budget_bytes,
-                              options.chunk_limit_tokens, options.max_context_tokens));
+                              options.chunk_limit_tokens, options.max_context_tokens,
+                              h.device_->product_type()));
   if (options.ring_bytes > 0) {
     if (options.ring_bytes > h.budget_.ring_bytes) {
       return absl::InvalidArgumentError("the ring cannot be larger than the budget's");

@@ -102,7 +102,7 @@ class AttentionTest : public GpuTest {
       for (const Piece& piece : launches[n]) tokens += piece.count;
       EXPECT_EQ(account.bytes.load(), tokens * shape.num_kv_heads * shape.head_dim * 4);
     }
-    std::vector<float> out = gpu_.Fetch(args.out, rows * s.q_width());
+    std::vector<float> out = gpu_.Fetch(args.out.floats(), rows * s.q_width());
     gpu_.Reset();
     return out;
   }
@@ -267,7 +267,7 @@ TEST_F(AttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
   args.spans = gpu_.PutTable(spans);
   args.items = gpu_.PutTable(items);
   EXPECT_OK(device_.Attend(gpu_.stream(), args));
-  EXPECT_TRUE(SameBits(gpu_.Fetch(args.out, total_rows * all[0].q_width()), expected));
+  EXPECT_TRUE(SameBits(gpu_.Fetch(args.out.floats(), total_rows * all[0].q_width()), expected));
 
   // Reset without keys; all keys; finish without keys.
   std::vector<AttendItem> only_reset = items, keys = items, only_finish = items;
@@ -281,7 +281,7 @@ TEST_F(AttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
     args.items = gpu_.PutTable(*list);
     EXPECT_OK(device_.Attend(gpu_.stream(), args));
   }
-  EXPECT_TRUE(SameBits(gpu_.Fetch(args.out, total_rows * all[0].q_width()), expected));
+  EXPECT_TRUE(SameBits(gpu_.Fetch(args.out.floats(), total_rows * all[0].q_width()), expected));
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ using kernels::BFloat16;
 constexpr int64_t kHidden = 4096, kIntermediate = 14336, kVocab = 128256;
 constexpr int32_t kQHeads = 32, kKvHeads = 8, kHeadDim = 128;
 constexpr int64_t kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim;
+constexpr int64_t kScratchFloats = int64_t{4} << 20;
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 void Require(const absl::Status& status) {
@@ -128,7 +129,7 @@ class Bench {
                   {"down", kHidden, kIntermediate},
                   {"lm_head", kVocab, kHidden}};
     const int64_t most_rows = 4096;
-    float* const a = Random<float>(most_rows * kIntermediate);
+    BFloat16* const a = Random<BFloat16>(most_rows * kIntermediate);
     float* const c = reinterpret_cast<float*>(Take(most_rows * 2 * kIntermediate * 4));
     for (const auto& layer : layers) {
       // Several copies, so that the weights come from memory and not from the cache.
@@ -165,7 +166,7 @@ class Bench {
       q_ = Random<float>(4096 * kQHeads * kHeadDim);
       state_ = reinterpret_cast<float*>(Take(4096 * state / rows * 4));
       out_ = reinterpret_cast<float*>(Take(4096 * kQHeads * kHeadDim * 4));
-      scratch_ = reinterpret_cast<float*>(Take(kernels::kMinAttendScratchFloats * 4));
+      scratch_ = reinterpret_cast<float*>(Take(kScratchFloats * 4));
       keys_ = Random<BFloat16>(131072 * kKvHeads * kHeadDim * 2);
       tables_ = Take(4096);
     }
@@ -189,7 +190,7 @@ class Bench {
     args.items = {reinterpret_cast<kernels::AttendItem*>(tables_ + 1024), items.data(), 1};
     args.spans = {reinterpret_cast<kernels::KvSpan*>(tables_), spans.data(), 1};
     args.scratch = scratch_;
-    args.scratch_floats = kernels::kMinAttendScratchFloats;
+    args.scratch_floats = kScratchFloats;
     args.scale = 0.088f;
     args.num_q_heads = kQHeads;
     args.num_kv_heads = kKvHeads;

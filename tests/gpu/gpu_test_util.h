@@ -54,6 +54,7 @@ class HostMemory {
 class Gpu {
  public:
   static constexpr int64_t kArenaBytes = int64_t{768} << 20;
+  static constexpr int64_t kLibrariesBytes = int64_t{64} << 20;  // for what the device takes itself
   static constexpr int64_t kStagingBytes = int64_t{64} << 20;
   static constexpr absl::Duration kPatience = absl::Seconds(60);
 
@@ -106,6 +107,18 @@ class Gpu {
     if (bytes > 0) std::memcpy(static_cast<void*>(values.data()), staging_.data(), bytes);
     return values;
   }
+  // Memory for activations, poisoned, and what they come to.
+  kernels::Activations TakeActivations(int64_t count, kernels::ElementType type) {
+    return {Take(count * kernels::ElementBytes(type)), type};
+  }
+  std::vector<float> FetchActivations(const kernels::Activations& from, int64_t count) {
+    if (from.type == kernels::ElementType::kFloat32) return Fetch(from.floats(), count);
+    std::vector<float> values;
+    for (const kernels::BFloat16 value : Fetch(from.bfloats(), count)) {
+      values.push_back(kernels::ToFloat(value));
+    }
+    return values;
+  }
   // Until everything on stream() has run.
   void Await() {
     Require(device_->Record(stream_, event_));
@@ -118,7 +131,7 @@ class Gpu {
   Gpu() : staging_(kStagingBytes) {
     DeviceOptions options;
     options.kind = "cuda";
-    options.memory_bytes = kArenaBytes;
+    options.memory_bytes = kArenaBytes + kLibrariesBytes;
     auto device = CreateDevice(options);
     Require(device.status());
     device_ = *std::move(device);

@@ -30,20 +30,20 @@ struct GemmCase {
   GemmCase(int64_t the_m, int64_t the_n, int64_t the_k, uint32_t seed)
       : m(the_m), n(the_n), k(the_k) {
     Random random(seed);
-    a = random.Floats(m * k);
+    a = random.Bf16(m * k);
     w = random.Bf16(n * k);
     c = random.Floats(m * n);
   }
   int64_t m, n, k;
-  std::vector<float> a, c;
-  std::vector<BFloat16> w;  // row-major
+  std::vector<float> c;
+  std::vector<BFloat16> a, w;  // row-major
 };
 
 class GemmTest : public KernelTest {
  protected:
   std::vector<float> Run(const GemmCase& g, int64_t row, int64_t rows, bool accumulate,
                          int64_t a_stride) {
-    std::vector<float> a(static_cast<size_t>(rows * a_stride), kNan);
+    std::vector<BFloat16> a(static_cast<size_t>(rows * a_stride), kernels::ToBFloat16(kNan));
     for (int64_t r = 0; r < rows; ++r) {
       std::copy_n(g.a.begin() + (row + r) * g.k, g.k, a.begin() + r * a_stride);
     }
@@ -59,28 +59,30 @@ class GemmTest : public KernelTest {
     args.c_stride = g.n;
     args.m = rows;
     args.accumulate = accumulate;
-    std::vector<float> result = After(device_.Gemm(gpu_.stream(), args), args.c, rows * g.n);
+    std::vector<float> result = After(device_.Gemm(gpu_.stream(), args), args.c.floats(), rows * g.n);
     gpu_.Reset();
     return result;
   }
 };
 
-TEST_F(GemmTest, IsAccurateToFloat32OnOddShapes) {
+TEST_F(GemmTest, SumsProductsOfBFloat16InFloat32OnOddShapes) {
   const int64_t shapes[][3] = {{1, 1, 1},      {1, 33, 7},     {1, 576, 576},  {2, 31, 8},
                                {3, 100, 72},   {15, 64, 100},  {16, 32, 64},   {17, 65, 63},
                                {33, 576, 192}, {64, 49, 1536}, {65, 129, 65},  {128, 128, 32},
-                               {130, 960, 24}, {300, 1000, 9}, {700, 2049, 40}, {1, 49152, 576}};
+                               {130, 960, 24}, {300, 1000, 9}, {700, 2049, 40}, {1, 49152, 576},
+                               {9, 576, 1536}, {24, 40, 4096}, {129, 64, 64}, {8200, 72, 64}};
   uint32_t seed = 1;
   for (const auto& [m, n, k] : shapes) {
     const GemmCase g(m, n, k, seed++);
     for (const bool accumulate : {false, true}) {
-      const std::vector<float> c = Run(g, 0, m, accumulate, accumulate ? k + 4 : k);
+      const std::vector<float> c = Run(g, 0, m, accumulate, accumulate ? k + 8 : k);
       double worst = 0;
       for (int64_t r = 0; r < m; ++r) {
         for (int64_t o = 0; o < n; ++o) {
           double sum = accumulate ? g.c[r * n + o] : 0, size = std::abs(sum) + 1e-6;
           for (int64_t i = 0; i < k; ++i) {
-            const double product = static_cast<double>(g.a[r * k + i]) * ToFloat(g.w[o * k + i]);
+            const double product =
+                static_cast<double>(ToFloat(g.a[r * k + i])) * ToFloat(g.w[o * k + i]);
             sum += product;
             size += std::abs(product);
           }
@@ -93,12 +95,13 @@ TEST_F(GemmTest, IsAccurateToFloat32OnOddShapes) {
   }
 }
 
-TEST_F(GemmTest, ARowHasTheSameBitsInEveryBatch) {
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{576, 576}, {200, 72}, {2048, 256}}) {
-    const GemmCase g(1200, n, k, 77);
-    const std::vector<float> all = Run(g, 0, 1200, true, k);
-    for (const auto& [row, rows] : {std::pair<int64_t, int64_t>{0, 1}, {17, 3}, {100, 16},
-                                    {40, 64}, {511, 257}, {1199, 1}}) {
+TEST_F(GemmTest, ARowHasTheSameBitsInEveryBatchOfADecodeStep) {
+  for (const auto& [n, k] :
+       {std::pair<int64_t, int64_t>{576, 576}, {200, 72}, {2048, 256}, {100, 63}, {48, 14336}}) {
+    const GemmCase g(kernels::kFewGemmRows, n, k, 77);
+    const std::vector<float> all = Run(g, 0, kernels::kFewGemmRows, true, k);
+    for (const auto& [row, rows] : {std::pair<int64_t, int64_t>{0, 1}, {17, 3}, {5, 8}, {30, 9},
+                                    {48, 16}, {11, 17}, {32, 32}, {31, 33}, {63, 1}}) {
       const std::vector<float> part(all.begin() + row * n, all.begin() + (row + rows) * n);
       EXPECT_TRUE(SameBits(Run(g, row, rows, true, k), part)) << rows << " rows from " << row;
     }
@@ -134,8 +137,10 @@ TEST_F(KernelTest, EmbedTakesTokensFromTheTableAndFromTheLastStep) {
 
 TEST_F(KernelTest, RmsNormMatchesTheReference) {
   Random random(4);
-  for (const int64_t hidden : {1, 31, 64, 257, 576, 4096}) {
-    for (const bool indexed : {false, true}) {
+  for (const int64_t hidden : {1, 31, 64, 257, 576, 4096, 5120}) {
+    for (const int variant : {0, 1, 2, 3}) {
+      const bool indexed = variant % 2 != 0;
+      const ElementType type = variant < 2 ? ElementType::kFloat32 : ElementType::kBFloat16;
       RmsNormArgs args;
       args.x_rows = 5;
       args.rows = indexed ? 3 : 5;
@@ -153,10 +158,11 @@ TEST_F(KernelTest, RmsNormMatchesTheReference) {
       reference::RmsNorm(on_host);
       args.x = gpu_.Put(x);
       args.weight = gpu_.Put(weight);
-      args.out = gpu_.Take<float>(args.rows * hidden);
+      args.out = gpu_.TakeActivations(args.rows * hidden, type);
       if (indexed) args.row_index = gpu_.PutTable(index);
-      EXPECT_TRUE(Near(After(device_.RmsNorm(gpu_.stream(), args), args.out, args.rows * hidden),
-                       expected, 1e-5f))
+      EXPECT_OK(device_.RmsNorm(gpu_.stream(), args));
+      EXPECT_TRUE(Near(gpu_.FetchActivations(args.out, args.rows * hidden), expected,
+                       type == ElementType::kFloat32 ? 1e-5f : 5e-3f))
           << hidden;
       gpu_.Reset();
     }
@@ -174,6 +180,13 @@ TEST_F(KernelTest, SwiGluMatchesTheReference) {
       const SwiGluArgs args{gpu_.Put(gate_up), out, rows, width};
       EXPECT_TRUE(Near(After(device_.SwiGlu(gpu_.stream(), args), out, rows * width), expected,
                        2e-5f));
+      const std::vector<BFloat16> rounded = random.Bf16(rows * 2 * width);
+      SwiGluArgs narrow{rounded.data(), expected.data(), rows, width};
+      reference::SwiGlu(narrow);
+      narrow.gate_up = gpu_.Put(rounded);
+      narrow.out = gpu_.TakeActivations(rows * width, ElementType::kBFloat16);
+      EXPECT_OK(device_.SwiGlu(gpu_.stream(), narrow));
+      EXPECT_TRUE(Near(gpu_.FetchActivations(narrow.out, rows * width), expected, 5e-3f));
       gpu_.Reset();
     }
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <optional>
 #include <string>
@@ -143,6 +144,8 @@ class CpuDevice : public Device {
     return absl::OkStatus();
   }
 
+  kernels::ElementType product_type() const override { return kernels::ElementType::kFloat32; }
+  absl::Status PrepareGemm(int64_t, int64_t) override { return absl::OkStatus(); }
   int64_t PackedBytes(int64_t n, int64_t k) const override {
     return kernels::PackedWeightBytes(n, k);
   }
@@ -284,18 +287,22 @@ class CpuDevice : public Device {
                    });
   }
   absl::Status MergePartials(StreamId s, const kernels::MergePartialsArgs& a) override {
+    HEADROOM_RETURN_IF_ERROR(CheckFloats("MergePartials", {a.out}));
     return Launch<&kernels::cpu::MergePartials>(s, "MergePartials", a, nullptr, /*host_too=*/true);
   }
   absl::Status Embed(StreamId s, const kernels::EmbedArgs& a) override {
     return Launch<&kernels::cpu::Embed>(s, "Embed", a);
   }
   absl::Status RmsNorm(StreamId s, const kernels::RmsNormArgs& a) override {
+    HEADROOM_RETURN_IF_ERROR(CheckFloats("RmsNorm", {a.out}));
     return Launch<&kernels::cpu::RmsNorm>(s, "RmsNorm", a);
   }
   absl::Status Gemm(StreamId s, const kernels::GemmArgs& a) override {
+    HEADROOM_RETURN_IF_ERROR(CheckFloats("Gemm", {a.a, a.c}));
     return Launch<&kernels::cpu::Gemm>(s, "Gemm", a);
   }
   absl::Status SwiGlu(StreamId s, const kernels::SwiGluArgs& a) override {
+    HEADROOM_RETURN_IF_ERROR(CheckFloats("SwiGlu", {a.gate_up, a.out}));
     return Launch<&kernels::cpu::SwiGlu>(s, "SwiGlu", a);
   }
   absl::Status RopeTable(StreamId s, const kernels::RopeTableArgs& a) override {
@@ -305,6 +312,7 @@ class CpuDevice : public Device {
     return Launch<&kernels::cpu::RopeAppend>(s, "RopeAppend", a);
   }
   absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(CheckFloats("Attend", {a.out}));
     return Launch<&kernels::cpu::Attend>(s, "Attend", a, account);
   }
   absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
@@ -395,6 +403,15 @@ class CpuDevice : public Device {
       return absl::OkStatus();
     }
     return streams_[stream.index]->Push(op);
+  }
+
+  static absl::Status CheckFloats(absl::string_view op,
+                                  std::initializer_list<kernels::Activations> all) {
+    for (const kernels::Activations& one : all) {
+      if (one.type == kernels::ElementType::kFloat32) continue;
+      return absl::InternalError(absl::StrCat(op, ": activations of the CPU device are float32"));
+    }
+    return absl::OkStatus();
   }
 
   template <auto kKernel, typename Args>

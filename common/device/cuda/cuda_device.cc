@@ -16,8 +16,10 @@
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/host_registrations.h"
 #include "common/device/cuda/op_timers.h"
+#include "common/device/cuda/wide_gemm.h"
 #include "common/device/kv_bytes.h"
 #include "common/device/launch_check.h"
+#include "common/log.h"
 #include "common/mutex.h"
 #include "common/status.h"
 #include "kernels/cuda/kernels.h"
@@ -88,7 +90,19 @@ class CudaDevice : public Device {
     HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
         cudaMemsetAsync(arena_.base(), 0, static_cast<size_t>(arena_.capacity_bytes()),
                         setup_stream_.get())));
-    return AwaitSetup();
+    HEADROOM_RETURN_IF_ERROR(AwaitSetup());
+    // Without cuBLASLt, or without room for it, wide products are several times slower.
+    if (arena_.capacity_bytes() < 16 * WideGemm::kWorkspaceBytes) return absl::OkStatus();
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const workspace,
+                              Allocate(WideGemm::kWorkspaceBytes, "cuBLASLt's workspace"));
+    absl::StatusOr<std::unique_ptr<WideGemm>> wide_gemm = WideGemm::Open(workspace);
+    if (!wide_gemm.ok()) {
+      LogWarning(absl::StrCat("matrix products of many rows run without cuBLASLt: ",
+                              wide_gemm.status().message()));
+      return absl::OkStatus();
+    }
+    wide_gemm_ = *std::move(wide_gemm);
+    return absl::OkStatus();
   }
 
   absl::string_view name() const override { return name_; }
@@ -109,6 +123,16 @@ class CudaDevice : public Device {
     return host_.Remove(static_cast<const uint8_t*>(data));
   }
 
+  kernels::ElementType product_type() const override { return kernels::ElementType::kBFloat16; }
+  absl::Status PrepareGemm(int64_t n, int64_t k) override {
+    if (wide_gemm_ == nullptr) return absl::OkStatus();
+    // Whatever lies at the arena's beginning serves as the matrix of the products that load code.
+    if (PackedBytes(n, k) > arena_.capacity_bytes()) return absl::OkStatus();
+    MutexLock lock(&setup_mutex_);
+    HEADROOM_RETURN_IF_ERROR(
+        Note(wide_gemm_->Prepare(n, k, arena_.base(), setup_stream_.get())));
+    return AwaitSetup();
+  }
   int64_t PackedBytes(int64_t n, int64_t k) const override {
     return kernels::PackedWeightBytes(n, k);
   }
@@ -249,7 +273,11 @@ class CudaDevice : public Device {
     return Launch<&kernels::cuda::LaunchRmsNorm>(s, "RmsNorm", a);
   }
   absl::Status Gemm(StreamId s, const kernels::GemmArgs& a) override {
-    return Launch<&kernels::cuda::LaunchGemm>(s, "Gemm", a);
+    if (wide_gemm_ == nullptr || !WideGemm::Takes(a)) {
+      return Launch<&kernels::cuda::LaunchGemm>(s, "Gemm", a);
+    }
+    HEADROOM_RETURN_IF_ERROR(CheckArenaRanges("Gemm", a));
+    return Note(wide_gemm_->Run(a, streams_[s.index].get()));
   }
   absl::Status SwiGlu(StreamId s, const kernels::SwiGluArgs& a) override {
     return Launch<&kernels::cuda::LaunchSwiGlu>(s, "SwiGlu", a);
@@ -393,12 +421,17 @@ class CudaDevice : public Device {
     return absl::OkStatus();
   }
 
+  template <typename Args>
+  absl::Status CheckArenaRanges(absl::string_view op, const Args& args, bool host_too = false) {
+    return CheckRanges(op, args, [&](const void* data, int64_t bytes) {
+      return arena_.Contains(data, bytes) || (host_too && host_.Contain(data, bytes));
+    });
+  }
+
   template <auto kLaunch, typename Args>
   absl::Status Launch(StreamId stream, absl::string_view op, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
-    HEADROOM_RETURN_IF_ERROR(CheckRanges(op, args, [&](const void* data, int64_t bytes) {
-      return arena_.Contains(data, bytes) || (host_too && host_.Contain(data, bytes));
-    }));
+    HEADROOM_RETURN_IF_ERROR(CheckArenaRanges(op, args, host_too));
     int64_t bytes = 0;
     if constexpr (requires { KvBytesRead(args); }) {
       if (account != nullptr) bytes = KvBytesRead(args);
@@ -416,6 +449,7 @@ class CudaDevice : public Device {
   HostRegistrations host_;
   OpTimers timers_;
   std::vector<std::unique_ptr<Recording>> recordings_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<WideGemm> wide_gemm_;  // null: kernels::cuda::LaunchGemm() takes all
   std::atomic<bool> failed_{false};
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 

@@ -125,7 +125,8 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
   }
   HEADROOM_ASSIGN_OR_RETURN(
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
-                            device_->arena_use().capacity_bytes, chunk_tokens_, positions));
+                            device_->arena_use().free_bytes(), chunk_tokens_, positions,
+                            device_->product_type()));
   HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_, nullptr));
   StepExecutorOptions executor;
   executor.max_sequences = batch;

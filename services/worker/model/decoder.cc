@@ -22,27 +22,40 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
   const int64_t rows = std::max(budget.max_chunk_tokens, kMaxDecodeRows);
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   decoder.mlp_slice_rows_ = std::min(rows, budget.mlp_slice_rows);
+  decoder.attend_scratch_floats_ = budget.attend_scratch_floats;
   const struct {
     float** buffer;
     int64_t floats;
-  } buffers[] = {
-      {&decoder.normed_, rows * config.hidden},
+  } float_buffers[] = {
       {&decoder.qkv_, rows * config.qkv_width()},
-      {&decoder.attention_, rows * q_width},
       {&decoder.attention_state_,
        rows * config.num_q_heads * kernels::AttentionStateFloats(config.head_dim)},
-      {&decoder.attend_scratch_, kernels::kMinAttendScratchFloats},
-      {&decoder.gate_up_, decoder.mlp_slice_rows_ * 2 * config.intermediate},
-      {&decoder.activated_, decoder.mlp_slice_rows_ * config.intermediate},
+      {&decoder.attend_scratch_, decoder.attend_scratch_floats_},
       {&decoder.logits_, kLogitSliceRows * config.vocab},
-      {&decoder.sampled_, kLogitSliceRows * config.hidden},
       {&decoder.sample_scratch_, kSampleSliceRows * kernels::SampleScratchFloats(config.vocab)},
   };
-  for (const auto& [buffer, floats] : buffers) {
+  for (const auto& [buffer, floats] : float_buffers) {
     HEADROOM_ASSIGN_OR_RETURN(
         uint8_t* const data,
         device.Allocate(floats * static_cast<int64_t>(sizeof(float)), "activations"));
     *buffer = reinterpret_cast<float*>(data);
+  }
+  const struct {
+    kernels::Activations* buffer;
+    int64_t elements;
+  } buffers[] = {
+      {&decoder.normed_, rows * config.hidden},
+      {&decoder.attention_, rows * q_width},
+      {&decoder.gate_up_, decoder.mlp_slice_rows_ * 2 * config.intermediate},
+      {&decoder.activated_, decoder.mlp_slice_rows_ * config.intermediate},
+      {&decoder.sampled_, kLogitSliceRows * config.hidden},
+  };
+  const kernels::ElementType type = device.product_type();
+  for (const auto& [buffer, elements] : buffers) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        uint8_t* const data,
+        device.Allocate(elements * kernels::ElementBytes(type), "activations"));
+    *buffer = {data, type};
   }
   HEADROOM_ASSIGN_OR_RETURN(
       uint8_t* const tokens,
@@ -93,7 +106,7 @@ kernels::AttendArgs Decoder::Attention(int64_t rows) const {
   attend.out = attention_;
   attend.rows = rows;
   attend.scratch = attend_scratch_;
-  attend.scratch_floats = kernels::kMinAttendScratchFloats;
+  attend.scratch_floats = attend_scratch_floats_;
   attend.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   attend.num_q_heads = config_.num_q_heads;
   attend.num_kv_heads = config_.num_kv_heads;
@@ -147,7 +160,8 @@ absl::Status Decoder::Sample(const float* x, int64_t x_rows,
 }
 
 absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight,
-                           float* out, int64_t rows, const kernels::Table<int32_t>& row_index) {
+                           kernels::Activations out, int64_t rows,
+                           const kernels::Table<int32_t>& row_index) {
   kernels::RmsNormArgs norm;
   norm.x = x;
   norm.x_rows = x_rows;
@@ -160,8 +174,8 @@ absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat
   return device_.RmsNorm(stream_, norm);
 }
 
-absl::Status Decoder::Linear(const float* a, const kernels::PackedWeight& w, float* c, int64_t rows,
-                             bool accumulate) {
+absl::Status Decoder::Linear(kernels::Activations a, const kernels::PackedWeight& w,
+                             kernels::Activations c, int64_t rows, bool accumulate) {
   kernels::GemmArgs gemm;
   gemm.a = a;
   gemm.a_stride = w.k;

@@ -48,10 +48,10 @@ class Decoder {
   Decoder(Device& device, StreamId stream, const ModelConfig& config, const ModelWeights& weights)
       : device_(device), stream_(stream), config_(config), weights_(weights) {}
 
-  absl::Status Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight, float* out,
+  absl::Status Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight, kernels::Activations out,
                     int64_t rows, const kernels::Table<int32_t>& row_index = {});
-  absl::Status Linear(const float* a, const kernels::PackedWeight& w, float* c, int64_t rows,
-                      bool accumulate);
+  absl::Status Linear(kernels::Activations a, const kernels::PackedWeight& w,
+                      kernels::Activations c, int64_t rows, bool accumulate);
 
   Device& device_;
   const StreamId stream_;
@@ -59,15 +59,16 @@ class Decoder {
   const ModelWeights& weights_;
 
   int64_t mlp_slice_rows_ = 0;
-  float* normed_ = nullptr;          // [rows, hidden]
+  kernels::Activations normed_;      // [rows, hidden]
   float* qkv_ = nullptr;             // [rows, qkv_width]
-  float* attention_ = nullptr;       // [rows, q heads * head_dim]
+  kernels::Activations attention_;   // [rows, q heads * head_dim]
   float* attention_state_ = nullptr; // [rows, q heads, AttentionStateFloats]
-  float* attend_scratch_ = nullptr;  // [kMinAttendScratchFloats]
-  float* gate_up_ = nullptr;         // [mlp_slice_rows, 2 * intermediate]
-  float* activated_ = nullptr;       // [mlp_slice_rows, intermediate]
+  float* attend_scratch_ = nullptr;  // [attend_scratch_floats_]
+  int64_t attend_scratch_floats_ = 0;
+  kernels::Activations gate_up_;     // [mlp_slice_rows, 2 * intermediate]
+  kernels::Activations activated_;   // [mlp_slice_rows, intermediate]
   float* logits_ = nullptr;          // [kLogitSliceRows, vocab]
-  float* sampled_ = nullptr;         // [kLogitSliceRows, hidden]
+  kernels::Activations sampled_;     // [kLogitSliceRows, hidden]
   float* sample_scratch_ = nullptr;  // [kSampleSliceRows, SampleScratchFloats]
   int32_t* last_tokens_ = nullptr;   // [kMaxSequences]
 };

@@ -47,6 +47,7 @@ class Loader {
     }
     HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
                               device_.Allocate(device_.PackedBytes(n, k), what));
+    HEADROOM_RETURN_IF_ERROR(device_.PrepareGemm(n, k));
     int64_t row = 0;
     for (const auto& [name, rows] : parts) {
       HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,

@@ -1,0 +1,180 @@
+// Products of up to kFewGemmRows rows: a decode step's. The weights are streamed once, and that is the
+// time it takes.
+//
+// A block computes kRowTiles x 16 outputs of all rows. Its 16 warps take turns at slices of 32 k: slice
+// i belongs to warp i % 16, which adds up its slices in ascending order; the 16 sums are added in the
+// order of the warps. So a row's bits depend on its own activations only, however many rows there are
+// and whichever tiles are chosen.
+//
+// Weights go from memory straight into the fragments of m16n8k16 products, weights being the left
+// operand: the order of k within a slice is free as long as both operands agree, so that a lane loads 16
+// contiguous bytes of a weight row and of an activation row. A lane has kSlots slices in flight and asks
+// for the next as soon as it has used one: 64 KiB a block, where HBM3 wants some 25 KiB a multiprocessor.
+// The first are asked for before the kernel waits for the one before it, whose results they do not need.
+#include "kernels/cuda/device_util.cuh"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/tensor_core.cuh"
+
+namespace headroom::kernels::cuda {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kSlice = 32;
+constexpr int kStep = kWarps * kSlice;  // from a warp's slice to its next
+
+// Not kept in L1, where nothing of it is wanted again.
+__device__ uint4 LoadOnce(const BFloat16* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+template <int kRowTiles, int kColumnTiles>
+struct Shape {
+  static constexpr int kOutputs = kRowTiles * 16;
+  static constexpr int kRows = kColumnTiles * 8;
+  static constexpr int kSharedBytes = kWarps * kOutputs * kRows * static_cast<int>(sizeof(float));
+  // Two blocks of a multiprocessor keep each other's gaps filled where registers allow it.
+  static constexpr int kBlocks = kRowTiles * kColumnTiles == 1 ? 2 : 1;
+  static constexpr int kSlots = kColumnTiles <= 2 ? 4 : 2;
+};
+
+template <int kRowTiles, int kColumnTiles>
+__global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles>::kBlocks)
+    SkinnyKernel(const __grid_constant__ GemmArgs g) {
+  using S = Shape<kRowTiles, kColumnTiles>;
+  extern __shared__ __align__(16) float sums[];  // [warp][row][output]
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int quad = lane / 4;
+  const int pair = lane % 4;
+  constexpr int kSlots = S::kSlots;
+  const auto depth = static_cast<int>(g.w.k);
+  const int64_t first_output = int64_t{blockIdx.x} * S::kOutputs;
+  const int first_k = warp * kSlice + pair * 8;  // of the lane
+
+  // A lane's two rows of each tile; those that do not exist repeat the last.
+  const BFloat16* weights[kRowTiles][2];
+#pragma unroll
+  for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = first_output + t * 16 + h * 8 + quad;
+      weights[t][h] = g.w.data + (row < g.w.n ? row : g.w.n - 1) * depth + first_k;
+    }
+  }
+  uint4 w[kSlots][kRowTiles][2];
+  // The lane's part of the slice `steps` after the one that `weights` point to, which is at `k`.
+  const auto load = [&](uint4(&slot)[kRowTiles][2], int k, int steps) {
+    const bool inside = k + steps * kStep < depth;
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        slot[t][h] = inside ? LoadOnce(weights[t][h] + steps * kStep) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) load(w[s], first_k, s);
+
+  BeginDependent();
+  const BFloat16* activations = g.a.bfloats() + quad * g.a_stride + first_k;
+  float sum[kRowTiles][kColumnTiles][4] = {};
+  // Lanes of a warp end together: what lies past `depth` is zero.
+  for (int k = first_k; k - pair * 8 < depth; k += kSlots * kStep) {
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int c = 0; c < kColumnTiles; ++c) {
+        uint4 a = make_uint4(0, 0, 0, 0);
+        if (k + s * kStep < depth && c * 8 + quad < g.m) {
+          a = *reinterpret_cast<const uint4*>(activations + c * 8 * g.a_stride + s * kStep);
+        }
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) {
+          const uint4 upper = w[s][t][0];
+          const uint4 lower = w[s][t][1];
+          Multiply(sum[t][c], {upper.x, lower.x, upper.y, lower.y}, a.x, a.y);
+          Multiply(sum[t][c], {upper.z, lower.z, upper.w, lower.w}, a.z, a.w);
+        }
+      }
+      load(w[s], k, kSlots + s);
+    }
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t) {
+      weights[t][0] += kSlots * kStep;
+      weights[t][1] += kSlots * kStep;
+    }
+    activations += kSlots * kStep;
+  }
+
+#pragma unroll
+  for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = c * 8 + 2 * pair + i % 2;
+        const int output = t * 16 + quad + i / 2 * 8;
+        sums[(warp * S::kRows + row) * S::kOutputs + output] = sum[t][c][i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < S::kRows * S::kOutputs; i += kThreads) {
+    const int row = i / S::kOutputs;
+    const int64_t output = first_output + i % S::kOutputs;
+    if (row >= g.m || output >= g.w.n) continue;
+    float total = 0;
+#pragma unroll
+    for (int from = 0; from < kWarps; ++from) {
+      total = __fadd_rn(total, sums[from * S::kRows * S::kOutputs + i]);
+    }
+    const int64_t at = row * g.c_stride + output;
+    if (g.accumulate) total = __fadd_rn(g.c.floats()[at], total);
+    StoreActivation(g.c, at, total);
+  }
+}
+
+template <int kRowTiles, int kColumnTiles>
+cudaError_t Launch(const GemmArgs& g, cudaStream_t stream) {
+  using S = Shape<kRowTiles, kColumnTiles>;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(g.w.n, S::kOutputs)));
+  return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles>, grid, kThreads,
+                           S::kSharedBytes, g);
+}
+
+template <int kRowTiles, int kColumnTiles>
+cudaError_t Load() {
+  return LoadKernel(SkinnyKernel<kRowTiles, kColumnTiles>,
+                    Shape<kRowTiles, kColumnTiles>::kSharedBytes);
+}
+
+}  // namespace
+
+bool IsSkinny(const GemmArgs& g) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return g.m <= kFewGemmRows && g.w.k % 8 == 0 && g.a_stride % 8 == 0 &&
+         g.a.type == ElementType::kBFloat16 && aligned(g.a.data) && aligned(g.w.data);
+}
+
+// Of more rows, more outputs a block: each reads all rows' activations.
+cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream) {
+  if (args.m <= 8) return Launch<1, 1>(args, stream);
+  if (args.m <= 16) return Launch<2, 2>(args, stream);
+  if (args.m <= 32) return Launch<2, 4>(args, stream);
+  return Launch<2, 8>(args, stream);
+}
+
+cudaError_t LoadSkinnyGemm() {
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4>()));
+  return Load<2, 8>();
+}
+
+}  // namespace headroom::kernels::cuda
