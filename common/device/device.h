@@ -28,6 +28,7 @@
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
+#include "kernels/fill_random.h"
 #include "kernels/gemm.h"
 #include "kernels/mailbox.h"
 #include "kernels/merge_partials.h"
@@ -104,6 +105,8 @@ class Device {
   virtual int64_t PackedBytes(int64_t n, int64_t k) const = 0;
   virtual absl::Status LoadWeightRows(const kernels::BFloat16* rows_data, int64_t row_begin,
                                       int64_t rows, int64_t n, int64_t k, uint8_t* packed) = 0;
+  // Draws a packed weight (kernels/fill_random.h) where it lies.
+  virtual absl::Status FillRandom(const kernels::FillRandomArgs& args) = 0;
   // Copies plain host memory into the arena, now.
   virtual absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) = 0;
 
