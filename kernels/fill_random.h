@@ -1,10 +1,10 @@
-// A weight matrix of random numbers, drawn where it lies: 16 GB in milliseconds on a GPU, and the same
-// matrix on every device, whatever form that keeps it in.
+// A weight matrix of random numbers, drawn where it lies: 16 GB in milliseconds on a GPU, and the
+// same matrix on every device, whatever form that keeps it in.
 //
-// Element (row, column) is scale * u, u uniform on the 65,536 odd multiples of 2^-16 in (-1, 1): exact
-// in float32, so that one rounding to float32 and one to bfloat16 give the same bits everywhere. Its
-// 16 bits are piece i % 4 (from the lowest) of output i / 4 of SplitMix64 (Steele, Lea and Flood,
-// OOPSLA 2014) at `seed`, i = row * k + column. Padding of the packed form is zero.
+// Element (row, column) is scale * u, u uniform on the 65,536 odd multiples of 2^-16 in (-1, 1):
+// exact in float32, so that one rounding to float32 and one to bfloat16 give the same bits
+// everywhere. Its 16 bits are piece i % 4 (from the lowest) of output i / 4 of SplitMix64 (Steele,
+// Lea and Flood, OOPSLA 2014) at `seed`, i = row * k + column. Padding of the packed form is zero.
 #ifndef HEADROOM_KERNELS_FILL_RANDOM_H_
 #define HEADROOM_KERNELS_FILL_RANDOM_H_
 

@@ -1,6 +1,6 @@
-// What a bench asks of the GPU beyond Device: what of its memory is in use, and how fast it reads it.
-// Both are of the card that CreateDevice() takes, which must have been called; UNAVAILABLE in a binary
-// without the CUDA device.
+// What a bench asks of the GPU beyond Device: what of its memory is in use, and how fast it reads
+// it. Both are of the card that CreateDevice() takes, which must have been called; UNAVAILABLE in a
+// binary without the CUDA device.
 #ifndef HEADROOM_COMMON_DEVICE_CARD_PROBE_H_
 #define HEADROOM_COMMON_DEVICE_CARD_PROBE_H_
 

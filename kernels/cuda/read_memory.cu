@@ -1,5 +1,5 @@
-// Reads memory and does nothing else: how fast that goes is the ceiling of whatever reads weights and
-// keys.
+// Reads memory and does nothing else: how fast that goes is the ceiling of whatever reads weights
+// and keys.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 
@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 constexpr int kLoads = 8;
 constexpr int64_t kBlockBytes = kThreads * kLoads * static_cast<int64_t>(sizeof(uint4));
 
-// One block reads kBlockBytes side by side. `never` is written only if all that a thread read adds up
-// to a number that random data does not: without a use of what it read there would be no reads.
+// One block reads kBlockBytes side by side. `never` is written only if what a thread read is a
+// pattern that random data does not have: without a use of what it read there would be no reads.
 __global__ void ReadMemoryKernel(const uint4* data, uint32_t* never) {
   const uint4* const from = data + int64_t{blockIdx.x} * kThreads * kLoads + threadIdx.x;
   uint4 loaded[kLoads];

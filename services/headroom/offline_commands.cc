@@ -54,15 +54,16 @@ int BenchCommand(const std::vector<std::string>& args) {
                  "fetched, in_place or, for decode, auto. May be given several times. Default: the "
                  "items of --set.");
   flags.Text("set", "NAME", &options.set,
-             "A named set of items: default, prefill, decode; quick and 128k for a GPU; or plan, which "
-             "sets what the planner predicts for --gpu-memory against what is measured.");
+             "A named set of items: default, prefill, decode; quick and 128k for a GPU; or plan, "
+             "which sets what the planner predicts for --gpu-memory against what is measured.");
   flags.Integer("seed", &options.seed, 0, int64_t{1} << 62,
                 "Draws random weights and one context of the set plan.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
                 "Measurements of each item.");
   flags.Group("Device");
   flags.Choice("device", {"auto", "cpu", "cuda"}, &options.device, "What computes.");
-  flags.Integer("threads", &options.threads, 0, 1024, "Threads of the CPU device, and of what reads and attends in host memory.",
+  flags.Integer("threads", &options.threads, 0, 1024,
+                "Threads of the CPU device, and those that read and attend in host memory.",
                 "as many as may run");
   flags.Bytes("gpu-memory", &options.gpu_memory_bytes,
               "Device memory for everything but, on cuda, the 1 GiB that measures the machine.",

@@ -1,5 +1,5 @@
-// `headroom bench --device cuda` with random weights, small: that it runs in every lane and counts what
-// it should. How fast it is does not matter here.
+// `headroom bench --device cuda` with random weights, small: that it runs in every lane and counts
+// what it should. How fast it is does not matter here.
 #include "services/headroom/bench/bench.h"
 
 #include <gtest/gtest.h>
@@ -70,7 +70,7 @@ TEST_F(BenchOnGpu, RunsInEveryLaneBesideWhatTheMachineCanDo) {
   for (size_t i = 1; i < lines.size(); ++i) {
     SCOPED_TRACE(lines[i].Dump());
     EXPECT_EQ(lines[i].Find("ceilings")->as_object().size(), std::size(kCeilingFields));
-    EXPECT_GT(lines[i].Find("ratio")->as_number(), 0.9);
+    EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
     // The context alone takes some hundred MiB.
     EXPECT_GT(lines[i].Find("gpu_memory_beside_arena_bytes")->as_int(), 64 << 20);
     EXPECT_LT(lines[i].Find("gpu_memory_peak_bytes")->as_int(), int64_t{8} << 30);

@@ -12,8 +12,8 @@
 namespace headroom {
 namespace {
 
-// Reads of one measurement, so that the launches' own time does not show: one of a GiB takes a third
-// of a millisecond.
+// Reads of one measurement, so that the launches' own time does not show: one of a GiB takes a
+// third of a millisecond.
 constexpr int kReads = 8;
 constexpr int kMeasurements = 3;
 

@@ -172,8 +172,8 @@ absl::Status BenchRun::Measure(const WorkItem& item) {
   return report_.Add(result);
 }
 
-// The most so far. The arena is carved at start; what of its KV pool was never used is no need, nor is
-// the probe's part.
+// The most so far. The arena is carved at start; what of its KV pool the item left free is no need,
+// nor is the probe's part.
 absl::Status BenchRun::LookAtMemory(BenchResult& result) {
   const StepExecutor::Memory memory = engine_->memory();
   if (gpu_) {
@@ -182,7 +182,7 @@ absl::Status BenchRun::LookAtMemory(BenchResult& result) {
         std::max(result.beside_arena_bytes, in_use - memory.arena.capacity_bytes);
   }
   const int64_t arena_bytes = memory.arena.used_bytes - probe_bytes_ - memory.kv_pool_bytes +
-                              memory.kv_pool_high_water_bytes;
+                              result.measurements.back().kv_pool_used_bytes;
   result.peak_bytes = std::max(result.peak_bytes, arena_bytes + result.beside_arena_bytes);
   return absl::OkStatus();
 }

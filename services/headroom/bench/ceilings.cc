@@ -91,11 +91,12 @@ absl::StatusOr<double> CpuCeilingProbe::GemmFlops() {
     args.c = c_;
     args.c_stride = shape.n;
     args.m = shape.m;
-    HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, [&]() -> absl::Status {
-                                HEADROOM_RETURN_IF_ERROR(device_->Gemm(compute_, args));
-                                HEADROOM_RETURN_IF_ERROR(device_->Record(compute_, computed_));
-                                return device_->Synchronize(computed_, kTimeout);
-                              }));
+    const auto multiply = [&]() -> absl::Status {
+      HEADROOM_RETURN_IF_ERROR(device_->Gemm(compute_, args));
+      HEADROOM_RETURN_IF_ERROR(device_->Record(compute_, computed_));
+      return device_->Synchronize(computed_, kTimeout);
+    };
+    HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, multiply));
     best = std::max(best, 2.0 * static_cast<double>(shape.m * shape.n * shape.k) / seconds);
   }
   return best;

@@ -64,7 +64,7 @@ Costs DecodeCosts(const ModelConfig& config, double context_tokens, int64_t batc
 // Linear FLOPs at the GEMM's rate plus attention FLOPs at attention's.
 double PrefillFloorSeconds(const Costs& costs, const Ceilings& ceilings);
 // (Weights + keys and values) at the read rate, or the linear FLOPs where a large batch makes them
-// longer; plus what is copied at the copy rate: on the CPU device the same processors do all of it.
+// longer; plus what is copied at the copy rate: on the CPU device the same processors do it all.
 double DecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings);
 // On a GPU three links run side by side, and the longest counts: device memory (weights, or their
 // FLOPs where those take longer, and all keys that are attended there, fetched ones too), the copies,

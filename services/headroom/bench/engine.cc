@@ -205,6 +205,7 @@ int64_t BenchEngine::PrefillChunkTokens() const {
 absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item) {
   absl::StatusOr<Measurement> measured =
       item.kind == WorkItem::Kind::kPrefill ? MeasurePrefill(item) : MeasureDecode(item);
+  if (measured.ok()) measured->kv_pool_used_bytes = executor_->memory().kv_pool_used_bytes;
   HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
   HEADROOM_RETURN_IF_ERROR(measured.status());
   HEADROOM_RETURN_IF_ERROR(CheckResident(item, *measured));

@@ -40,6 +40,7 @@ struct EngineOptions {
 struct Measurement : StepTimes {
   double seconds = 0;      // of the prefill; of one decode step (mean over a window of steps)
   double cpu_seconds = 0;  // of the whole process
+  int64_t kv_pool_used_bytes = 0;  // at its end, when it holds the most
 };
 
 // Driven by one thread.

@@ -21,14 +21,14 @@ struct GpuProbeShape {
   int32_t num_q_heads = 32, num_kv_heads = 8, head_dim = 128;
   int64_t attend_rows = 8192;
   std::vector<int64_t> attend_keys = {8192, 24576};  // each at least the rows, which are the last
-  // Device memory that is read, and host memory: more than the caches hold (the largest known last
-  // level of a host's has 320 MB).
+  // Device memory that is read, and host memory: more than the caches hold (of a host's processor
+  // 320 MB and more).
   int64_t least_bytes = int64_t{1} << 30;
   int64_t copy_bytes = int64_t{1} << 30;  // of one measurement of a copy rate
 };
 
-// Works on a device that is in use (and idle while it measures), with memory from its arena, because
-// a second one would have libraries and kernels of its own. Not thread-safe.
+// Works on a device that is in use (and idle while it measures), with memory from its arena: a second
+// one would load libraries of its own. Not thread-safe.
 class GpuCeilingProbe : public CeilingProbe {
  public:
   using ReadRate = std::function<absl::StatusOr<double>(uint8_t* data, int64_t bytes)>;

@@ -10,9 +10,9 @@ struct KnownCard {
   Ceilings ceilings;
 };
 
-// GEMM: cuBLASLt at Llama-3-8B's linear layers, 4,096 to 16,384 rows (680 to 720 TFLOP/s). Attention:
-// cuDNN, head_dim 128, chunks of 4,096 to 16,384 queries (650 to 680). Copies: PCIe 5 x16, host to
-// device in pieces of 16 MiB.
+// GEMM: cuBLASLt at Llama-3-8B's linear layers, 4,096 to 16,384 rows (680 to 720 TFLOP/s).
+// Attention: cuDNN, head_dim 128, chunks of 4,096 to 16,384 queries (650 to 680). Copies: PCIe 5 x16,
+// host to device in pieces of 16 MiB.
 constexpr KnownCard kCards[] = {
     {"H100 80GB",
      {.gemm_flops = 700e12,

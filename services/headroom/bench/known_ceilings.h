@@ -10,8 +10,8 @@ namespace headroom {
 // A known rate counts at this share: cards and hosts of one name differ by some percent.
 inline constexpr double kKnownShare = 0.95;
 
-// Of the card with this name (Device::name()), as measured with probes of their own; 0 where nothing
-// is known.
+// Of the card with this name (Device::name()), as measured by probes apart from this program; 0 where
+// nothing is known.
 Ceilings KnownCeilings(absl::string_view device_name);
 
 // What floors are reckoned with: the larger of what was measured and kKnownShare of what is known.

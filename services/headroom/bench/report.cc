@@ -160,8 +160,8 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
   std::printf(
       "%s on %s, %d threads, chunks of %ld tokens\n"
       "device memory %.0f MiB: weights %.0f, ring %.0f, activations %.0f, KV %.0f MiB\n"
-      "prefill's floor: linear FLOPs at the GEMM's rate, attention's at attention's. decode's: weights,\n"
-      "keys and values at the read rate, what is copied at the copy rate: %s.\n"
+      "prefill's floor: linear FLOPs at the GEMM's rate, attention's at attention's. decode's:\n"
+      "weights, keys and values at the read rate, what is copied at the copy rate: %s.\n"
       "keys of decode items are generated, not prefilled; prepared in %.1f s\n"
       "\n%-26s %12s %18s %10s %10s %7s %7s\n",
       setup.model.c_str(), setup.device.c_str(), setup.threads,
@@ -170,8 +170,8 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
       static_cast<double>(budget.ring_bytes) / kMiB,
       static_cast<double>(budget.activation_bytes) / kMiB,
       static_cast<double>(budget.kv_pool_bytes) / kMiB,
-      setup.gpu ? "side by side, the longer counts" : "the sum", setup.prepare_seconds, "work", "median ms", "least..most ms",
-      "tok/s", "floor ms", "ratio", "least");
+      setup.gpu ? "side by side, the longest counts" : "the sum", setup.prepare_seconds, "work",
+      "median ms", "least..most ms", "tok/s", "floor ms", "ratio", "least");
   std::fflush(stdout);
   return WriteJson(ToJson(setup));
 }

@@ -37,8 +37,8 @@ struct BenchResult {
   double floor_seconds = 0;
   double predicted_seconds = 0;  // of a planned item
   std::vector<Measurement> measurements;
-  // Device memory: what the arena gave out, the KV pool at its fullest, and on a GPU all that was in
-  // use beside the arena since before this process came (its context, code, libraries), by whomever.
+  // Device memory: what the arena gave out, of the KV pool what this item filled, and on a GPU all
+  // that was in use beside the arena (contexts, code, libraries, from before this process too).
   int64_t peak_bytes = 0;
   int64_t beside_arena_bytes = 0;  // of that
 

@@ -75,8 +75,8 @@ std::array<uint8_t, 16> Fingerprint(const ModelConfig& config, uint64_t seed,
       config.rms_norm_epsilon};
   numbers.insert(numbers.end(), frequencies.begin(), frequencies.end());
   XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits_withSeed(numbers.data(),
-                                                             numbers.size() * sizeof(double), seed));
+  XXH128_canonicalFromHash(
+      &canonical, XXH3_128bits_withSeed(numbers.data(), numbers.size() * sizeof(double), seed));
   std::array<uint8_t, 16> bytes;
   std::copy(std::begin(canonical.digest), std::end(canonical.digest), bytes.begin());
   return bytes;
