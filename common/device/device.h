@@ -28,6 +28,7 @@
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
+#include "kernels/fill_random.h"
 #include "kernels/gemm.h"
 #include "kernels/mailbox.h"
 #include "kernels/merge_partials.h"
@@ -110,6 +111,8 @@ class Device {
                                       int64_t rows, int64_t n, int64_t k, uint8_t* packed) = 0;
   // Makes what products with an [n, k] matrix need, so that none is made while steps run.
   virtual absl::Status PrepareGemm(int64_t n, int64_t k) = 0;
+  // Draws a packed weight (kernels/fill_random.h) where it lies.
+  virtual absl::Status FillRandom(const kernels::FillRandomArgs& args) = 0;
   // Copies plain host memory into the arena, now.
   virtual absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) = 0;
 

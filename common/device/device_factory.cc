@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "absl/strings/str_cat.h"
+#include "common/device/card_probe.h"
 #include "common/device/cpu/cpu_device.h"
 #if HEADROOM_HAVE_CUDA
 #include "common/device/cuda/cuda_device.h"
@@ -24,6 +25,15 @@ absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions&) {
 #endif
 
 }  // namespace
+
+#if !HEADROOM_HAVE_CUDA
+absl::StatusOr<int64_t> CardMemoryInUse() {
+  return absl::UnavailableError("this binary was built without CUDA");
+}
+absl::StatusOr<double> CardReadRate(uint8_t*, int64_t) {
+  return absl::UnavailableError("this binary was built without CUDA");
+}
+#endif
 
 std::string ChooseDevice(absl::string_view kind) {
   if (kind != "auto") return std::string(kind);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/fill_random.h"
 
 namespace headroom::kernels::cpu {
 namespace {
@@ -48,6 +49,24 @@ void PackWeightRows(const BFloat16* rows_data, int64_t row_begin, int64_t rows, 
       std::fill(end - padding, end, BFloat16());
     }
   }
+}
+
+// A panel is one task; its rows are drawn one after the other, four elements from one number.
+void FillRandom(const FillRandomArgs& a, CpuTeam& team) {
+  const int64_t panels = (a.n + kPanelOutputs - 1) / kPanelOutputs;
+  team.ForEach(panels, [&](int64_t panel) {
+    for (int64_t row = panel * kPanelOutputs; row < (panel + 1) * kPanelOutputs; ++row) {
+      BFloat16* const to = a.out + PackedWeightIndex(a.k, row, 0);
+      const int64_t first = row * a.k;
+      uint64_t four = SplitMix64(a.seed, static_cast<uint64_t>(first / 4)) >> (16 * (first % 4));
+      for (int64_t column = 0; column < a.k; ++column, four >>= 16) {
+        const int64_t i = first + column;
+        if (i % 4 == 0) four = SplitMix64(a.seed, static_cast<uint64_t>(i / 4));
+        to[column * kPanelOutputs] =
+            row < a.n ? ToBFloat16(a.scale * UniformOf16Bits(four)) : BFloat16();
+      }
+    }
+  });
 }
 
 }  // namespace headroom::kernels::cpu

@@ -147,9 +147,11 @@ cudaError_t LoadElementwise() {
 cudaError_t LoadKernels() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadAttend());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadElementwise());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadFillRandom());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadGemm());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKvRows());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadMailbox());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadReadMemory());
   return LoadSample();
 }
 

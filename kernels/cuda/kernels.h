@@ -20,6 +20,7 @@
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
+#include "kernels/fill_random.h"
 #include "kernels/gemm.h"
 #include "kernels/mailbox.h"
 #include "kernels/merge_partials.h"
@@ -44,6 +45,7 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchFillRandom(const FillRandomArgs& args, cudaStream_t stream);
 
 [[nodiscard]] cudaError_t LaunchMergePartials(const MergePartialsArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchPostQueries(const PostQueriesArgs& args, cudaStream_t stream);
@@ -52,13 +54,20 @@ namespace headroom::kernels::cuda {
 // LaunchGemm()'s way for a decode step's rows, where IsSkinny().
 bool IsSkinny(const GemmArgs& args);
 [[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);
+// Reads `bytes` of device memory, a multiple of kReadMemoryBytes, as fast as the card can; what
+// benches compare with. `never` is a word that is not written in practice.
+inline constexpr int64_t kReadMemoryBytes = 32768;
+[[nodiscard]] cudaError_t LaunchReadMemory(const void* data, int64_t bytes, uint32_t* never,
+                                           cudaStream_t stream);
 
 // Parts of LoadKernels(), one in each source file.
 [[nodiscard]] cudaError_t LoadAttend();
 [[nodiscard]] cudaError_t LoadElementwise();
+[[nodiscard]] cudaError_t LoadFillRandom();
 [[nodiscard]] cudaError_t LoadGemm();
 [[nodiscard]] cudaError_t LoadKvRows();
 [[nodiscard]] cudaError_t LoadMailbox();
+[[nodiscard]] cudaError_t LoadReadMemory();
 [[nodiscard]] cudaError_t LoadSample();
 [[nodiscard]] cudaError_t LoadSkinnyGemm();
 

@@ -9,6 +9,7 @@
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
+#include "kernels/fill_random.h"
 #include "kernels/gemm.h"
 #include "kernels/merge_partials.h"
 #include "kernels/rms_norm.h"
@@ -42,6 +43,18 @@ void Gemm(const GemmArgs& g) {
       }
       const int64_t at = m * g.c_stride + n;
       g.c.Set(at, g.accumulate ? g.c.Get(at) + sum : sum);
+    }
+  }
+}
+
+void FillRandom(const FillRandomArgs& a) {
+  const int64_t padded_rows = PackedWeightBytes(a.n, a.k) / (a.k * 2);
+  for (int64_t row = 0; row < padded_rows; ++row) {
+    for (int64_t column = 0; column < a.k; ++column) {
+      const int64_t i = row * a.k + column;
+      const uint64_t four = SplitMix64(a.seed, static_cast<uint64_t>(i / 4));
+      const float value = a.scale * UniformOf16Bits(four >> (16 * (i % 4)));
+      a.out[PackedWeightIndex(a.k, row, column)] = row < a.n ? ToBFloat16(value) : BFloat16();
     }
   }
 }

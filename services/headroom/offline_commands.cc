@@ -46,30 +46,36 @@ int BenchCommand(const std::vector<std::string>& args) {
   BenchOptions options;
   Flags flags("headroom bench",
               "Measures prefill and decode of a model in this process, beside what the machine can "
-              "do (GEMM, reads, copies), measured in the same run.");
+              "do (GEMM, attention, reads, copies), measured in the same run.");
   flags.Group("What to measure");
   flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
+  flags.Text("random-weights", "FILE", &options.random_weights,
+             "Instead of --model: a config.json, whose weights are drawn on the device.");
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident, "
-                 "fetched, in_place or, for decode, auto. May be given several times. Default: the items of --set.");
+                 "fetched, in_place or, for decode, auto. May be given several times. Default: the "
+                 "items of --set.");
   flags.Text("set", "NAME", &options.set,
-             "A named set of items: default, prefill, decode, or plan, which sets what the planner "
-             "predicts for --gpu-memory against what is measured.");
-  flags.Integer("seed", &options.seed, 0, int64_t{1} << 62, "Draws one context of the set plan.");
+             "A named set of items: default, prefill, decode; quick and 128k for a GPU; or plan, "
+             "which sets what the planner predicts for --gpu-memory against what is measured.");
+  flags.Integer("seed", &options.seed, 0, int64_t{1} << 62,
+                "Draws random weights and one context of the set plan.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
                 "Measurements of each item.");
   flags.Group("Device");
   flags.Choice("device", {"auto", "cpu", "cuda"}, &options.device, "What computes.");
-  flags.Integer("threads", &options.threads, 0, 1024, "Threads of the CPU device.",
+  flags.Integer("threads", &options.threads, 0, 1024,
+                "Threads of the CPU device, and those that read and attend in host memory.",
                 "as many as may run");
-  flags.Bytes("gpu-memory", &options.gpu_memory_bytes, "Device memory for everything.",
-              "the weights and 2 GiB");
-  flags.Integer("chunk-tokens", &options.chunk_tokens, kMinChunkTokens, kMaxChunkTokens,
-                "Longest chunk of a prefill, beside what the memory allows.");
+  flags.Bytes("gpu-memory", &options.gpu_memory_bytes,
+              "Device memory for everything but, on cuda, the 1 GiB that measures the machine.",
+              "what is free less 1 GiB on cuda, weights and 2 GiB on cpu");
+  flags.Integer("chunk-tokens", &options.chunk_tokens, 0, kMaxChunkTokens,
+                "Longest chunk of a prefill, beside what the memory allows.",
+                "8192 on cuda, 1024 on cpu");
   flags.Group("Output");
   flags.Text("json", "FILE", &options.json_path, "Writes one JSON object a line into this file.");
   if (const auto code = ParseOrExit("bench", args, flags)) return *code;
-  if (options.model_dir.empty()) return MissingFlag("bench", "model");
   return RunBench(options);
 }
 

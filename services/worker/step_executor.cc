@@ -217,7 +217,7 @@ absl::Status StepExecutor::RunBetweenSteps(After after, std::function<absl::Stat
 
 StepExecutor::Memory StepExecutor::memory() const {
   MutexLock lock(&mutex_);
-  return {kv_->pool().capacity_bytes(), kv_pool_high_water_, device_.arena_use()};
+  return {kv_->pool().capacity_bytes(), kv_pool_high_water_, kv_pool_used_, device_.arena_use()};
 }
 
 // ---------------------------------------------------------------- the executor's loop
@@ -386,6 +386,7 @@ absl::Status StepExecutor::ApplyPlan(uint64_t version) {
   });
   MutexLock lock(&mutex_);
   kv_pool_high_water_ = kv_->pool().high_water_bytes();
+  kv_pool_used_ = kv_->pool().used_bytes();
   return absl::OkStatus();
 }
 

@@ -74,6 +74,7 @@ class StepExecutor {
   struct Memory {
     int64_t kv_pool_bytes = 0;
     int64_t kv_pool_high_water_bytes = 0;
+    int64_t kv_pool_used_bytes = 0;  // when the latest step began
     ArenaUse arena;
   };
   Memory memory() const;
@@ -180,6 +181,7 @@ class StepExecutor {
   // Sequences of discarded steps, and the first position that was discarded.
   std::map<uint64_t, int64_t> discarded_ ABSL_GUARDED_BY(mutex_);
   int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t kv_pool_used_ ABSL_GUARDED_BY(mutex_) = 0;
 
   std::thread executor_;
   std::thread completion_;

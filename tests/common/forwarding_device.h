@@ -30,6 +30,9 @@ class ForwardingDevice : public Device {
                               int64_t n, int64_t k, uint8_t* packed) override {
     return device_->LoadWeightRows(rows_data, row_begin, rows, n, k, packed);
   }
+  absl::Status FillRandom(const kernels::FillRandomArgs& args) override {
+    return device_->FillRandom(args);
+  }
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
     return device_->Upload(dst, src, bytes);
   }

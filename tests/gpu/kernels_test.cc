@@ -108,6 +108,44 @@ TEST_F(GemmTest, ARowHasTheSameBitsInEveryBatchOfADecodeStep) {
   }
 }
 
+// ---- FillRandom
+// ----------------------------------------------------------------------------------------
+
+TEST_F(KernelTest, FillRandomHasTheBitsOfTheReferenceRowMajor) {
+  const int64_t shapes[][2] = {{1, 1}, {1, 7}, {31, 5}, {32, 64}, {33, 3}, {70, 130}, {1000, 513}};
+  for (const auto& [n, k] : shapes) {
+    FillRandomArgs args;
+    args.n = n;
+    args.k = k;
+    args.seed = 1234567890123456789u + static_cast<uint64_t>(n);
+    args.scale = 0.37f;
+    const int64_t padded = PackedWeightBytes(n, k) / 2;
+    std::vector<BFloat16> packed(static_cast<size_t>(padded));
+    args.out = packed.data();
+    reference::FillRandom(args);
+    ASSERT_EQ(device_.PackedBytes(n, k), padded * 2);
+    args.out = gpu_.Take<BFloat16>(padded);
+    ASSERT_OK(device_.FillRandom(args));
+    const std::vector<BFloat16> out = gpu_.Fetch(args.out, padded);
+    int64_t wrong = 0;
+    for (int64_t row = 0; row < padded / k; ++row) {
+      for (int64_t column = 0; column < k; ++column) {
+        wrong += out[row * k + column].bits != packed[PackedWeightIndex(k, row, column)].bits;
+      }
+    }
+    EXPECT_EQ(wrong, 0) << n << " x " << k;
+    gpu_.Reset();
+  }
+}
+
+TEST_F(KernelTest, FillRandomStaysInTheArena) {
+  FillRandomArgs args;
+  std::vector<BFloat16> elsewhere(1024);
+  args.out = elsewhere.data();
+  args.n = args.k = 32;
+  EXPECT_EQ(device_.FillRandom(args).code(), absl::StatusCode::kInternal);
+}
+
 // ---- Elementwise
 // -----------------------------------------------------------------------------------------
 

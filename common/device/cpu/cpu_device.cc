@@ -162,6 +162,14 @@ class CpuDevice : public Device {
                                  reinterpret_cast<kernels::BFloat16*>(packed));
     return absl::OkStatus();
   }
+  absl::Status FillRandom(const kernels::FillRandomArgs& args) override {
+    if (!arena_.Contains(args.out, PackedBytes(args.n, args.k))) {
+      return ForeignAddressError("FillRandom", args.out);
+    }
+    kernels::CpuTeam team(options_.compute_threads);
+    kernels::cpu::FillRandom(args, team);
+    return absl::OkStatus();
+  }
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
     if (!arena_.Contains(dst, bytes)) return ForeignAddressError("Upload", dst);
     std::memcpy(dst, src, static_cast<size_t>(bytes));

@@ -148,6 +148,15 @@ class CudaDevice : public Device {
     constexpr int64_t kElement = sizeof(kernels::BFloat16);
     return Upload(packed + row_begin * k * kElement, rows_data, rows * k * kElement);
   }
+  absl::Status FillRandom(const kernels::FillRandomArgs& args) override {
+    if (!arena_.Contains(args.out, PackedBytes(args.n, args.k))) {
+      return ForeignAddressError("FillRandom", args.out);
+    }
+    MutexLock lock(&setup_mutex_);
+    HEADROOM_RETURN_IF_ERROR(Note(
+        HEADROOM_CUDA_STATUS(kernels::cuda::LaunchFillRandom(args, setup_stream_.get()))));
+    return AwaitSetup();
+  }
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
     if (!arena_.Contains(dst, bytes)) return ForeignAddressError("Upload", dst);
     if (bytes == 0) return absl::OkStatus();

@@ -9,11 +9,15 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/device/card_probe.h"
 #include "common/device/device_factory.h"
 #include "common/status.h"
 #include "services/headroom/bench/ceilings.h"
 #include "services/headroom/bench/costs.h"
 #include "services/headroom/bench/engine.h"
+#include "services/headroom/bench/gpu_ceilings.h"
+#include "services/headroom/bench/known_ceilings.h"
 #include "services/headroom/bench/report.h"
 #include "services/headroom/bench/work_item.h"
 #include "services/worker/device_budget.h"
@@ -22,6 +26,7 @@ namespace headroom {
 namespace {
 
 constexpr int32_t kMaxThreads = 1024;
+constexpr int64_t kCpuChunkTokens = 1024;
 constexpr int64_t kMaxGpuMemoryBytes = int64_t{1} << 50;
 
 absl::Status CheckOptions(const BenchOptions& options) {
@@ -30,12 +35,18 @@ absl::Status CheckOptions(const BenchOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
   };
-  if (options.model_dir.empty()) return absl::InvalidArgumentError("--model is not set");
+  if (options.model_dir.empty() == options.random_weights.empty()) {
+    return absl::InvalidArgumentError(options.model_dir.empty()
+                                          ? "--model or --random-weights must be set"
+                                          : "--model and --random-weights exclude each other");
+  }
   HEADROOM_RETURN_IF_ERROR(range("--threads", options.threads, 0, kMaxThreads));
   HEADROOM_RETURN_IF_ERROR(
       range("--gpu-memory", options.gpu_memory_bytes, 0, kMaxGpuMemoryBytes));
-  HEADROOM_RETURN_IF_ERROR(
-      range("--chunk-tokens", options.chunk_tokens, kMinChunkTokens, kMaxChunkTokens));
+  if (options.chunk_tokens != 0) {
+    HEADROOM_RETURN_IF_ERROR(
+        range("--chunk-tokens", options.chunk_tokens, kMinChunkTokens, kMaxChunkTokens));
+  }
   return range("--repeat", options.repeat, kMinBenchRepeats, kMaxBenchRepeats);
 }
 
@@ -56,63 +67,130 @@ absl::StatusOr<std::vector<WorkItem>> ItemsOf(const BenchOptions& options) {
   return items;
 }
 
-absl::StatusOr<BenchResult> MeasureItem(const WorkItem& item, int32_t repeat, BenchEngine& engine,
-                                        CpuCeilingProbe& probe) {
+EngineOptions EngineOptionsOf(const BenchOptions& options) {
+  EngineOptions engine;
+  engine.model_dir = options.model_dir;
+  engine.random_weights = options.random_weights;
+  engine.seed = options.seed;
+  engine.device = ChooseDevice(options.device);
+  engine.threads = options.threads != 0 ? options.threads : UsableThreads();
+  engine.gpu_memory_bytes = options.gpu_memory_bytes;
+  engine.chunk_tokens = options.chunk_tokens;
+  if (engine.chunk_tokens == 0) {
+    engine.chunk_tokens = engine.device == "cuda" ? kMaxChunkTokens : kCpuChunkTokens;
+  }
+  return engine;
+}
+
+// One run of the bench: an engine, what the machine can do, and where the figures go.
+class BenchRun {
+ public:
+  static absl::StatusOr<std::unique_ptr<BenchRun>> Create(const BenchOptions& options,
+                                                          const std::vector<WorkItem>& items);
+  absl::Status Measure(const WorkItem& item);
+
+ private:
+  BenchRun(const BenchOptions& options, BenchReport report)
+      : repeat_(options.repeat), report_(std::move(report)) {}
+  absl::Status Init(const BenchOptions& options, const std::vector<WorkItem>& items);
+  absl::Status LookAtMemory(BenchResult& result);
+
+  const int32_t repeat_;
+  BenchReport report_;
+  bool gpu_ = false;
+  Ceilings known_;
+  std::unique_ptr<BenchEngine> engine_;
+  int64_t probe_bytes_ = 0;  // in the engine's arena
+  std::unique_ptr<CeilingProbe> probe_;  // works on the engine's device
+};
+
+absl::StatusOr<std::unique_ptr<BenchRun>> BenchRun::Create(const BenchOptions& options,
+                                                           const std::vector<WorkItem>& items) {
+  HEADROOM_ASSIGN_OR_RETURN(BenchReport report, BenchReport::Open(options.json_path));
+  std::unique_ptr<BenchRun> run(new BenchRun(options, std::move(report)));
+  HEADROOM_RETURN_IF_ERROR(run->Init(options, items));
+  return run;
+}
+
+absl::Status BenchRun::Init(const BenchOptions& options, const std::vector<WorkItem>& items) {
+  const absl::Time begin = absl::Now();
+  const GpuProbeShape shape;
+  EngineOptions engine = EngineOptionsOf(options);
+  gpu_ = engine.device == "cuda";
+  if (gpu_) probe_bytes_ = GpuCeilingProbe::ArenaBytes(shape);
+  engine.beside_bytes = probe_bytes_;
+  HEADROOM_ASSIGN_OR_RETURN(engine_, BenchEngine::Create(engine, items));
+  Device& device = engine_->device();
+  known_ = KnownCeilings(device.name());
+  if (gpu_) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        probe_, GpuCeilingProbe::Create(device, shape, engine.threads, &CardReadRate));
+  } else {
+    HEADROOM_ASSIGN_OR_RETURN(probe_, CpuCeilingProbe::Create(engine.threads));
+  }
+  BenchSetup setup;
+  setup.model = options.random_weights.empty()
+                    ? options.model_dir
+                    : absl::StrCat("random weights of ", options.random_weights);
+  setup.device = std::string(device.name());
+  setup.gpu = gpu_;
+  setup.threads = engine.threads;
+  setup.chunk_tokens = engine_->PrefillChunkTokens();
+  setup.budget = engine_->budget();
+  setup.known = known_;
+  setup.prepare_seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+  return report_.Begin(setup);
+}
+
+absl::Status BenchRun::Measure(const WorkItem& item) {
   BenchResult result;
   result.item = item;
   if (item.planned) {  // said before anything of the item runs
-    HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine.PlanFor(item));
+    HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine_->PlanFor(item));
     result.predicted_seconds = planned.step_seconds;
     BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
   }
-  HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe.Measure());
-  for (int32_t i = 0; i < repeat; ++i) {
-    HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine.Measure(item));
+  HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());
+  for (int32_t i = 0; i < repeat_; ++i) {
+    HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine_->Measure(item));
     result.measurements.push_back(measurement);
+    HEADROOM_RETURN_IF_ERROR(LookAtMemory(result));
   }
-  HEADROOM_ASSIGN_OR_RETURN(const Ceilings after, probe.Measure());
+  HEADROOM_ASSIGN_OR_RETURN(const Ceilings after, probe_->Measure());
   result.ceilings = Larger(before, after);
+  result.floor_ceilings = FloorCeilings(result.ceilings, known_);
   const bool prefill = item.kind == WorkItem::Kind::kPrefill;
-  result.costs = prefill ? PrefillCosts(engine.config(), item.context_tokens)
-                         : DecodeCosts(engine.config(), BenchEngine::MeanDecodeContext(item),
+  result.costs = prefill ? PrefillCosts(engine_->config(), item.context_tokens)
+                         : DecodeCosts(engine_->config(), BenchEngine::MeanDecodeContext(item),
                                        item.batch);
-  result.costs.copied_bytes = result.median().lane_bytes[static_cast<int>(Lane::kFetched)];
-  result.floor_seconds = prefill ? PrefillFloorSeconds(result.costs, result.ceilings)
-                                 : DecodeFloorSeconds(result.costs, result.ceilings);
-  // The arena is carved at start; what of its KV pool was never used is no need.
-  const StepExecutor::Memory memory = engine.memory();
-  result.peak_bytes =
-      memory.arena.used_bytes - memory.kv_pool_bytes + memory.kv_pool_high_water_bytes;
-  return result;
+  const Measurement& median = result.median();
+  result.costs.copied_bytes = median.lane_bytes[static_cast<int>(Lane::kFetched)];
+  result.costs.in_place_bytes = median.lane_bytes[static_cast<int>(Lane::kInPlace)];
+  const auto decode_floor = gpu_ ? &GpuDecodeFloorSeconds : &DecodeFloorSeconds;
+  result.floor_seconds =
+      (prefill ? &PrefillFloorSeconds : decode_floor)(result.costs, result.floor_ceilings);
+  return report_.Add(result);
+}
+
+// The most so far. The arena is carved at start; what of its KV pool the item left free is no need,
+// nor is the probe's part.
+absl::Status BenchRun::LookAtMemory(BenchResult& result) {
+  const StepExecutor::Memory memory = engine_->memory();
+  if (gpu_) {
+    HEADROOM_ASSIGN_OR_RETURN(const int64_t in_use, CardMemoryInUse());
+    result.beside_arena_bytes =
+        std::max(result.beside_arena_bytes, in_use - memory.arena.capacity_bytes);
+  }
+  const int64_t arena_bytes = memory.arena.used_bytes - probe_bytes_ - memory.kv_pool_bytes +
+                              result.measurements.back().kv_pool_used_bytes;
+  result.peak_bytes = std::max(result.peak_bytes, arena_bytes + result.beside_arena_bytes);
+  return absl::OkStatus();
 }
 
 absl::Status MeasureAll(const BenchOptions& options, const std::vector<WorkItem>& items) {
-  if (ChooseDevice(options.device) == "cuda") {
-    return absl::UnavailableError("--device cuda: the bench measures the CPU device, --device cpu");
-  }
-  HEADROOM_ASSIGN_OR_RETURN(BenchReport report, BenchReport::Open(options.json_path));
-  EngineOptions engine_options;
-  engine_options.model_dir = options.model_dir;
-  engine_options.device = options.device;
-  engine_options.threads = options.threads != 0 ? options.threads : UsableThreads();
-  engine_options.gpu_memory_bytes = options.gpu_memory_bytes;
-  engine_options.chunk_tokens = options.chunk_tokens;
-  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<BenchEngine> engine,
-                            BenchEngine::Create(engine_options, items));
-  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<CpuCeilingProbe> probe,
-                            CpuCeilingProbe::Create(engine_options.threads));
-  BenchSetup setup;
-  setup.model = options.model_dir;
-  setup.device = std::string(engine->device_name());
-  setup.threads = engine_options.threads;
-  setup.chunk_tokens = engine->PrefillChunkTokens();
-  setup.budget = engine->budget();
-  HEADROOM_RETURN_IF_ERROR(report.Begin(setup));
-  for (const WorkItem& item : items) {
-    HEADROOM_ASSIGN_OR_RETURN(const BenchResult result,
-                              MeasureItem(item, options.repeat, *engine, *probe));
-    HEADROOM_RETURN_IF_ERROR(report.Add(result));
-  }
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<BenchRun> run,
+                            BenchRun::Create(options, items));
+  for (const WorkItem& item : items) HEADROOM_RETURN_IF_ERROR(run->Measure(item));
   return absl::OkStatus();
 }
 
@@ -124,16 +202,10 @@ int Fail(const absl::Status& status, int exit_status) {
 }  // namespace
 
 absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options) {
-  EngineOptions engine;
-  engine.model_dir = options.model_dir;
-  engine.device = options.device;
-  engine.threads = options.threads != 0 ? options.threads : UsableThreads();
-  engine.gpu_memory_bytes = options.gpu_memory_bytes;
-  engine.chunk_tokens = options.chunk_tokens;
   // Lays out a segment that is larger than the caches.
   const WorkItem item{WorkItem::Kind::kDecode, 4096, Lane::kFetched, 1};
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<BenchEngine> measured,
-                            BenchEngine::Create(engine, {item}));
+                            BenchEngine::Create(EngineOptionsOf(options), {item}));
   return measured->Calibrate();
 }
 

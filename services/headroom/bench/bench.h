@@ -1,9 +1,10 @@
-// `headroom bench`: prefill and decode of a real model in one process, beside what the machine can
-// do.
+// `headroom bench`: prefill and decode of a model in one process, beside what the machine can do.
 //
-// The ceilings (GEMM, reads, copies) are measured in the same run, with the same threads, right
-// before and right after each item; the larger of the two goes into the item's floor. The executor
-// is the worker's own; there is no gRPC, no tokenizer and no store: keys lie in a private mapping.
+// The ceilings (GEMM, attention, reads, copies) are measured in the same run, with the same threads,
+// right before and right after each item; the larger of the two goes into the item's floor, or 0.95
+// of what the card is known for where that is more. The executor is the worker's own; there is no
+// gRPC, no tokenizer and no store: keys lie in a private mapping. Those of a decode item are
+// generated, not prefilled.
 #ifndef HEADROOM_SERVICES_HEADROOM_BENCH_BENCH_H_
 #define HEADROOM_SERVICES_HEADROOM_BENCH_BENCH_H_
 
@@ -17,23 +18,26 @@
 namespace headroom {
 
 struct BenchOptions {
+  // One of the two: a model's folder, or a config.json whose weights are drawn from `seed`.
   std::string model_dir;
-  // "auto", "cpu" or "cuda", as the worker takes it. Ceilings are measured on the CPU only: cuda is
-  // refused.
-  std::string device = "cpu";
-  // Threads of the CPU device; 0: as many as this process may run on.
+  std::string random_weights;
+  std::string device = "cpu";  // "auto", "cpu" or "cuda", as the worker takes it
+  // Threads of the CPU device, and those that read and attend in host memory; 0: as many as this
+  // process may run on.
   int32_t threads = 0;
-  // Device memory for everything; 0: the weights and 2 GiB.
+  // Device memory for everything but the ceilings' probe; 0: the weights and 2 GiB on the CPU
+  // device, on a GPU what is free less 1 GiB and the probe.
   int64_t gpu_memory_bytes = 0;
   // What to measure: prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH], LANE one of resident,
   // fetched and in_place. Empty: the items of `set`.
   std::vector<std::string> work;
   std::string set = "default";  // see work_item.h
-  uint64_t seed = 0;            // draws what a set draws
+  uint64_t seed = 0;            // draws what a set draws, and random weights
   // Measurements of each item, at least kMinBenchRepeats.
   int32_t repeat = 5;
-  // Longest chunk of a prefill, beside what the memory allows.
-  int64_t chunk_tokens = 1024;
+  // Longest chunk of a prefill, beside what the memory allows; 0: 1,024 on the CPU device, 8,192 on
+  // a GPU.
+  int64_t chunk_tokens = 0;
   // If set: one JSON object per line, flushed line by line.
   std::string json_path;
 };

@@ -13,26 +13,28 @@
 
 namespace headroom {
 
-// Shared memory as a store's data file is mapped; zeroed. Errors name `what`.
-absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view what);
+class CeilingProbe {
+ public:
+  virtual ~CeilingProbe() = default;
+  // Each figure is the best of at least three measurements. The measured device must be idle.
+  virtual absl::StatusOr<Ceilings> Measure() = 0;
+};
 
 // Measures on a CPU device of its own, with as many threads as the measured one has. Keeps its
-// buffers (half a GiB, larger than any cache) between measurements. Not thread-safe; the measured
-// device must be idle meanwhile.
-class CpuCeilingProbe {
+// buffers (half a GiB, larger than any cache) between measurements. Not thread-safe.
+class CpuCeilingProbe : public CeilingProbe {
  public:
   static absl::StatusOr<std::unique_ptr<CpuCeilingProbe>> Create(int threads);
-  ~CpuCeilingProbe();
+  ~CpuCeilingProbe() override;
 
-  // Takes about a second. Each figure is the best of at least three measurements.
-  absl::StatusOr<Ceilings> Measure();
+  // Takes about a second.
+  absl::StatusOr<Ceilings> Measure() override;
 
  private:
   explicit CpuCeilingProbe(int threads) : readers_(threads) {}
   absl::Status Init(int threads);
   // The real kernel at several wide shapes.
   absl::StatusOr<double> GemmFlops();
-  double ReadBytes();
   // One thread, mapped memory to arena, as the copy stream does it.
   absl::StatusOr<double> CopyBytes();
 

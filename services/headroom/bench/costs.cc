@@ -42,8 +42,11 @@ double VocabWeightBytes(const ModelConfig& config) {
 }  // namespace
 
 Ceilings Larger(const Ceilings& a, const Ceilings& b) {
-  return {std::max(a.gemm_flops, b.gemm_flops), std::max(a.read_bytes, b.read_bytes),
-          std::max(a.copy_bytes, b.copy_bytes)};
+  Ceilings larger;
+  for (const CeilingField& field : kCeilingFields) {
+    larger.*field.value = std::max(a.*field.value, b.*field.value);
+  }
+  return larger;
 }
 
 Costs PrefillCosts(const ModelConfig& config, int64_t context_tokens) {
@@ -68,13 +71,23 @@ Costs DecodeCosts(const ModelConfig& config, double context_tokens, int64_t batc
 }
 
 double PrefillFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
-  return (costs.linear_flops + costs.attention_flops) / ceilings.gemm_flops;
+  return costs.linear_flops / ceilings.gemm_flops +
+         costs.attention_flops / ceilings.attention_flops;
 }
 
 double DecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
   const double weights = std::max(costs.weight_bytes / ceilings.read_bytes,
                                   costs.linear_flops / ceilings.gemm_flops);
   return weights + costs.kv_bytes / ceilings.read_bytes + costs.copied_bytes / ceilings.copy_bytes;
+}
+
+double GpuDecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
+  const double weights = std::max(costs.weight_bytes / ceilings.read_bytes,
+                                  costs.linear_flops / ceilings.gemm_flops);
+  const double device =
+      weights + (costs.kv_bytes - costs.in_place_bytes) / ceilings.read_bytes;
+  return std::max({device, costs.copied_bytes / ceilings.copy_bytes,
+                   costs.in_place_bytes / ceilings.host_read_bytes});
 }
 
 Spread SpreadOf(std::vector<double> values) {

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
-#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,8 +12,9 @@
 #include "common/segment_format.h"
 #include "common/status.h"
 #include "services/coordinator/placement/step_model.h"
-#include "services/headroom/bench/ceilings.h"
 #include "services/headroom/bench/costs.h"
+#include "services/headroom/bench/host_memory.h"
+#include "services/worker/model/random_weights.h"
 
 namespace headroom {
 namespace {
@@ -53,22 +52,11 @@ absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const EngineOptions& options,
   device.kind = options.device;
   device.compute_threads = options.threads;
   device.memory_bytes = options.gpu_memory_bytes;
-  if (device.memory_bytes == 0) device.memory_bytes = WeightsBytes(config) + kDefaultKvBytes;
+  if (device.memory_bytes == 0 && ChooseDevice(options.device) == "cpu") {
+    device.memory_bytes = WeightsBytes(config) + kDefaultKvBytes;
+  }
+  if (device.memory_bytes != 0) device.memory_bytes += options.beside_bytes;
   return CreateDevice(device);
-}
-
-// Finite keys and values: bfloat16 in (-1, 1).
-void FillWithKeys(const MappedRegion& region) {
-  std::vector<kernels::BFloat16> values((int64_t{1} << 20) / sizeof(kernels::BFloat16));
-  std::mt19937 random(1);
-  for (kernels::BFloat16& value : values) {
-    value = kernels::ToBFloat16(static_cast<float>(random()) * 0x1p-31f - 1.0f);
-  }
-  const auto piece = static_cast<int64_t>(values.size() * sizeof(kernels::BFloat16));
-  for (int64_t at = 0; at < region.bytes(); at += piece) {
-    std::memcpy(region.data() + at, values.data(),
-                static_cast<size_t>(std::min(piece, region.bytes() - at)));
-  }
 }
 
 int64_t PositionsOf(const WorkItem& item) {
@@ -114,7 +102,9 @@ BenchEngine::~BenchEngine() {
 
 absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<WorkItem>& items) {
   chunk_tokens_ = options.chunk_tokens;
-  HEADROOM_ASSIGN_OR_RETURN(config_, ReadModelConfig(options.model_dir));
+  const bool random = !options.random_weights.empty();
+  HEADROOM_ASSIGN_OR_RETURN(config_, random ? ReadModelConfigFile(options.random_weights)
+                                            : ReadModelConfig(options.model_dir));
   HEADROOM_ASSIGN_OR_RETURN(device_, MakeDevice(options, config_));
   // A batch's tables name the keys of all its sequences.
   int64_t positions = 1;
@@ -125,9 +115,11 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
   }
   HEADROOM_ASSIGN_OR_RETURN(
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
-                            device_->arena_use().free_bytes(), chunk_tokens_, positions,
-                            device_->product_type()));
-  HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_, nullptr));
+                            device_->arena_use().free_bytes() - options.beside_bytes, chunk_tokens_,
+                            positions, device_->product_type()));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights_, random ? DrawWeights(config_, options.seed, *device_)
+                       : LoadWeights(options.model_dir, config_, *device_, nullptr));
   StepExecutorOptions executor;
   executor.max_sequences = batch;
   executor.step_timeout = kStepTimeout;
@@ -145,7 +137,7 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
     plan.layers.assign(config_.num_layers, {all});
     HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
   }
-  HEADROOM_RETURN_IF_ERROR(MapSegment(items));
+  HEADROOM_RETURN_IF_ERROR(MapSegment(items, options.threads));
   return OpenInPlace(options.threads);
 }
 
@@ -160,7 +152,7 @@ absl::Status BenchEngine::OpenInPlace(int32_t threads) {
   return executor_->SetMailbox(mailbox);
 }
 
-absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items) {
+absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items, int32_t threads) {
   int64_t bytes = 0;
   for (const WorkItem& item : items) {
     int64_t used = 0;
@@ -168,7 +160,10 @@ absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items) {
     bytes = std::max(bytes, used);
   }
   HEADROOM_ASSIGN_OR_RETURN(segment_, MapSharedMemory(bytes, "headroom-bench-segment"));
-  FillWithKeys(segment_);
+  {
+    kernels::CpuTeam team(threads);
+    FillWithKeys(segment_, team);
+  }
   for (int64_t at = 0; at < bytes; at += kRegistrationBytes) {
     HEADROOM_RETURN_IF_ERROR(device_->RegisterHost(segment_.data() + at,
                                                    std::min(kRegistrationBytes, bytes - at)));
@@ -209,6 +204,7 @@ int64_t BenchEngine::PrefillChunkTokens() const {
 absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item) {
   absl::StatusOr<Measurement> measured =
       item.kind == WorkItem::Kind::kPrefill ? MeasurePrefill(item) : MeasureDecode(item);
+  if (measured.ok()) measured->kv_pool_used_bytes = executor_->memory().kv_pool_used_bytes;
   HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
   HEADROOM_RETURN_IF_ERROR(measured.status());
   HEADROOM_RETURN_IF_ERROR(CheckResident(item, *measured));

@@ -26,9 +26,13 @@ namespace headroom {
 
 struct EngineOptions {
   std::string model_dir;
-  std::string device;  // as in DeviceOptions
+  std::string random_weights;  // a config.json whose weights are drawn; then there is no model_dir
+  uint64_t seed = 0;           // draws them
+  std::string device;          // as in DeviceOptions
   int32_t threads = 1;
-  int64_t gpu_memory_bytes = 0;  // 0: the weights and 2 GiB
+  // 0: the weights and 2 GiB on the CPU device, all that it gives on a GPU.
+  int64_t gpu_memory_bytes = 0;
+  int64_t beside_bytes = 0;  // of the arena, not of gpu_memory_bytes: for the ceilings' probe
   int64_t chunk_tokens = 0;
 };
 
@@ -36,6 +40,7 @@ struct EngineOptions {
 struct Measurement : StepTimes {
   double seconds = 0;      // of the prefill; of one decode step (mean over a window of steps)
   double cpu_seconds = 0;  // of the whole process
+  int64_t kv_pool_used_bytes = 0;  // at its end, when it holds the most
 };
 
 // Driven by one thread.
@@ -69,7 +74,7 @@ class BenchEngine {
 
   const ModelConfig& config() const { return config_; }
   const DeviceBudget& budget() const { return budget_; }
-  absl::string_view device_name() const { return device_->name(); }
+  Device& device() const { return *device_; }
   StepExecutor::Memory memory() const { return executor_->memory(); }
 
  private:
@@ -87,7 +92,7 @@ class BenchEngine {
 
   BenchEngine() = default;
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
-  absl::Status MapSegment(const std::vector<WorkItem>& items);
+  absl::Status MapSegment(const std::vector<WorkItem>& items, int32_t threads);
   absl::Status OpenInPlace(int32_t threads);
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;

@@ -30,6 +30,36 @@ void PrintLane(const Measurement& measurement, Lane lane) {
               measurement.lane_bytes[i] / measurement.lane_busy_seconds[i] / kGiga);
 }
 
+Json CeilingsJson(const Ceilings& ceilings) {
+  Json::Object object;
+  for (const CeilingField& field : kCeilingFields) {
+    const double value = ceilings.*field.value;
+    if (value > 0) object.emplace_back(absl::StrCat(field.name, "_per_second"), value);
+  }
+  return object;
+}
+
+void PrintCeilings(const BenchResult& result) {
+  const Ceilings& c = result.ceilings;
+  std::printf("    machine   %9.1f GFLOP/s GEMM, %.1f GFLOP/s attention, %.1f GB/s reads, "
+              "%.1f GB/s copies, %.1f GB/s host reads\n",
+              c.gemm_flops / kGiga, c.attention_flops / kGiga, c.read_bytes / kGiga,
+              c.copy_bytes / kGiga, c.host_read_bytes / kGiga);
+  if (c.copy_back_bytes > 0) {
+    std::printf("    copies    %9.1f GB/s in pieces of 256 KiB, %.1f of 1 MiB, %.1f of 4 MiB; %.1f "
+                "GB/s back, %.1f both ways\n",
+                c.copy_256kib_bytes / kGiga, c.copy_1mib_bytes / kGiga, c.copy_4mib_bytes / kGiga,
+                c.copy_back_bytes / kGiga, c.copy_both_bytes / kGiga);
+  }
+  for (const CeilingField& field : kCeilingFields) {
+    const double value = c.*field.value, floor = result.floor_ceilings.*field.value;
+    if (value >= floor) continue;
+    std::printf("    LOW       %9.1f G%s/s was measured; the floor takes %.1f, what the card is "
+                "known for\n",
+                value / kGiga, field.name, floor / kGiga);
+  }
+}
+
 }  // namespace
 
 const Measurement& BenchResult::median() const {
@@ -63,7 +93,10 @@ Json ToJson(const BenchSetup& setup) {
                                   {"weights_bytes", budget.weights_bytes},
                                   {"ring_bytes", budget.ring_bytes},
                                   {"activation_bytes", budget.activation_bytes},
-                                  {"kv_pool_bytes", budget.kv_pool_bytes}}}};
+                                  {"kv_pool_bytes", budget.kv_pool_bytes}}},
+      {"known_ceilings", CeilingsJson(setup.known)},
+      {"decode_keys", "generated, not prefilled"},
+      {"prepare_seconds", setup.prepare_seconds}};
 }
 
 Json ToJson(const BenchResult& result) {
@@ -84,14 +117,14 @@ Json ToJson(const BenchResult& result) {
       {"predicted_seconds", result.predicted_seconds},
       {"ratio", seconds.median / result.floor_seconds},
       {"least_ratio", seconds.least / result.floor_seconds},
-      {"ceilings", Json::Object{{"gemm_flops_per_second", result.ceilings.gemm_flops},
-                                {"read_bytes_per_second", result.ceilings.read_bytes},
-                                {"copy_bytes_per_second", result.ceilings.copy_bytes}}},
+      {"ceilings", CeilingsJson(result.ceilings)},
+      {"floor_ceilings", CeilingsJson(result.floor_ceilings)},
       {"costs", Json::Object{{"linear_flops", result.costs.linear_flops},
                              {"attention_flops", result.costs.attention_flops},
                              {"weight_bytes", result.costs.weight_bytes},
                              {"kv_bytes", result.costs.kv_bytes},
-                             {"copied_bytes", result.costs.copied_bytes}}},
+                             {"copied_bytes", result.costs.copied_bytes},
+                             {"in_place_bytes", result.costs.in_place_bytes}}},
       {"lanes", Json::Object{{"resident", LaneJson(median, Lane::kResident)},
                              {"fetched", LaneJson(median, Lane::kFetched)},
                              {"in_place", LaneJson(median, Lane::kInPlace)}}},
@@ -99,7 +132,8 @@ Json ToJson(const BenchResult& result) {
       {"in_place_wait_seconds", median.in_place_wait_seconds},
       {"sealed_bytes", median.sealed_bytes},
       {"cpu_seconds", median.cpu_seconds},
-      {"gpu_memory_peak_bytes", result.peak_bytes}};
+      {"gpu_memory_peak_bytes", result.peak_bytes},
+      {"gpu_memory_beside_arena_bytes", result.beside_arena_bytes}};
 }
 
 absl::StatusOr<BenchReport> BenchReport::Open(const std::string& json_path) {
@@ -126,16 +160,18 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
   std::printf(
       "%s on %s, %d threads, chunks of %ld tokens\n"
       "device memory %.0f MiB: weights %.0f, ring %.0f, activations %.0f, KV %.0f MiB\n"
-      "prefill's floor: (linear + attention FLOPs) at the GEMM rate. decode's floor: (weights +\n"
-      "keys and values) at the read rate, plus what is copied at the copy rate.\n"
+      "prefill's floor: linear FLOPs at the GEMM's rate, attention's at attention's. decode's:\n"
+      "weights, keys and values at the read rate, what is copied at the copy rate: %s.\n"
+      "keys of decode items are generated, not prefilled; prepared in %.1f s\n"
       "\n%-26s %12s %18s %10s %10s %7s %7s\n",
       setup.model.c_str(), setup.device.c_str(), setup.threads,
       static_cast<long>(setup.chunk_tokens), static_cast<double>(budget.budget_bytes) / kMiB,
       static_cast<double>(budget.weights_bytes) / kMiB,
       static_cast<double>(budget.ring_bytes) / kMiB,
       static_cast<double>(budget.activation_bytes) / kMiB,
-      static_cast<double>(budget.kv_pool_bytes) / kMiB, "work", "median ms", "least..most ms",
-      "tok/s", "floor ms", "ratio", "least");
+      static_cast<double>(budget.kv_pool_bytes) / kMiB,
+      setup.gpu ? "side by side, the longest counts" : "the sum", setup.prepare_seconds, "work",
+      "median ms", "least..most ms", "tok/s", "floor ms", "ratio", "least");
   std::fflush(stdout);
   return WriteJson(ToJson(setup));
 }
@@ -159,9 +195,7 @@ absl::Status BenchReport::Add(const BenchResult& result) {
               seconds.most * kMilli, result.tokens() / seconds.median,
               result.floor_seconds * kMilli, seconds.median / result.floor_seconds,
               seconds.least / result.floor_seconds);
-  std::printf("    machine   %9.1f GFLOP/s GEMM, %.1f GB/s reads, %.1f GB/s copies\n",
-              result.ceilings.gemm_flops / kGiga, result.ceilings.read_bytes / kGiga,
-              result.ceilings.copy_bytes / kGiga);
+  PrintCeilings(result);
   std::printf(
       "    costs     %9.2f GFLOP linear, %.2f GFLOP attention, %.1f MB weights, %.1f MB keys and "
       "values, %.1f MB copied\n",
@@ -176,10 +210,11 @@ absl::Status BenchReport::Add(const BenchResult& result) {
   PrintLane(median, Lane::kInPlace);
   std::printf(
       "    waited    %9.2f ms for tiles, %.2f ms for keys in place; %.1f MB sealed; %.2f ms of "
-      "processor time; device memory %.0f MiB at most\n",
+      "processor time; device memory %.0f MiB at most, %.0f of it beside the arena\n",
       median.fetch_wait_seconds * kMilli, median.in_place_wait_seconds * kMilli,
       median.sealed_bytes * 1e-6, median.cpu_seconds * kMilli,
-      static_cast<double>(result.peak_bytes) / kMiB);
+      static_cast<double>(result.peak_bytes) / kMiB,
+      static_cast<double>(result.beside_arena_bytes) / kMiB);
   std::fflush(stdout);
   return WriteJson(ToJson(result));
 }

@@ -20,20 +20,27 @@ namespace headroom {
 struct BenchSetup {
   std::string model;
   std::string device;
+  bool gpu = false;
   int32_t threads = 0;
   int64_t chunk_tokens = 0;
   DeviceBudget budget;
+  Ceilings known;              // of this card; 0 where nothing is
+  double prepare_seconds = 0;  // until the first item: weights, keys, pinning
 };
 
 // All about one work item.
 struct BenchResult {
   WorkItem item;
-  Ceilings ceilings;
+  Ceilings ceilings;        // measured
+  Ceilings floor_ceilings;  // what the floor is reckoned with
   Costs costs;
   double floor_seconds = 0;
   double predicted_seconds = 0;  // of a planned item
   std::vector<Measurement> measurements;
-  int64_t peak_bytes = 0;  // device memory: what the arena gave out, the KV pool at its fullest
+  // Device memory: what the arena gave out, of the KV pool what this item filled, and on a GPU all
+  // that was in use beside the arena (contexts, code, libraries, from before this process too).
+  int64_t peak_bytes = 0;
+  int64_t beside_arena_bytes = 0;  // of that
 
   // Of the measurement of median length: lanes and waits belong to one and the same run.
   const Measurement& median() const;

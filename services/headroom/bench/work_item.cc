@@ -42,6 +42,16 @@ const std::vector<NamedSet>& Sets() {
         {Kind::kDecode, 7168, Lane::kResident, 1},
         {Kind::kDecode, 7168, Lane::kFetched, 1},
         {Kind::kDecode, 7168, Lane::kInPlace, 1}}},
+      // For a GPU: Llama-3-8B's geometry in four minutes.
+      {"quick",
+       {{Kind::kDecode, 1024, Lane::kResident, 1},
+        {Kind::kDecode, 131072, Lane::kResident, 1},
+        {Kind::kDecode, 4096, Lane::kResident, 16},
+        {Kind::kPrefill, 32768, Lane::kResident, 1}}},
+      {"128k",
+       {{Kind::kDecode, 131072, Lane::kResident, 1},
+        {Kind::kDecode, 131072, Lane::kFetched, 1},
+        {Kind::kPrefill, 131072, Lane::kFetched, 1}}},
   };
   return sets;
 }

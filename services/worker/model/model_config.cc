@@ -145,7 +145,10 @@ std::vector<float> ModelConfig::InverseFrequencies() const {
 }
 
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir) {
-  const std::string path = model_dir + "/config.json";
+  return ReadModelConfigFile(model_dir + "/config.json");
+}
+
+absl::StatusOr<ModelConfig> ReadModelConfigFile(const std::string& path) {
   HEADROOM_ASSIGN_OR_RETURN(const Json json, Json::ParseFile(path, kMaxConfigBytes));
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));

@@ -46,6 +46,8 @@ struct ModelConfig {
 // architecture or an option that changes the maths and is not implemented is refused by name
 // (UNIMPLEMENTED), never ignored.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
+// ... of a file of any name.
+absl::StatusOr<ModelConfig> ReadModelConfigFile(const std::string& path);
 
 }  // namespace headroom
 

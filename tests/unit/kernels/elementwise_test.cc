@@ -4,6 +4,7 @@
 #include "gtest/gtest.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
+#include "kernels/fill_random.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
@@ -11,6 +12,76 @@
 
 namespace headroom::kernels {
 namespace {
+
+// ---- FillRandom ----------------------------------------------------------------------------------
+
+std::vector<uint16_t> Filled(void (*fill)(const FillRandomArgs&), FillRandomArgs args) {
+  // Poisoned, so that padding that is not cleared shows.
+  std::vector<BFloat16> out(static_cast<size_t>(PackedWeightBytes(args.n, args.k) / 2), {0xffff});
+  args.out = out.data();
+  fill(args);
+  std::vector<uint16_t> bits;
+  for (const BFloat16& value : out) bits.push_back(value.bits);
+  return bits;
+}
+
+template <int kThreads>
+void FillOnCpu(const FillRandomArgs& args) {
+  CpuTeam team(kThreads);
+  cpu::FillRandom(args, team);
+}
+
+TEST(FillRandom, MatchesTheReferenceToTheBitWithAnyNumberOfThreads) {
+  const int64_t shapes[][2] = {{1, 1}, {1, 7}, {31, 5}, {32, 64}, {33, 3}, {70, 130}, {256, 9}};
+  for (const auto& [n, k] : shapes) {
+    FillRandomArgs args;
+    args.n = n;
+    args.k = k;
+    args.seed = 77 + static_cast<uint64_t>(n);
+    args.scale = 0.37f;
+    const std::vector<uint16_t> expected = Filled(&reference::FillRandom, args);
+    EXPECT_EQ(Filled(&FillOnCpu<1>, args), expected) << n << " x " << k;
+    EXPECT_EQ(Filled(&FillOnCpu<3>, args), expected) << n << " x " << k;
+    ++args.seed;
+    EXPECT_NE(Filled(&FillOnCpu<1>, args), expected) << n << " x " << k;
+  }
+}
+
+TEST(FillRandom, IsTheGeneratorThatTheHeaderNames) {
+  // The first outputs that SplitMix64's authors give for a state of 0.
+  EXPECT_EQ(SplitMix64(0, 0), 0xe220a8397b1dcdafu);
+  EXPECT_EQ(SplitMix64(0, 1), 0x6e789e6aa1b965f4u);
+  EXPECT_EQ(UniformOf16Bits(0), -65535.0f / 65536);
+  EXPECT_EQ(UniformOf16Bits(0xffff), 65535.0f / 65536);
+  FillRandomArgs args;
+  args.n = 1;
+  args.k = 5;
+  args.scale = 2;
+  const std::vector<uint16_t> bits = Filled(&reference::FillRandom, args);
+  const uint32_t pieces[] = {0xcdaf, 0x7b1d, 0xa839, 0xe220, 0x65f4};
+  for (int i = 0; i < 5; ++i) {
+    const float expected = 2 * (2 * static_cast<float>(pieces[i]) - 65535) / 65536;
+    EXPECT_EQ(bits[static_cast<size_t>(i * kPanelOutputs)], ToBFloat16(expected).bits) << i;
+  }
+}
+
+TEST(FillRandom, HasTheMeanAndTheVarianceOfUniformNumbers) {
+  FillRandomArgs args;
+  args.n = 512;
+  args.k = 512;
+  args.seed = 5;
+  args.scale = 0.5f;
+  double sum = 0, squares = 0;
+  for (const uint16_t bits : Filled(&FillOnCpu<2>, args)) {
+    const double value = ToFloat({bits});
+    EXPECT_LE(std::abs(value), 0.5);
+    sum += value;
+    squares += value * value;
+  }
+  constexpr double kCount = 512 * 512;
+  EXPECT_NEAR(sum / kCount, 0, 0.003);  // five standard deviations
+  EXPECT_NEAR(squares / kCount, 0.25 / 3, 0.001);
+}
 
 // ---- RmsNorm -------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ TEST(WorkItem, IsReadFromItsText) {
 }
 
 TEST(WorkItem, OfEverySetIsReadFromItsOwnText) {
-  for (const char* const set : {"default", "prefill", "decode", "plan"}) {
+  for (const char* const set : {"default", "prefill", "decode", "quick", "128k", "plan"}) {
     const absl::StatusOr<std::vector<WorkItem>> items = WorkItemsOf(set, 1);
     ASSERT_TRUE(items.ok()) << items.status();
     for (const WorkItem& item : *items) {
@@ -106,6 +106,7 @@ TEST(Costs, OfSmolLm2AreThoseWorkedOutByHand) {
 TEST(Costs, AddUpToTheFloor) {
   Ceilings ceilings;
   ceilings.gemm_flops = 100;
+  ceilings.attention_flops = 50;
   ceilings.read_bytes = 10;
   ceilings.copy_bytes = 5;
   Costs costs;
@@ -113,7 +114,7 @@ TEST(Costs, AddUpToTheFloor) {
   costs.attention_flops = 200;
   costs.weight_bytes = 50;
   costs.kv_bytes = 20;
-  EXPECT_DOUBLE_EQ(PrefillFloorSeconds(costs, ceilings), 5);
+  EXPECT_DOUBLE_EQ(PrefillFloorSeconds(costs, ceilings), 3 + 4);
   EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 7);
   costs.copied_bytes = 20;
   EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 11);
@@ -121,8 +122,55 @@ TEST(Costs, AddUpToTheFloor) {
   EXPECT_DOUBLE_EQ(DecodeFloorSeconds(costs, ceilings), 26);
 }
 
+TEST(Costs, OfAGpuRunSideBySideAndTheLongestCounts) {
+  Ceilings ceilings;
+  ceilings.gemm_flops = 100;
+  ceilings.read_bytes = 10;
+  ceilings.copy_bytes = 5;
+  ceilings.host_read_bytes = 4;
+  Costs costs;
+  costs.linear_flops = 300;
+  costs.weight_bytes = 50;
+  costs.kv_bytes = 20;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 7);
+  costs.copied_bytes = 20;  // 4 s, behind the reads
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 7);
+  costs.copied_bytes = 40;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 8);
+  costs.in_place_bytes = 10;  // no longer read by the device
+  costs.copied_bytes = 0;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 6);
+  costs.kv_bytes = costs.in_place_bytes = 40;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 10);
+  costs.linear_flops = 2000;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 20);
+}
+
+TEST(Costs, OfLlama3Are128KiBOfKeysATokenAnd15GBOfWeights) {
+  const absl::StatusOr<ModelConfig> config =
+      ReadModelConfigFile(std::string(getenv("HEADROOM_SOURCE_DIR")) +
+                          "/tests/bench/llama-3-8b.json");
+  ASSERT_TRUE(config.ok()) << config.status();
+  const Costs costs = DecodeCosts(*config, 131072, 1);
+  EXPECT_DOUBLE_EQ(costs.kv_bytes, 131072.0 * 131072);
+  EXPECT_NEAR(costs.weight_bytes, 15.0e9, 0.02e9);
+  const Costs prefill = PrefillCosts(*config, 131072);
+  EXPECT_DOUBLE_EQ(prefill.linear_flops,
+                   2 * (131072 * 32 * 4096.0 * (6144 + 4096 + 3 * 14336) + 4096.0 * 128256));
+  EXPECT_NEAR(prefill.attention_flops, 131072 * 2 * 131072.0 * 131072, 1e11);
+}
+
 TEST(Costs, TakeTheLargerOfEachCeiling) {
-  EXPECT_EQ(Larger({1, 5, 3}, {2, 4, 3}), (Ceilings{2, 5, 3}));
+  Ceilings a, b;
+  a.gemm_flops = 1;
+  b.gemm_flops = 2;
+  a.read_bytes = 5;
+  b.read_bytes = 4;
+  b.copy_both_bytes = 3;
+  const Ceilings larger = Larger(a, b);
+  EXPECT_EQ(larger.gemm_flops, 2);
+  EXPECT_EQ(larger.read_bytes, 5);
+  EXPECT_EQ(larger.copy_both_bytes, 3);
 }
 
 TEST(Costs, SpreadIsMedianLeastAndMost) {
@@ -148,6 +196,67 @@ TEST(Bench, RefusesWrongOptions) {
   EXPECT_EQ(RunBench(options), 2);
   options.work = {"decode:64"};
   EXPECT_EQ(RunBench(options), 1);  // no such model
+  options.chunk_tokens = 32;
+  EXPECT_EQ(RunBench(options), 2);
+  options.chunk_tokens = 0;
+  options.random_weights = "/nowhere/config.json";
+  EXPECT_EQ(RunBench(options), 2);  // and a model
+}
+
+// ---- Random weights -----------------------------------------------------------------------------
+
+constexpr char kTinyConfig[] = R"({
+  "architectures": ["LlamaForCausalLM"], "head_dim": 64, "hidden_size": 256,
+  "intermediate_size": 512, "max_position_embeddings": 8192, "num_attention_heads": 4,
+  "num_hidden_layers": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+  "tie_word_embeddings": false, "vocab_size": 1000})";
+
+std::string Said(int exit_status, const BenchOptions& options) {
+  testing::internal::CaptureStderr();
+  EXPECT_EQ(RunBench(options), exit_status);
+  return testing::internal::GetCapturedStderr();
+}
+
+TEST(BenchWithRandomWeights, NamesTheFileThatIsWrong) {
+  const TempDir dir;
+  BenchOptions options;
+  options.random_weights = dir.File("geometry.json");
+  options.repeat = 3;
+  options.work = {"decode:64"};
+  EXPECT_NE(Said(1, options).find(options.random_weights), std::string::npos);  // not there
+  const std::string text = kTinyConfig;
+  const std::string wrong[] = {"{", "[]", std::string(text).replace(text.find("64"), 2, "65"),
+                               std::string(text).replace(text.find("256"), 3, "\"x\"")};
+  for (const std::string& config : wrong) {
+    std::ofstream(options.random_weights) << config;
+    EXPECT_NE(Said(1, options).find(options.random_weights), std::string::npos) << config;
+  }
+}
+
+// A logit that is not finite fails its step, and that the run.
+TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
+#endif
+  const TempDir dir;
+  BenchOptions options;
+  options.random_weights = dir.File("geometry.json");
+  std::ofstream(options.random_weights) << kTinyConfig;
+  options.threads = 2;
+  options.gpu_memory_bytes = int64_t{128} << 20;
+  options.repeat = 3;
+  options.seed = 11;
+  options.work = {"prefill:300", "decode:300:resident:2"};
+  options.json_path = dir.File("bench.json");
+  ASSERT_EQ(RunBench(options), 0);
+  std::ifstream file(options.json_path);
+  std::string line;
+  ASSERT_TRUE(std::getline(file, line));
+  const absl::StatusOr<Json> setup = Json::Parse(line, 1 << 20);
+  ASSERT_TRUE(setup.ok()) << setup.status();
+  EXPECT_NE(setup->Find("model")->as_string().find("random weights of"), std::string::npos);
+  EXPECT_EQ(setup->Find("decode_keys")->as_string(), "generated, not prefilled");
+  EXPECT_EQ(setup->Find("chunk_tokens")->as_int(), 1024);
 }
 
 TEST(Bench, WritesALineForTheSetupAndForEachItem) {
@@ -186,6 +295,9 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
     EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
     EXPECT_EQ(lines[i].Find("repeats")->as_int(), 3);
     EXPECT_LE(lines[i].Find("gpu_memory_peak_bytes")->as_int(), options.gpu_memory_bytes);
+    EXPECT_GT(lines[i].Find("gpu_memory_peak_bytes")->as_int(), 0);
+    EXPECT_EQ(lines[i].Find("gpu_memory_beside_arena_bytes")->as_int(), 0);
+    EXPECT_EQ(lines[i].Find("floor_ceilings")->Dump(), lines[i].Find("ceilings")->Dump());
     for (const Json::Member& ceiling : lines[i].Find("ceilings")->as_object()) {
       EXPECT_GT(ceiling.second.as_number(), 0) << ceiling.first;
     }

@@ -1,0 +1,81 @@
+// The ceilings of a GPU: measured on the device itself, through the operations that the model runs.
+#ifndef HEADROOM_SERVICES_HEADROOM_BENCH_GPU_CEILINGS_H_
+#define HEADROOM_SERVICES_HEADROOM_BENCH_GPU_CEILINGS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/device/device.h"
+#include "common/segment/mapped_region.h"
+#include "kernels/cpu/team.h"
+#include "services/headroom/bench/ceilings.h"
+
+namespace headroom {
+
+// What is run; the defaults are Llama-3-8B's MLP and attention at the longest chunk.
+struct GpuProbeShape {
+  int64_t gemm_m = 8192, gemm_n = 14336, gemm_k = 4096;
+  int32_t num_q_heads = 32, num_kv_heads = 8, head_dim = 128;
+  int64_t attend_rows = 8192;
+  std::vector<int64_t> attend_keys = {8192, 24576};  // each at least the rows, which are the last
+  // Device memory that is read, and host memory: more than the caches hold (of a host's processor
+  // 320 MB and more).
+  int64_t least_bytes = int64_t{1} << 30;
+  int64_t copy_bytes = int64_t{1} << 30;  // of one measurement of a copy rate
+};
+
+// Works on a device that is in use (and idle while it measures), with memory from its arena: a second
+// one would load libraries of its own. Not thread-safe.
+class GpuCeilingProbe : public CeilingProbe {
+ public:
+  using ReadRate = std::function<absl::StatusOr<double>(uint8_t* data, int64_t bytes)>;
+
+  // What Create() allocates in the arena.
+  static int64_t ArenaBytes(const GpuProbeShape& shape);
+
+  // `read_rate` is CardReadRate(), or what stands for it where there is no card. `threads` read host
+  // memory. The device outlives the probe.
+  static absl::StatusOr<std::unique_ptr<GpuCeilingProbe>> Create(Device& device,
+                                                                 const GpuProbeShape& shape,
+                                                                 int threads, ReadRate read_rate);
+  ~GpuCeilingProbe() override;
+
+  // Takes about a second on a GPU.
+  absl::StatusOr<Ceilings> Measure() override;
+
+ private:
+  GpuCeilingProbe(Device& device, const GpuProbeShape& shape, int threads, ReadRate read_rate)
+      : device_(device), shape_(shape), readers_(threads), read_rate_(std::move(read_rate)) {}
+  absl::Status Init();
+  absl::Status Await(StreamId stream, EventId event);
+
+  absl::StatusOr<double> GemmFlops();
+  absl::StatusOr<double> AttentionFlops(int64_t keys);
+  // Counts what is read and what is written.
+  absl::StatusOr<double> CopyWithinDevice();
+  absl::Status EnqueueCopy(StreamId stream, int64_t at, int64_t piece_bytes, bool to_device);
+  // Bytes/s in pieces of `piece_bytes`; of both directions in sum where both are asked for.
+  absl::StatusOr<double> CopyRate(int64_t piece_bytes, bool to_device, bool from_device);
+
+  Device& device_;
+  const GpuProbeShape shape_;
+  kernels::CpuTeam readers_;
+  const ReadRate read_rate_;
+
+  StreamId compute_, in_, out_;
+  EventId computed_, copied_in_, copied_out_;
+  // Two halves of one buffer of random bfloat16 numbers: what operations read and what they write.
+  // Copies from the host go into the second, copies to it come from the first, so that no result is
+  // ever read as an input.
+  uint8_t* inputs_ = nullptr;
+  uint8_t* results_ = nullptr;
+  int64_t half_bytes_ = 0;
+  MappedRegion host_;  // as large as both
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_SERVICES_HEADROOM_BENCH_GPU_CEILINGS_H_

@@ -1,0 +1,98 @@
+// The GPU's probe on the CPU device, which has the same operations; and what cards are known for.
+#include "services/headroom/bench/gpu_ceilings.h"
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <vector>
+
+#include "common/device/card_probe.h"
+#include "common/device/cpu/cpu_device.h"
+#include "services/headroom/bench/known_ceilings.h"
+
+namespace headroom {
+namespace {
+
+GpuProbeShape SmallShape() {
+  GpuProbeShape shape;
+  shape.gemm_m = 33;
+  shape.gemm_n = 70;
+  shape.gemm_k = 64;
+  shape.num_q_heads = 4;
+  shape.num_kv_heads = 2;
+  shape.head_dim = 64;
+  shape.attend_rows = 64;
+  shape.attend_keys = {64, 192};
+  shape.least_bytes = 1 << 20;
+  shape.copy_bytes = 64 << 20;
+  return shape;
+}
+
+std::unique_ptr<Device> DeviceOf(int64_t bytes) {
+  CpuDeviceOptions options;
+  options.arena_bytes = bytes;
+  return *CreateCpuDevice(options);
+}
+
+TEST(GpuCeilingProbe, MeasuresEveryCeilingInTheMemoryThatItSaysItTakes) {
+  const GpuProbeShape shape = SmallShape();
+  const std::unique_ptr<Device> device = DeviceOf(GpuCeilingProbe::ArenaBytes(shape));
+  uint8_t* read = nullptr;
+  int64_t read_bytes = 0;
+  const auto probe = GpuCeilingProbe::Create(
+      *device, shape, 2, [&](uint8_t* data, int64_t bytes) -> absl::StatusOr<double> {
+        read = data;
+        read_bytes = bytes;
+        return 1e15;
+      });
+  ASSERT_TRUE(probe.ok()) << probe.status();
+  for (int i = 0; i < 2; ++i) {
+    const absl::StatusOr<Ceilings> ceilings = (*probe)->Measure();
+    ASSERT_TRUE(ceilings.ok()) << ceilings.status();
+    for (const CeilingField& field : kCeilingFields) {
+      EXPECT_GT((*ceilings).*field.value, 0) << field.name;
+    }
+    EXPECT_EQ(ceilings->read_bytes, 1e15);  // more than what a copy counts
+  }
+  EXPECT_NE(read, nullptr);
+  EXPECT_EQ(read_bytes, GpuCeilingProbe::ArenaBytes(shape));
+  EXPECT_EQ(read_bytes % 32768, 0);
+}
+
+TEST(GpuCeilingProbe, OfTheDefaultShapeTakesAGiB) {
+  EXPECT_EQ(GpuCeilingProbe::ArenaBytes(GpuProbeShape()), int64_t{1} << 30);
+}
+
+TEST(GpuCeilingProbe, SaysWhenItsMemoryIsNotThere) {
+  const std::unique_ptr<Device> device = DeviceOf(1 << 20);
+  EXPECT_EQ(GpuCeilingProbe::Create(*device, SmallShape(), 1, &CardReadRate).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
+TEST(KnownCeilings, AreThoseOfTheCard) {
+  EXPECT_EQ(KnownCeilings("NVIDIA H100 80GB HBM3").read_bytes, 3.07e12);
+  EXPECT_EQ(KnownCeilings("NVIDIA H200").read_bytes, 4.53e12);
+  EXPECT_EQ(KnownCeilings("NVIDIA H200").gemm_flops, 700e12);
+  // Another card of that name, with another memory.
+  EXPECT_EQ(KnownCeilings("NVIDIA H100 PCIe"), Ceilings());
+  EXPECT_EQ(KnownCeilings("cpu"), Ceilings());
+}
+
+TEST(FloorCeilings, AreTheLargerOfWhatWasMeasuredAndNineteenTwentiethsOfWhatIsKnown) {
+  Ceilings measured, known;
+  measured.gemm_flops = 100;
+  known.gemm_flops = 200;  // a weak measurement
+  measured.read_bytes = 97;
+  known.read_bytes = 100;  // within what cards differ by
+  measured.copy_bytes = 50;
+  known.attention_flops = 300;  // not measured
+  const Ceilings floor = FloorCeilings(measured, known);
+  EXPECT_DOUBLE_EQ(floor.gemm_flops, 190);
+  EXPECT_DOUBLE_EQ(floor.read_bytes, 97);
+  EXPECT_DOUBLE_EQ(floor.copy_bytes, 50);
+  EXPECT_DOUBLE_EQ(floor.attention_flops, 285);
+  EXPECT_EQ(FloorCeilings(measured, Ceilings()), measured);
+}
+
+}  // namespace
+}  // namespace headroom
