@@ -1,18 +1,12 @@
-// Exact attention over keys in pieces; attention.h states the fold.
+// Exact attention of many queries over keys in pieces; attention.h states the fold. Few queries take
+// another way: unit_attention.cu.
 //
-// A block of four warps takes some queries (rows x GQA group) of one KV head of one item, and
-// blocks of 64 keys one after the other, on the tensor cores: q and p are split into two bfloat16
-// (see tensor_core.cuh), K and V are bfloat16 already. With many queries every warp has 16 of its
-// own; with few, warps share 16 queries and divide the keys of the scores, then the columns of the
-// result. All sums have one order, whichever way: a query's bits depend on the keys that it sees
-// alone.
-//
-// Where there are few queries, units of keys are computed side by side into scratch and folded in
-// order by a second kernel; else a block of threads walks all keys and folds at each unit's border.
-// Both leave the same states.
-#include <math_constants.h>
-
-#include "kernels/cuda/device_util.cuh"
+// A block of four warps takes some queries (rows x GQA group) of one KV head of one item, walks the keys
+// in blocks of 64, on the tensor cores, and folds at each unit's border: q and p are split into two
+// bfloat16 (see tensor_core.cuh), K and V are bfloat16 already. Every warp has 16 queries of its own, or,
+// of wide heads, two warps share them and divide the keys of the scores, then the columns of the result.
+// All sums have one order: a query's bits depend on the keys that it sees alone.
+#include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/tensor_core.cuh"
 
@@ -21,107 +15,12 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlock = static_cast<int>(kBlockTokens);
-constexpr int64_t kMaxGridY = 65535;
 // Queries of a warp, or of the warps that share them: the rows of a product.
 constexpr int kRowQueries = 16;
-// How many such rows a block of threads has in a decode step, and in a chunk (where a wide head's
-// result must be divided over two warps to fit their registers).
-constexpr int kFewRows = 1;
-constexpr int kFewQueries = kFewRows * kRowQueries;
+// How many such rows a block of threads has: a wide head's result must be divided over two warps to fit
+// their registers.
 template <int kD>
-constexpr int kManyRows = kD <= 128 ? 4 : 2;
-// From so many queries of an item on, more rows at once are worth it.
-constexpr int64_t kManyQueries = 33;
-// Blocks of threads that keep every multiprocessor of a large GPU (132) busy; and how many of them fit
-// there at once when units are computed side by side.
-constexpr int64_t kEnoughBlocks = 264;
-constexpr int64_t kUnitBlocks = 396;
-
-// What the units [first, first + count) of every item leave in scratch, for FoldKernel: floats of
-// one query and unit, [o: d][m][l], at Slot().
-struct UnitWindow {
-  int64_t first;  // counted from the unit of the item's first key
-  int64_t count;
-  int64_t per_block;  // consecutive ones that a block of threads computes, one after the other
-  int64_t heads;    // of the item that has the most
-  int64_t queries;  // likewise
-  __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
-    return ((item * count + unit) * heads + head) * queries + query;
-  }
-};
-
-// Two neighbours; `i` is even.
-__device__ void StorePair(const Activations& to, int64_t i, float2 value) {
-  if (to.type == ElementType::kFloat32) {
-    *reinterpret_cast<float2*>(to.floats() + i) = value;
-  } else {
-    uint32_t both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
-    *reinterpret_cast<uint32_t*>(to.bfloats() + i) = both;
-  }
-}
-
-// An item's keys and places of its queries.
-struct Work {
-  const AttendArgs& a;
-  const AttendItem& item;
-  int32_t group;
-
-  __device__ Work(const AttendArgs& args, const AttendItem& its)
-      : a(args), item(its), group(args.num_q_heads / args.num_kv_heads) {}
-
-  __device__ const KvSpan& span(int32_t i) const { return a.spans.device[item.span_begin + i]; }
-  __device__ int64_t begin_pos() const { return item.span_count > 0 ? span(0).first_pos : 0; }
-  __device__ int64_t end_pos() const {
-    if (item.span_count == 0) return 0;
-    const KvSpan& last = span(item.span_count - 1);
-    return last.first_pos + last.count;
-  }
-  __device__ int64_t num_queries() const { return int64_t{item.row_count} * group; }
-  __device__ int64_t row(int64_t query) const { return item.row_begin + query / group; }
-  __device__ int64_t pos(int64_t query) const { return item.first_pos + query / group; }
-  __device__ int64_t q_head(int32_t kv_head, int64_t query) const {
-    return int64_t{kv_head} * group + query % group;
-  }
-  __device__ const float* q(int32_t kv_head, int64_t query) const {
-    return a.q + row(query) * a.q_stride + q_head(kv_head, query) * a.head_dim;
-  }
-  // R; U follows it.
-  __device__ float* state(int32_t kv_head, int64_t query) const {
-    const int64_t floats = 2 * (a.head_dim + 2);  // AttentionStateFloats()
-    return a.state + (row(query) * a.num_q_heads + q_head(kv_head, query)) * floats;
-  }
-  // The query's first element of a.out.
-  __device__ int64_t out(int32_t kv_head, int64_t query) const {
-    return (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
-  }
-};
-
-// The weights with which the later of two disjoint parts is folded into the earlier one.
-struct FoldWeights {
-  float a, b, m, l;
-  bool keep;  // the later part is empty
-  bool take;  // the earlier one is
-
-  __device__ FoldWeights(float am, float al, float bm, float bl)
-      : a(1), b(1), m(am), l(al), keep(bl == 0), take(bl != 0 && al == 0) {
-    if (keep) return;
-    if (take) {
-      m = bm;
-      l = bl;
-      return;
-    }
-    m = fmaxf(am, bm);
-    a = expf(__fsub_rn(am, m));
-    b = expf(__fsub_rn(bm, m));
-    l = __fmaf_rn(bl, b, __fmul_rn(al, a));
-  }
-  __device__ float operator()(float ao, float bo) const {
-    if (keep) return ao;
-    return take ? bo : __fmaf_rn(bo, b, __fmul_rn(ao, a));
-  }
-};
+constexpr int kRowsOf = kD <= 128 ? 4 : 2;
 
 // Shared memory of a block of threads.
 template <int kD, int kRows>
@@ -197,9 +96,8 @@ class Tile {
     r_written_ = r_from_state;
   }
 
-  // The item's keys in [begin, end); `begin` is a block's. Calls on_border(pos) at each unit's end.
-  template <typename OnBorder>
-  __device__ void Walk(int64_t begin, int64_t end, OnBorder&& on_border) {
+  // The item's keys in [begin, end); `begin` is a block's. Units are folded at their borders.
+  __device__ void Walk(int64_t begin, int64_t end) {
     Cursor cursor{0, begin, end};
     Block block, next;
     if (!Next(cursor, block)) return;
@@ -216,8 +114,7 @@ class Tile {
       }
       __syncthreads();
       TakeBlock(block, stage);
-      const int64_t block_end = block.pos + block.keys;
-      if (block_end % kUnitTokens == 0) on_border(block_end);
+      if ((block.pos + block.keys) % kUnitTokens == 0) FoldUnit();
       __syncthreads();  // the stage is free
       if (!more) break;
       if constexpr (SharedMemory::kStages == 1) {
@@ -253,22 +150,6 @@ class Tile {
       U(h)[kD] = m_[h];
       U(h)[kD + 1] = l_[h];
     }
-  }
-
-  // U of query n to partial(n); U = empty.
-  template <typename Partial>
-  __device__ void StoreUnit(Partial&& partial) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (!Has(h)) continue;
-      float* const to = partial(Query(h));
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) Store(to, tile, PairOf(h, tile));
-      if (!Leads()) continue;
-      to[kD] = m_[h];
-      to[kD + 1] = l_[h];
-    }
-    Clear();
   }
 
   // R = fold(R, U), U = empty.
@@ -564,6 +445,7 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   auto& shared = *reinterpret_cast<Shared<kD, kRows>*>(memory);
   const AttendItem item = a.items.device[first_item + blockIdx.y];
   const Work work(a, item);
+  if (GoesByUnits(item, work.group)) return;
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
   const int64_t tiles = (work.num_queries() + kQueries - 1) / kQueries;
   if (blockIdx.x >= heads * tiles) return;
@@ -572,196 +454,35 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   tile.Open(item.reset == 0, item.reset == 0);
   const int64_t seen = tile.last_pos() + 1;
   const int64_t end = work.end_pos() < seen ? work.end_pos() : seen;
-  tile.Walk(work.begin_pos(), end, [&](int64_t) { tile.FoldUnit(); });
+  tile.Walk(work.begin_pos(), end);
   __syncthreads();
   tile.Close(item.finish != 0);
-}
-
-// Block (units, head and tile of queries; item): window.per_block units, to scratch.
-template <int kD>
-__global__ void __launch_bounds__(kThreads) UnitKernel(const __grid_constant__ AttendArgs a,
-                                                        UnitWindow window) {
-  BeginDependent();
-  constexpr int kQueries = kFewQueries;
-  extern __shared__ __align__(16) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared<kD, kFewRows>*>(memory);
-  const AttendItem item = a.items.device[blockIdx.y];
-  const Work work(a, item);
-  const int64_t heads = item.kv_head_end - item.kv_head_begin;
-  const int64_t tiles = (work.num_queries() + kQueries - 1) / kQueries;
-  const int64_t task = blockIdx.x % (heads * tiles);
-  const int64_t begin_pos = work.begin_pos();
-  const int64_t item_unit = begin_pos / kUnitTokens;  // window.first counts from it
-  const int64_t item_units = (work.end_pos() + kUnitTokens - 1) / kUnitTokens - item_unit;
-  const int64_t begin_unit = window.first + blockIdx.x / (heads * tiles) * window.per_block;
-  int64_t end_unit = begin_unit + window.per_block;
-  if (end_unit > window.first + window.count) end_unit = window.first + window.count;
-  if (end_unit > item_units) end_unit = item_units;
-  if (begin_unit >= end_unit) return;
-  const int64_t head = task % heads;
-  const int64_t first_query = task / heads * kQueries;
-  Tile<kD, kFewRows> tile(work, shared, static_cast<int32_t>(item.kv_head_begin + head),
-                          first_query);
-  int64_t begin = (item_unit + begin_unit) * kUnitTokens;
-  // A unit that an earlier launch opened goes on from there.
-  tile.Open(item.reset == 0 && begin_pos > begin, false);
-  if (begin_pos > begin) begin = begin_pos;
-  int64_t end = (item_unit + end_unit) * kUnitTokens;
-  if (end > work.end_pos()) end = work.end_pos();
-  if (end > tile.last_pos() + 1) end = tile.last_pos() + 1;
-  int64_t unit = begin_unit;
-  const auto store = [&] {
-    tile.StoreUnit([&](int n) {
-      return a.scratch +
-             window.Slot(blockIdx.y, unit - window.first, head, first_query + n) * (kD + 2);
-    });
-    ++unit;
-  };
-  tile.Walk(begin, end, [&](int64_t) { store(); });
-  while (unit < end_unit) store();  // the last, if it is open, and those that no query sees
-}
-
-// Block (query and head, item): folds the window's units in order. A thread for each column.
-//
-// 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights
-// of each unit) is found for kD units at once, so that only a multiplication and an addition a unit
-// remain one after the other.
-template <int kD>
-__global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
-                                                 UnitWindow window) {
-  BeginDependent();
-  // Of the unit: weights of what is before it and of itself, and its l. Where nothing is before it the
-  // first is negative.
-  __shared__ float weight_before[kD], weight[kD], unit_l[kD];
-  __shared__ float largest_of_warp[kD / kWarp];
-  const AttendItem item = a.items.device[blockIdx.y];
-  const Work work(a, item);
-  const int64_t heads = item.kv_head_end - item.kv_head_begin;
-  const int64_t head = blockIdx.x / window.queries;
-  const int64_t query = blockIdx.x % window.queries;
-  if (head >= heads || query >= work.num_queries() || item.span_count == 0) return;
-  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
-  const int64_t first_unit = work.begin_pos() / kUnitTokens;
-  const int64_t end_pos = work.end_pos();
-  const int64_t units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
-  if (window.first >= units) return;
-  const int64_t last = window.first + window.count < units ? window.first + window.count : units;
-  const bool opens = last == units && end_pos % kUnitTokens != 0;
-  const int64_t last_whole = opens ? last - 1 : last;
-  const auto part_of = [&](int64_t unit) {
-    return a.scratch + window.Slot(blockIdx.y, unit - window.first, head, query) * (kD + 2);
-  };
-
-  const int i = static_cast<int>(threadIdx.x);
-  float* const r = work.state(kv_head, query);
-  float* const u = r + kD + 2;
-  const bool empty = window.first == 0 && item.reset != 0;
-  float o = empty ? 0.0f : r[i];
-  float m = empty ? -CUDART_INF_F : r[kD];
-  float l = empty ? 0.0f : r[kD + 1];
-  for (int64_t begin = window.first; begin < last_whole; begin += kD) {
-    const int count = static_cast<int>(last_whole - begin < kD ? last_whole - begin : kD);
-    const float* const part = part_of(begin + (i < count ? i : 0));
-    const float its_m = i < count ? part[kD] : -CUDART_INF_F;
-    const float its_l = i < count ? part[kD + 1] : 0.0f;
-    // The largest up to and with each unit.
-    float upto = its_m;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const float left = __shfl_up_sync(kFullMask, upto, offset);
-      if (i % kWarp >= offset) upto = fmaxf(upto, left);
-    }
-    __syncthreads();  // the round before has read its weights
-    if (i % kWarp == kWarp - 1) largest_of_warp[i / kWarp] = upto;
-    float before = __shfl_up_sync(kFullMask, upto, 1);
-    if (i % kWarp == 0) before = -CUDART_INF_F;
-    __syncthreads();
-    float earlier = m;
-#pragma unroll
-    for (int warp = 0; warp < kD / kWarp; ++warp) {
-      if (warp < i / kWarp) earlier = fmaxf(earlier, largest_of_warp[warp]);
-      m = fmaxf(m, largest_of_warp[warp]);
-    }
-    before = fmaxf(before, earlier);
-    upto = fmaxf(upto, earlier);
-    const bool nothing_before = before == -CUDART_INF_F;
-    weight_before[i] = its_l == 0 ? 1.0f : nothing_before ? -1.0f : expf(__fsub_rn(before, upto));
-    weight[i] = its_l == 0 ? 0.0f : nothing_before ? 1.0f : expf(__fsub_rn(its_m, upto));
-    unit_l[i] = its_l;
-    __syncthreads();
-#pragma unroll 8
-    for (int n = 0; n < count; ++n) {
-      const float its_o = part_of(begin + n)[i];
-      const float wa = weight_before[n];
-      const float wb = weight[n];
-      o = wa < 0 ? its_o : __fmaf_rn(its_o, wb, __fmul_rn(o, wa));
-      l = wa < 0 ? unit_l[n] : __fmaf_rn(unit_l[n], wb, __fmul_rn(l, wa));
-    }
-  }
-  float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;  // it went into the first unit's partial
-  if (opens) {
-    const float* const part = part_of(last - 1);
-    open_o = part[i];
-    open_m = part[kD];
-    open_l = part[kD + 1];
-  }
-  if (last == units && item.finish != 0) {
-    const FoldWeights fold(m, l, open_m, open_l);
-    o = fold(o, open_o);
-    m = fold.m;
-    l = fold.l;
-    open_o = open_l = 0;
-    open_m = -CUDART_INF_F;
-    StoreActivation(a.out, work.out(kv_head, query) + i, __fmul_rn(o, 1.0f / l));
-  }
-  __syncthreads();  // all have read m and l
-  r[i] = o;
-  u[i] = open_o;
-  if (i != 0) return;
-  r[kD] = m;
-  r[kD + 1] = l;
-  u[kD] = open_m;
-  u[kD + 1] = open_l;
 }
 
 // ---- Launches
 // ------------------------------------------------------------------------------------
 
-// The largest of each over a launch's items.
-struct Extents {
-  int64_t heads = 0;
-  int64_t queries = 0;
-  int64_t units = 0;
-  int64_t blocks = 0;  // of threads, over all items, each with kFewQueries
-  bool keys_everywhere = true;
-};
-
-Extents ExtentsOf(const AttendArgs& a) {
-  const auto raise = [](int64_t& value, int64_t to) { value = value < to ? to : value; };
-  Extents e;
+template <int kD>
+cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
+  constexpr int kRows = kRowsOf<kD>;
+  const int32_t group = a.num_q_heads / a.num_kv_heads;
+  int64_t most_heads = 0;  // over the items that are walked
+  int64_t most_queries = 0;
+  bool by_units = false;
   for (int32_t i = 0; i < a.items.count; ++i) {
     const AttendItem& item = a.items.host[i];
-    const int64_t heads = item.kv_head_end - item.kv_head_begin;
-    const int64_t queries = int64_t{item.row_count} * (a.num_q_heads / a.num_kv_heads);
-    raise(e.heads, heads);
-    raise(e.queries, queries);
-    e.blocks += heads * CeilDiv(queries, kFewQueries);
-    if (item.span_count == 0) {
-      e.keys_everywhere = false;
+    if (GoesByUnits(item, group)) {
+      by_units = true;
       continue;
     }
-    const KvSpan& first = a.spans.host[item.span_begin];
-    const KvSpan& last = a.spans.host[item.span_begin + item.span_count - 1];
-    const int64_t end = last.first_pos + last.count;
-    raise(e.units, CeilDiv(end, kUnitTokens) - first.first_pos / kUnitTokens);
-    if (end <= first.first_pos) e.keys_everywhere = false;
+    const int64_t heads = item.kv_head_end - item.kv_head_begin;
+    const int64_t queries = int64_t{item.row_count} * group;
+    most_heads = most_heads < heads ? heads : most_heads;
+    most_queries = most_queries < queries ? queries : most_queries;
   }
-  return e;
-}
-
-template <int kD, int kRows>
-cudaError_t LaunchWalk(const AttendArgs& a, const Extents& e, cudaStream_t stream) {
-  const int64_t x = e.heads * CeilDiv(e.queries, Tile<kD, kRows>::kQueries);
+  if (by_units) HEADROOM_CUDA_RETURN_IF_ERROR(LaunchUnitAttend(a, stream));
+  const int64_t x = most_heads * CeilDiv(most_queries, Tile<kD, kRows>::kQueries);
+  if (x == 0) return cudaSuccess;
   for (int64_t first = 0; first < a.items.count; first += kMaxGridY) {
     const int64_t y = a.items.count - first < kMaxGridY ? a.items.count - first : kMaxGridY;
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
@@ -772,47 +493,8 @@ cudaError_t LaunchWalk(const AttendArgs& a, const Extents& e, cudaStream_t strea
 }
 
 template <int kD>
-cudaError_t LaunchUnits(const AttendArgs& a, const Extents& e, int64_t window_units,
-                        cudaStream_t stream) {
-  const auto y = static_cast<unsigned>(a.items.count);
-  const int64_t tasks = e.heads * CeilDiv(e.queries, kFewQueries);
-  const int64_t per_block = CeilDiv(window_units * tasks * y, kUnitBlocks);
-  UnitWindow window = {0, window_units, per_block, e.heads, e.queries};
-  for (; window.first < e.units; window.first += window.count) {
-    const dim3 units(static_cast<unsigned>(CeilDiv(window.count, per_block) * tasks), y);
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads,
-                                                    sizeof(Shared<kD, kFewRows>), a, window));
-    const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
-    HEADROOM_CUDA_RETURN_IF_ERROR(
-        LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
-  }
-  return cudaSuccess;
-}
-
-template <int kD>
-cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
-  const Extents e = ExtentsOf(a);
-  if (e.heads == 0 || e.queries == 0) return cudaSuccess;
-  const int64_t a_unit = a.items.count * e.heads * e.queries * (kD + 2);  // floats of scratch
-  const int64_t fit = a.scratch_floats / a_unit;
-  const int64_t window = fit < e.units ? fit : e.units;
-  if (e.queries >= kManyQueries) return LaunchWalk<kD, kManyRows<kD>>(a, e, stream);
-  // A window of fewer than four units would leave less side by side than it costs to fold them.
-  if (e.blocks >= kEnoughBlocks || e.units <= 2 || window < 4 || !e.keys_everywhere ||
-      a.items.count > kMaxGridY) {
-    return LaunchWalk<kD, kFewRows>(a, e, stream);
-  }
-  return LaunchUnits<kD>(a, e, window, stream);
-}
-
-template <int kD>
 cudaError_t Load() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(
-      LoadKernel(WalkKernel<kD, kManyRows<kD>>, sizeof(Shared<kD, kManyRows<kD>>)));
-  HEADROOM_CUDA_RETURN_IF_ERROR(
-      LoadKernel(WalkKernel<kD, kFewRows>, sizeof(Shared<kD, kFewRows>)));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, sizeof(Shared<kD, kFewRows>)));
-  return LoadKernel(FoldKernel<kD>);
+  return LoadKernel(WalkKernel<kD, kRowsOf<kD>>, sizeof(Shared<kD, kRowsOf<kD>>));
 }
 
 }  // namespace
@@ -834,7 +516,8 @@ cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
 cudaError_t LoadAttend() {
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<64>());
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<128>());
-  return Load<256>();
+  HEADROOM_CUDA_RETURN_IF_ERROR(Load<256>());
+  return LoadUnitAttend();
 }
 
 }  // namespace headroom::kernels::cuda

@@ -36,36 +36,53 @@ __global__ void EmbedKernel(EmbedArgs a) {
   }
 }
 
-// One block a row; rows of multiples of 4 are read 16 bytes at once.
+// Vectors of 4 that a thread keeps between the two passes over a row: hidden sizes up to 8192.
+constexpr int kNormVectors = 4;
+
+// One block a row; rows of multiples of 4 are read 16 bytes at once. The weights, which no kernel
+// writes, are on their way before the row is there.
 __global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
-  BeginDependent();
   __shared__ float shared[kWarp];
+  const int64_t kept = a.hidden % 4 == 0 ? min(a.hidden / 4, int64_t{kNormVectors} * kNormThreads) : 0;
+  uint2 w[kNormVectors];
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int64_t i = v * kNormThreads + threadIdx.x;
+    if (i < kept) w[v] = *reinterpret_cast<const uint2*>(a.weight + i * 4);
+  }
+  BeginDependent();
   const int64_t row = blockIdx.x;
   const int64_t from = a.row_index.device != nullptr ? a.row_index.device[row] : row;
   const float* const x = a.x + from * a.hidden;
-  const int64_t vectors = a.hidden % 4 == 0 ? a.hidden / 4 : 0;
-  const auto* const x4 = reinterpret_cast<const float4*>(x);
+  float4 values[kNormVectors];
   float sum = 0;
-  for (int64_t i = threadIdx.x; i < vectors; i += kNormThreads) {
-    const float4 v = x4[i];
-    sum = __fmaf_rn(v.x, v.x, sum);
-    sum = __fmaf_rn(v.y, v.y, sum);
-    sum = __fmaf_rn(v.z, v.z, sum);
-    sum = __fmaf_rn(v.w, v.w, sum);
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int64_t i = v * kNormThreads + threadIdx.x;
+    values[v] = i < kept ? reinterpret_cast<const float4*>(x)[i] : make_float4(0, 0, 0, 0);
   }
-  for (int64_t i = vectors * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    sum = __fmaf_rn(values[v].x, values[v].x, sum);
+    sum = __fmaf_rn(values[v].y, values[v].y, sum);
+    sum = __fmaf_rn(values[v].z, values[v].z, sum);
+    sum = __fmaf_rn(values[v].w, values[v].w, sum);
+  }
+  for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
     sum = __fmaf_rn(x[i], x[i], sum);
   }
   sum = BlockReduce(sum, 0.0f, Sum(), shared);
   const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.hidden) + a.epsilon);
-  for (int64_t i = threadIdx.x; i < vectors; i += kNormThreads) {
-    const float4 v = x4[i];
-    const BFloat16* const w = a.weight + i * 4;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int64_t i = v * kNormThreads + threadIdx.x;
+    if (i >= kept) continue;
     Store4(a.out, row * a.hidden + i * 4,
-           make_float4(v.x * scale * Widen(w[0]), v.y * scale * Widen(w[1]),
-                       v.z * scale * Widen(w[2]), v.w * scale * Widen(w[3])));
+           make_float4(values[v].x * scale * WidenLow(w[v].x), values[v].y * scale * WidenHigh(w[v].x),
+                       values[v].z * scale * WidenLow(w[v].y),
+                       values[v].w * scale * WidenHigh(w[v].y)));
   }
-  for (int64_t i = vectors * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
+  for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
     StoreActivation(a.out, row * a.hidden + i, x[i] * scale * Widen(a.weight[i]));
   }
 }

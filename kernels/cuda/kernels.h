@@ -51,6 +51,8 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchPostQueries(const PostQueriesArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAwaitPartials(const AwaitPartialsArgs& args, cudaStream_t stream);
 
+// LaunchAttend()'s way for items of few queries; the others it leaves out.
+[[nodiscard]] cudaError_t LaunchUnitAttend(const AttendArgs& args, cudaStream_t stream);
 // LaunchGemm()'s way for a decode step's rows, where IsSkinny().
 bool IsSkinny(const GemmArgs& args);
 [[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);
@@ -70,6 +72,7 @@ inline constexpr int64_t kReadMemoryBytes = 32768;
 [[nodiscard]] cudaError_t LoadReadMemory();
 [[nodiscard]] cudaError_t LoadSample();
 [[nodiscard]] cudaError_t LoadSkinnyGemm();
+[[nodiscard]] cudaError_t LoadUnitAttend();
 
 }  // namespace headroom::kernels::cuda
 

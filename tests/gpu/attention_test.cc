@@ -181,12 +181,13 @@ TEST_F(AttentionTest, MatchesTheReferenceAtEveryGqaRatioAndLength) {
   }
 }
 
-TEST_F(AttentionTest, ARowHasTheSameBitsAloneAndInAChunk) {
+TEST_F(AttentionTest, ARowHasTheSameBitsAloneAndAmongAFew) {
   for (const int32_t group : {1, 4, 9}) {
     for (const int32_t head_dim : {64, 128, 256}) {
       const Sequence s({2, group, head_dim}, 900, 23);
-      const std::vector<float> together = Whole(s, 600, 300);
-      for (const int64_t row : {0, 1, 40, 167, 168, 299}) {
+      const int64_t rows = 64 / group;
+      const std::vector<float> together = Whole(s, 600, rows);
+      for (const int64_t row : {int64_t{0}, int64_t{1}, rows / 2, rows - 1}) {
         const auto from = together.begin() + row * s.q_width();
         const std::vector<float> expected(from, from + s.q_width());
         EXPECT_TRUE(SameBits(Whole(s, 600 + row, 1), expected))

@@ -1,0 +1,97 @@
+// What the attention kernels share: where an item's keys and queries lie, and how parts are folded.
+#ifndef HEADROOM_KERNELS_CUDA_ATTENTION_PARTS_CUH_
+#define HEADROOM_KERNELS_CUDA_ATTENTION_PARTS_CUH_
+
+#include <math_constants.h>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/device_util.cuh"
+
+namespace headroom::kernels::cuda {
+
+inline constexpr int kBlock = static_cast<int>(kBlockTokens);
+inline constexpr int64_t kMaxGridY = 65535;
+
+// Up to so many queries (rows x GQA group) of a KV head an item's keys are computed unit by unit
+// (unit_attention.cu), more are walked (attention.cu). By item, so that a sequence's bits do not depend on
+// its batch.
+inline constexpr int64_t kUnitQueries = 64;
+HEADROOM_HOST_DEVICE inline bool GoesByUnits(const AttendItem& item, int32_t group) {
+  return int64_t{item.row_count} * group <= kUnitQueries;
+}
+
+// Two neighbours; `i` is even.
+__device__ inline void StorePair(const Activations& to, int64_t i, float2 value) {
+  if (to.type == ElementType::kFloat32) {
+    *reinterpret_cast<float2*>(to.floats() + i) = value;
+  } else {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(value.y), "f"(value.x));
+    *reinterpret_cast<uint32_t*>(to.bfloats() + i) = both;
+  }
+}
+
+// An item's keys and places of its queries.
+struct Work {
+  const AttendArgs& a;
+  const AttendItem& item;
+  int32_t group;
+
+  __device__ Work(const AttendArgs& args, const AttendItem& its)
+      : a(args), item(its), group(args.num_q_heads / args.num_kv_heads) {}
+
+  __device__ const KvSpan& span(int32_t i) const { return a.spans.device[item.span_begin + i]; }
+  __device__ int64_t begin_pos() const { return item.span_count > 0 ? span(0).first_pos : 0; }
+  __device__ int64_t end_pos() const {
+    if (item.span_count == 0) return 0;
+    const KvSpan& last = span(item.span_count - 1);
+    return last.first_pos + last.count;
+  }
+  __device__ int64_t num_queries() const { return int64_t{item.row_count} * group; }
+  __device__ int64_t row(int64_t query) const { return item.row_begin + query / group; }
+  __device__ int64_t pos(int64_t query) const { return item.first_pos + query / group; }
+  __device__ int64_t q_head(int32_t kv_head, int64_t query) const {
+    return int64_t{kv_head} * group + query % group;
+  }
+  __device__ const float* q(int32_t kv_head, int64_t query) const {
+    return a.q + row(query) * a.q_stride + q_head(kv_head, query) * a.head_dim;
+  }
+  // R; U follows it.
+  __device__ float* state(int32_t kv_head, int64_t query) const {
+    const int64_t floats = 2 * (a.head_dim + 2);  // AttentionStateFloats()
+    return a.state + (row(query) * a.num_q_heads + q_head(kv_head, query)) * floats;
+  }
+  // The query's first element of a.out.
+  __device__ int64_t out(int32_t kv_head, int64_t query) const {
+    return (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
+  }
+};
+
+// The weights with which the later of two disjoint parts is folded into the earlier one.
+struct FoldWeights {
+  float a, b, m, l;
+  bool keep;  // the later part is empty
+  bool take;  // the earlier one is
+
+  __device__ FoldWeights(float am, float al, float bm, float bl)
+      : a(1), b(1), m(am), l(al), keep(bl == 0), take(bl != 0 && al == 0) {
+    if (keep) return;
+    if (take) {
+      m = bm;
+      l = bl;
+      return;
+    }
+    m = fmaxf(am, bm);
+    a = expf(__fsub_rn(am, m));
+    b = expf(__fsub_rn(bm, m));
+    l = __fmaf_rn(bl, b, __fmul_rn(al, a));
+  }
+  __device__ float operator()(float ao, float bo) const {
+    if (keep) return ao;
+    return take ? bo : __fmaf_rn(bo, b, __fmul_rn(ao, a));
+  }
+};
+
+}  // namespace headroom::kernels::cuda
+
+#endif  // HEADROOM_KERNELS_CUDA_ATTENTION_PARTS_CUH_
