@@ -98,7 +98,8 @@ cudaError_t LoadKernels() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadGemm());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKvRows());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadMailbox());
-  return LoadSample();
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadSample());
+  return LoadWideAttention();
 }
 
 }  // namespace headroom::kernels::cuda
