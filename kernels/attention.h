@@ -12,10 +12,16 @@
 // identity.
 //
 // Masking is causal by absolute position: a row at position p sees keys <= p.
+//
+// A device may have a faster way for items of at least kWideRows rows (kernels/wide_shape.h), which
+// rounds q, p and each piece's result to bfloat16 and cuts keys at multiples of kWidePieceTokens; then
+// the bits of such rows depend on the item's first_pos and row_count, and on where launches end, too.
+// The states it leaves have an empty U.
 #ifndef HEADROOM_KERNELS_ATTENTION_H_
 #define HEADROOM_KERNELS_ATTENTION_H_
 
 #include "kernels/types.h"
+#include "kernels/wide_shape.h"
 
 namespace headroom::kernels {
 
@@ -44,7 +50,8 @@ struct AttendItem {
   int32_t span_begin = 0;
   int32_t span_count = 0;
   int32_t reset = 0;   // 1: begin from the empty state (the old contents are not read)
-  int32_t finish = 0;  // 1: after the last span write o / l of fold(R, U) to `out`
+  // 1: after the last span write o / l of fold(R, U) to `out`. What the state is then is not defined.
+  int32_t finish = 0;
 };
 
 struct AttendArgs {
@@ -55,7 +62,9 @@ struct AttendArgs {
   int64_t rows = 0;        // of the whole batch: the size of q, state and out
   Table<AttendItem> items;
   Table<KvSpan> spans;
-  float* scratch = nullptr;  // [scratch_floats]: unit partials of rows split over threads
+  // [scratch_floats]: partials of rows split over threads; with WideAttendScratchFloats() the faster
+  // way for items of many rows can be taken.
+  float* scratch = nullptr;
   int64_t scratch_floats = 0;
   float scale = 0;  // usually 1 / sqrt(head_dim)
   int32_t num_q_heads = 0;  // num_kv_heads x at most kMaxGqaGroup

@@ -75,6 +75,12 @@ void ForEachRange(const CopyArgs& a, F&& f) {
   }
 }
 
+// What became of items of many rows (kernels/wide_shape.h).
+struct WideAttendUse {
+  int64_t plans_built = 0;
+  int64_t calls = 0;  // of plans, by Attend
+};
+
 // Bytes of the arena by what they are used for, shown in status and --explain.
 struct ArenaUse {
   int64_t capacity_bytes = 0;
@@ -150,6 +156,14 @@ class Device {
   virtual absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) = 0;
   virtual absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,
                               OpAccount* account = nullptr) = 0;
+  // Start-up only: plans what Attend needs to take the faster way for items of many rows of such
+  // heads, and runs each plan once in `scratch`, of which Attend will get as much. UNAVAILABLE says
+  // why there is no such way; Attend then computes all items alike.
+  virtual absl::Status PrepareWideAttend(const kernels::WideShape&, float* /*scratch*/,
+                                         int64_t /*scratch_floats*/) {
+    return absl::UnavailableError("this device computes all items alike");
+  }
+  virtual WideAttendUse wide_attend_use() const { return {}; }
   virtual absl::Status CopyKvRows(StreamId stream, const kernels::CopyKvRowsArgs& args,
                                   OpAccount* account = nullptr) = 0;
   virtual absl::Status Sample(StreamId stream, const kernels::SampleArgs& args) = 0;

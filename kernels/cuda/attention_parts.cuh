@@ -1,4 +1,4 @@
-// What the attention kernels share: where an item's keys and queries lie, and how parts are folded.
+// What the attention kernels share: where an item's keys and queries lie.
 #ifndef HEADROOM_KERNELS_CUDA_ATTENTION_PARTS_CUH_
 #define HEADROOM_KERNELS_CUDA_ATTENTION_PARTS_CUH_
 
@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/cuda/device_util.cuh"
+#include "kernels/cuda/fold_weights.cuh"
 
 namespace headroom::kernels::cuda {
 
@@ -64,31 +65,6 @@ struct Work {
   // The query's first element of a.out.
   __device__ int64_t out(int32_t kv_head, int64_t query) const {
     return (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
-  }
-};
-
-// The weights with which the later of two disjoint parts is folded into the earlier one.
-struct FoldWeights {
-  float a, b, m, l;
-  bool keep;  // the later part is empty
-  bool take;  // the earlier one is
-
-  __device__ FoldWeights(float am, float al, float bm, float bl)
-      : a(1), b(1), m(am), l(al), keep(bl == 0), take(bl != 0 && al == 0) {
-    if (keep) return;
-    if (take) {
-      m = bm;
-      l = bl;
-      return;
-    }
-    m = fmaxf(am, bm);
-    a = expf(__fsub_rn(am, m));
-    b = expf(__fsub_rn(bm, m));
-    l = __fmaf_rn(bl, b, __fmul_rn(al, a));
-  }
-  __device__ float operator()(float ao, float bo) const {
-    if (keep) return ao;
-    return take ? bo : __fmaf_rn(bo, b, __fmul_rn(ao, a));
   }
 };
 

@@ -169,7 +169,8 @@ cudaError_t LoadKernels() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKvRows());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadMailbox());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadReadMemory());
-  return LoadSample();
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadSample());
+  return LoadWideAttention();
 }
 
 }  // namespace headroom::kernels::cuda

@@ -28,6 +28,7 @@
 #include "kernels/rope.h"
 #include "kernels/sample.h"
 #include "kernels/swiglu.h"
+#include "kernels/wide_shape.h"
 
 namespace headroom::kernels::cuda {
 
@@ -61,6 +62,65 @@ bool IsSkinny(const GemmArgs& args);
 inline constexpr int64_t kReadMemoryBytes = 32768;
 [[nodiscard]] cudaError_t LaunchReadMemory(const void* data, int64_t bytes, uint32_t* never,
                                            cudaStream_t stream);
+// ---- What is around a library's fused kernel for attention of many rows (kernels/wide_shape.h).
+// Every pointer is aligned to 16 bytes, and so is every row of q, out and state.
+
+// Rows of q, scaled, as bfloat16: row r of head h to `to` + (h * row_capacity + r) * head_dim. What
+// no row or head fills becomes zero.
+struct WideQueriesArgs {
+  const float* q = nullptr;  // the first row of the first head
+  int64_t q_stride = 0;
+  BFloat16* to = nullptr;  // [head_capacity, row_capacity, head_dim]
+  int64_t rows = 0;
+  int64_t row_capacity = 0;
+  int32_t heads = 0;
+  int32_t head_capacity = 0;
+  int32_t head_dim = 0;
+  float scale = 0;
+};
+[[nodiscard]] cudaError_t LaunchWideQueries(const WideQueriesArgs& args, cudaStream_t stream);
+
+// The keys [begin, begin + count) of some heads, wherever they lie, one head's behind the other's.
+// Rows behind the last key become zero, so that a masked product with them is.
+struct WideKeysArgs {
+  struct Head {
+    int32_t span_begin = 0;  // spans that hold the keys, in the order of positions
+    int32_t span_count = 0;
+    int32_t kv_head = 0;
+  };
+  const KvSpan* spans = nullptr;
+  Head heads[kMaxWideHeads];
+  int32_t num_heads = 0;
+  int32_t head_dim = 0;
+  int64_t begin = 0;
+  int64_t count = 0;
+  int64_t row_capacity = 0;
+  BFloat16* keys = nullptr;  // [num_heads, row_capacity, head_dim]
+  BFloat16* values = nullptr;
+  int32_t* lengths = nullptr;  // if given, becomes {query_rows, count}
+  int32_t query_rows = 0;
+};
+[[nodiscard]] cudaError_t LaunchWideKeys(const WideKeysArgs& args, cudaStream_t stream);
+
+// Folds partials, each the normalised result `o` of some keys and the logarithm of their sum, into
+// the states of the rows, in their order; after which U is empty.
+struct WideFoldArgs {
+  const BFloat16* o = nullptr;  // partial p, head h, row r at ((p * head_capacity + h) *
+                                // row_capacity + r) * head_dim
+  const float* lse = nullptr;   // likewise, without head_dim
+  int32_t partials = 0;         // at most kWidePartials
+  int32_t heads = 0;
+  int32_t head_capacity = 0;
+  int32_t head_dim = 0;
+  int32_t num_q_heads = 0;
+  int64_t rows = 0;
+  int64_t row_capacity = 0;
+  float* state = nullptr;  // of the first row's first head
+  Activations out;         // likewise
+  bool reset = false;      // the state before is the empty one
+  bool finish = false;     // the result goes to out, and the states are left as they are
+};
+[[nodiscard]] cudaError_t LaunchWideFold(const WideFoldArgs& args, cudaStream_t stream);
 
 // Parts of LoadKernels(), one in each source file.
 [[nodiscard]] cudaError_t LoadAttend();
@@ -73,6 +133,7 @@ inline constexpr int64_t kReadMemoryBytes = 32768;
 [[nodiscard]] cudaError_t LoadSample();
 [[nodiscard]] cudaError_t LoadSkinnyGemm();
 [[nodiscard]] cudaError_t LoadUnitAttend();
+[[nodiscard]] cudaError_t LoadWideAttention();
 
 }  // namespace headroom::kernels::cuda
 

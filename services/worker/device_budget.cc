@@ -41,13 +41,15 @@ int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_
 }
 
 // On the CPU as little as the kernel works with; a GPU computes the units of the longest context side by
-// side, up to 16 MiB of them: 128K tokens of Llama-3-8B.
+// side, up to 16 MiB of them: 128K tokens of Llama-3-8B; and chunks take what a library's kernel wants.
 int64_t AttendScratchFloats(const ModelConfig& config, kernels::ElementType product_type,
-                            int64_t max_context_tokens) {
+                            int64_t rows, int64_t max_context_tokens) {
   if (product_type == kernels::ElementType::kFloat32) return kernels::kMinAttendScratchFloats;
   const int64_t units = max_context_tokens / kUnitTokens + 2;
-  return std::clamp(units * config.num_q_heads * (config.head_dim + 2),
-                    kernels::kMinAttendScratchFloats, kMaxUnitScratchFloats);
+  return std::max(std::clamp(units * config.num_q_heads * (config.head_dim + 2),
+                             kernels::kMinAttendScratchFloats, kMaxUnitScratchFloats),
+                  kernels::WideAttendScratchFloats(rows, config.num_q_heads, config.num_kv_heads,
+                                                   config.head_dim));
 }
 
 }  // namespace
@@ -85,7 +87,6 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   budget.budget_bytes = budget_bytes;
   budget.weights_bytes = weights_bytes;
   budget.product_type = product_type;
-  budget.attend_scratch_floats = AttendScratchFloats(config, product_type, max_context_tokens);
   budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
   const int64_t rest = std::max<int64_t>(budget_bytes, 0) - weights_bytes;
   budget.mlp_slice_rows = kMinChunkTokens;
@@ -94,6 +95,8 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
     budget.mlp_slice_rows *= 2;
   }
   const auto activations = [&](int64_t chunk) {
+    budget.attend_scratch_floats =
+        AttendScratchFloats(config, product_type, chunk, max_context_tokens);
     const int64_t tables = TableBytes(config, chunk, max_context_tokens);
     return WorkspaceBytes(config, chunk, budget) + ContextBytes(config, chunk) +
            ContextBytes(config, kMaxDecodeRows) + ChunkBufferBytes(config, chunk) +

@@ -81,6 +81,11 @@ class ForwardingDevice : public Device {
   absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) override {
     return device_->RopeAppend(stream, args);
   }
+  absl::Status PrepareWideAttend(const kernels::WideShape& shape, float* scratch,
+                                 int64_t scratch_floats) override {
+    return device_->PrepareWideAttend(shape, scratch, scratch_floats);
+  }
+  WideAttendUse wide_attend_use() const override { return device_->wide_attend_use(); }
   absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,
                       OpAccount* account) override {
     return device_->Attend(stream, args, account);

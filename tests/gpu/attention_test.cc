@@ -1,168 +1,16 @@
 // The CUDA attention kernels against the plain reference, and against themselves: the same bits
 // however keys are cut into launches, wherever they lie and whatever rows are beside a row.
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "kernels/attention.h"
-#include "tests/gpu/gpu_test_util.h"
-#include "tests/unit/kernels/kernel_test_util.h"
+#include "tests/gpu/attention_test_util.h"
 
 namespace headroom {
 namespace {
 
-using kernels::AttendArgs;
-using kernels::AttendItem;
-using kernels::AttentionStateFloats;
-using kernels::BFloat16;
-using kernels::KvSpan;
-using kernels::Near;
-using kernels::Random;
-using kernels::SameBits;
-
-struct Shape {
-  int32_t num_kv_heads = 2;
-  int32_t group = 3;
-  int32_t head_dim = 64;
-  int32_t num_q_heads() const { return num_kv_heads * group; }
-};
-
-// One sequence's q, K and V at positions [0, tokens).
-struct Sequence {
-  Sequence(const Shape& the_shape, int64_t the_tokens, uint32_t seed)
-      : shape(the_shape), tokens(the_tokens) {
-    Random random(seed);
-    q = random.Floats(tokens * q_width(), 1.5f);
-    k = random.Bf16(tokens * shape.num_kv_heads * shape.head_dim, 1.5f);
-    v = random.Bf16(tokens * shape.num_kv_heads * shape.head_dim);
-  }
-  int64_t q_width() const { return int64_t{shape.num_q_heads()} * shape.head_dim; }
-
-  // The positions [first, first + count) of all heads as they lie in `capacity` rows; the rest is
-  // NaN.
-  std::vector<uint8_t> Lay(int64_t first, int64_t count, int64_t origin, int32_t capacity) const {
-    const int32_t d = shape.head_dim;
-    const KvLayout layout{capacity, d};
-    std::vector<uint8_t> bytes(static_cast<size_t>(layout.BytesFor(shape.num_kv_heads)), 0xff);
-    for (int64_t pos = first; pos < first + count; ++pos) {
-      const int64_t row = (pos - origin) % capacity;
-      for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
-        const int64_t from = (pos * shape.num_kv_heads + head) * d;
-        std::memcpy(&bytes[layout.KeyOffset(head, row)], &k[from], d * 2);
-        std::memcpy(&bytes[layout.ValueOffset(head, row)], &v[from], d * 2);
-      }
-    }
-    return bytes;
-  }
-
-  Shape shape;
-  int64_t tokens;
-  std::vector<float> q;  // [token][q_head][d]
-  std::vector<BFloat16> k, v;
-};
-
 // q and p are split into two bfloat16 each, which leaves out 2^-17: of scores around 8 that is some
 // 6e-5, of the results, which are of size 1, somewhat less.
 constexpr float kTolerance = 6e-5f;
-
-// A place with keys: [first, first + count), row 0 being `origin`.
-struct Piece {
-  int64_t first;
-  int64_t count;
-  int64_t origin;
-  int32_t capacity;
-};
-
-class AttentionTest : public GpuTest {
- protected:
-  // Rows [first_pos, first_pos + rows) of the sequence against the pieces of each launch in turn.
-  std::vector<float> Attend(const Sequence& s, int64_t first_pos, int64_t rows,
-                            const std::vector<std::vector<Piece>>& launches,
-                            int64_t scratch_floats = kernels::kMinAttendScratchFloats) {
-    const Shape& shape = s.shape;
-    AttendArgs args = Args(s, first_pos, rows, scratch_floats);
-    for (size_t n = 0; n < launches.size(); ++n) {
-      std::vector<KvSpan> spans;
-      for (const Piece& piece : launches[n]) {
-        KvSpan span = {gpu_.Put(s.Lay(piece.first, piece.count, piece.origin, piece.capacity)),
-                       piece.origin, piece.first, static_cast<int32_t>(piece.count),
-                       piece.capacity, 0, shape.num_kv_heads};
-        spans.push_back(span);
-      }
-      AttendItem item = ItemOf(s, first_pos, rows, spans);
-      item.reset = n == 0;
-      item.finish = n + 1 == launches.size();
-      const std::vector<AttendItem> items = {item};
-      args.items = gpu_.PutTable(items);
-      args.spans = gpu_.PutTable(spans);
-      OpAccount account;
-      EXPECT_OK(device_.Attend(gpu_.stream(), args, &account));
-      gpu_.Await();
-      int64_t tokens = 0;
-      for (const Piece& piece : launches[n]) tokens += piece.count;
-      EXPECT_EQ(account.bytes.load(), tokens * shape.num_kv_heads * shape.head_dim * 4);
-    }
-    std::vector<float> out = gpu_.Fetch(args.out.floats(), rows * s.q_width());
-    gpu_.Reset();
-    return out;
-  }
-  // ... all keys in one place, one launch.
-  std::vector<float> Whole(const Sequence& s, int64_t first_pos, int64_t rows) {
-    return Attend(s, first_pos, rows, {{Everything(first_pos + rows)}});
-  }
-  static Piece Everything(int64_t tokens) {
-    return {0, tokens, 0, static_cast<int32_t>(CeilToBlock(tokens) + 64)};
-  }
-
-  std::vector<float> Reference(const Sequence& s, int64_t first_pos, int64_t rows) {
-    const Piece piece = Everything(first_pos + rows);
-    std::vector<uint8_t> bytes = s.Lay(piece.first, piece.count, piece.origin, piece.capacity);
-    const std::vector<KvSpan> spans = {{bytes.data(), 0, 0, static_cast<int32_t>(piece.count),
-                                        piece.capacity, 0, s.shape.num_kv_heads}};
-    AttendItem item = ItemOf(s, first_pos, rows, spans);
-    item.reset = item.finish = 1;
-    const std::vector<AttendItem> items = {item};
-    std::vector<float> out(static_cast<size_t>(rows * s.q_width()));
-    AttendArgs args;
-    Fill(s, rows, args);
-    args.q = s.q.data() + first_pos * s.q_width();
-    args.out = out.data();
-    args.items = kernels::DeviceTable(items);
-    args.spans = kernels::DeviceTable(spans);
-    kernels::reference::Attend(args);
-    return out;
-  }
-
-  static void Fill(const Sequence& s, int64_t rows, AttendArgs& args) {
-    args.q_stride = s.q_width();
-    args.rows = rows;
-    args.scale = 1 / std::sqrt(static_cast<float>(s.shape.head_dim));
-    args.num_q_heads = s.shape.num_q_heads();
-    args.num_kv_heads = s.shape.num_kv_heads;
-    args.head_dim = s.shape.head_dim;
-  }
-  AttendArgs Args(const Sequence& s, int64_t first_pos, int64_t rows, int64_t scratch_floats) {
-    AttendArgs args;
-    Fill(s, rows, args);
-    const auto q = s.q.begin() + first_pos * s.q_width();
-    args.q = gpu_.Put(std::vector<float>(q, q + rows * s.q_width()));
-    args.state = gpu_.Take<float>(rows * s.shape.num_q_heads() *
-                                  AttentionStateFloats(s.shape.head_dim));
-    args.out = gpu_.Take<float>(rows * s.q_width());
-    args.scratch_floats = scratch_floats;
-    args.scratch = gpu_.Take<float>(scratch_floats);
-    return args;
-  }
-  static AttendItem ItemOf(const Sequence& s, int64_t first_pos, int64_t rows,
-                           const std::vector<KvSpan>& spans) {
-    AttendItem item;
-    item.row_count = static_cast<int32_t>(rows);
-    item.first_pos = first_pos;
-    item.kv_head_end = s.shape.num_kv_heads;
-    item.span_count = static_cast<int32_t>(spans.size());
-    return item;
-  }
-};
 
 TEST_F(AttentionTest, MatchesTheReferenceAtEveryGqaRatioAndLength) {
   for (const int32_t head_dim : {64, 128, 256}) {

@@ -12,6 +12,7 @@
 
 #include "kernels/attention.h"
 #include "tests/gpu/gpu_test_util.h"
+#include "tests/gpu/sdpa_bench.h"
 
 namespace headroom {
 namespace {
@@ -21,8 +22,12 @@ using kernels::BFloat16;
 constexpr int64_t kHidden = 4096, kIntermediate = 14336, kVocab = 128256;
 constexpr int32_t kQHeads = 32, kKvHeads = 8, kHeadDim = 128;
 constexpr int64_t kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim;
-constexpr int64_t kScratchFloats = int64_t{4} << 20;
+constexpr int64_t kScratchFloats = int64_t{4} << 20;  // of a decode step: no more than kWideFloats
 constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kMostRows = 8192;  // of an attention
+constexpr kernels::WideShape kHeads = {kMostRows, kQHeads, kKvHeads, kHeadDim};
+constexpr int64_t kWideFloats =
+    kernels::WideAttendScratchFloats(kMostRows, kQHeads, kKvHeads, kHeadDim);
 
 void Require(const absl::Status& status) {
   if (status.ok()) return;
@@ -159,14 +164,15 @@ class Bench {
     }
   }
 
-  // Rows at the end of `keys` keys, all in one place.
-  double Attend(int64_t rows, int64_t keys) {
-    const int64_t state = rows * kQHeads * kernels::AttentionStateFloats(kHeadDim);
+  // Microseconds of the rows at the end of `keys` keys, all in one place.
+  double Attend(int64_t rows, int64_t keys, int64_t scratch_floats) {
     if (q_ == nullptr) {
-      q_ = Random<float>(4096 * kQHeads * kHeadDim);
-      state_ = reinterpret_cast<float*>(Take(4096 * state / rows * 4));
-      out_ = reinterpret_cast<float*>(Take(4096 * kQHeads * kHeadDim * 4));
-      scratch_ = reinterpret_cast<float*>(Take(kScratchFloats * 4));
+      const int64_t queries = kMostRows * kQHeads;
+      q_ = Random<float>(queries * kHeadDim);
+      state_ = reinterpret_cast<float*>(
+          Take(queries * kernels::AttentionStateFloats(kHeadDim) * 4));
+      out_ = reinterpret_cast<float*>(Take(queries * kHeadDim * 4));
+      scratch_ = reinterpret_cast<float*>(Take(kWideFloats * 4));
       keys_ = Random<BFloat16>(131072 * kKvHeads * kHeadDim * 2);
       tables_ = Take(4096);
     }
@@ -190,7 +196,7 @@ class Bench {
     args.items = {reinterpret_cast<kernels::AttendItem*>(tables_ + 1024), items.data(), 1};
     args.spans = {reinterpret_cast<kernels::KvSpan*>(tables_), spans.data(), 1};
     args.scratch = scratch_;
-    args.scratch_floats = kScratchFloats;
+    args.scratch_floats = scratch_floats;
     args.scale = 0.088f;
     args.num_q_heads = kQHeads;
     args.num_kv_heads = kKvHeads;
@@ -200,17 +206,37 @@ class Bench {
 
   void Decodes() {
     for (const int64_t keys : {1024, 8192, 32768, 131072}) {
-      const double us = Attend(1, keys);
+      const double us = Attend(1, keys, kScratchFloats);
       std::printf("attention, 1 row on %d keys: %.1f us, %.0f GB/s\n", static_cast<int>(keys), us,
                   1e-3 * static_cast<double>(keys * kKvHeads * kHeadDim * 4) / us);
     }
   }
+  // Our own kernels, and cuDNN's plans first by themselves, then with all that is around them.
   void Prefills() {
+    const auto prefill = [this](const char* by, int64_t rows, int64_t keys, int64_t floats) {
+      const double us = Attend(rows, keys, floats);
+      const double pairs = static_cast<double>(rows) * (static_cast<double>(keys) - rows / 2.0);
+      std::printf("attention by %s, %d rows on %d keys: %.0f us, %.1f TFLOP/s\n", by,
+                  static_cast<int>(rows), static_cast<int>(keys), us,
+                  4e-6 * pairs * kQHeads * kHeadDim / us);
+    };
     for (const int64_t keys : {4096, 32768}) {
-      const double us = Attend(4096, keys);
-      const double pairs = 4096.0 * (static_cast<double>(keys) - 2048);
-      std::printf("attention, 4096 rows on %d keys: %.0f us, %.1f TFLOP/s\n",
-                  static_cast<int>(keys), us, 4e-6 * pairs * kQHeads * kHeadDim / us);
+      prefill("our kernels", 4096, keys, kernels::kMinAttendScratchFloats);
+    }
+    BenchSdpa(kHeads, reinterpret_cast<uint8_t*>(scratch_));
+    const auto begin = std::chrono::steady_clock::now();
+    if (const absl::Status ready = device_->PrepareWideAttend(kHeads, scratch_, kWideFloats);
+        !ready.ok()) {
+      std::printf("attention by cuDNN: %s\n", ready.ToString().c_str());
+      return;
+    }
+    std::printf("attention by cuDNN: %d plans in %.2f s\n",
+                static_cast<int>(device_->wide_attend_use().plans_built),
+                std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    for (const int64_t rows : {256, 1024, 4096, 8192}) {
+      for (const int64_t past : {0, 24576, 122880}) {
+        prefill("cuDNN", rows, rows + past, kWideFloats);
+      }
     }
   }
 

@@ -16,6 +16,7 @@
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/host_registrations.h"
 #include "common/device/cuda/op_timers.h"
+#include "common/device/cuda/wide_attend.h"
 #include "common/device/cuda/wide_gemm.h"
 #include "common/device/kv_bytes.h"
 #include "common/device/launch_check.h"
@@ -298,7 +299,26 @@ class CudaDevice : public Device {
     return Launch<&kernels::cuda::LaunchRopeAppend>(s, "RopeAppend", a);
   }
   absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
-    return Launch<&kernels::cuda::LaunchAttend>(s, "Attend", a, account);
+    return Launch(s, "Attend", a, account, /*host_too=*/false, [this, &a](cudaStream_t on) {
+      MutexLock lock(&wide_mutex_);
+      return wide_.Attend(a, on);
+    });
+  }
+  absl::Status PrepareWideAttend(const kernels::WideShape& shape, float* scratch,
+                                 int64_t scratch_floats) override {
+    if (!arena_.Contains(scratch, scratch_floats * static_cast<int64_t>(sizeof(float)))) {
+      return ForeignAddressError("PrepareWideAttend", scratch);
+    }
+    MutexLock lock(&setup_mutex_);
+    {
+      MutexLock wide_lock(&wide_mutex_);
+      HEADROOM_RETURN_IF_ERROR(wide_.Prepare(shape, scratch, scratch_floats, setup_stream_.get()));
+    }
+    return AwaitSetup();
+  }
+  WideAttendUse wide_attend_use() const override {
+    MutexLock lock(&wide_mutex_);
+    return wide_.use();
   }
   absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
                           OpAccount* account) override {
@@ -412,15 +432,22 @@ class CudaDevice : public Device {
     return status;
   }
 
+  static absl::Status StatusOf(cudaError_t error, absl::string_view op) {
+    return CudaStatus(error, op, __FILE__, __LINE__);
+  }
+  static absl::Status StatusOf(const absl::Status& status, absl::string_view op) {
+    return status.ok() ? status : Annotate(status, op);
+  }
+
   template <typename F>
   absl::Status Enqueue(StreamId stream, absl::string_view op, OpAccount* account, int64_t bytes,
                        F&& enqueue) {
     const cudaStream_t on = streams_[stream.index].get();
     Recording* const recording = active_[stream.index];
     const int timer = recording == nullptr ? timers_.Begin(on, account) : -1;
-    const cudaError_t error = enqueue(on);
+    absl::Status status = StatusOf(enqueue(on), op);
     timers_.End(on, timer);
-    if (error != cudaSuccess) return Note(CudaStatus(error, op, __FILE__, __LINE__));
+    if (!status.ok()) return Note(std::move(status));
     if (account == nullptr || bytes == 0) return absl::OkStatus();
     if (recording != nullptr) {
       recording->accounts.emplace_back(account, bytes);
@@ -440,13 +467,18 @@ class CudaDevice : public Device {
   template <auto kLaunch, typename Args>
   absl::Status Launch(StreamId stream, absl::string_view op, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
+    return Launch(stream, op, args, account, host_too,
+                  [&](cudaStream_t on) { return kLaunch(args, on); });
+  }
+  template <typename Args, typename F>
+  absl::Status Launch(StreamId stream, absl::string_view op, const Args& args, OpAccount* account,
+                      bool host_too, F&& enqueue) {
     HEADROOM_RETURN_IF_ERROR(CheckArenaRanges(op, args, host_too));
     int64_t bytes = 0;
     if constexpr (requires { KvBytesRead(args); }) {
       if (account != nullptr) bytes = KvBytesRead(args);
     }
-    return Enqueue(stream, op, account, bytes,
-                   [&](cudaStream_t on) { return kLaunch(args, on); });
+    return Enqueue(stream, op, account, bytes, enqueue);
   }
 
   // ---- Constant after construction.
@@ -464,6 +496,9 @@ class CudaDevice : public Device {
 
   Mutex setup_mutex_;  // one upload at a time
   CudaStream setup_stream_;
+
+  mutable Mutex wide_mutex_;  // taken after setup_mutex_
+  WideAttend wide_ ABSL_GUARDED_BY(wide_mutex_);
 
   // Each stream is fed by one thread at a time, which alone looks at its recording.
   CudaStream streams_[kMaxStreams];

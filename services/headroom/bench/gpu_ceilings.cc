@@ -30,6 +30,7 @@ int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 struct AttendBytes {
   int64_t q, keys;                    // of the inputs
   int64_t state, out, scratch, used;  // of the results; tables follow
+  int64_t scratch_floats;
 };
 AttendBytes AttendBytesOf(const GpuProbeShape& s) {
   const int64_t most_keys = *std::max_element(s.attend_keys.begin(), s.attend_keys.end());
@@ -40,7 +41,10 @@ AttendBytes AttendBytesOf(const GpuProbeShape& s) {
   bytes.state = Aligned(s.attend_rows * s.num_q_heads * kFloat *
                         kernels::AttentionStateFloats(s.head_dim));
   bytes.out = Aligned(q);
-  bytes.scratch = kernels::kMinAttendScratchFloats * kFloat;
+  bytes.scratch_floats = std::max(
+      kernels::kMinAttendScratchFloats,
+      kernels::WideAttendScratchFloats(s.attend_rows, s.num_q_heads, s.num_kv_heads, s.head_dim));
+  bytes.scratch = bytes.scratch_floats * kFloat;
   bytes.used = bytes.state + bytes.out + bytes.scratch + kTableBytes;
   return bytes;
 }
@@ -174,7 +178,7 @@ absl::StatusOr<double> GpuCeilingProbe::AttentionFlops(int64_t keys) {
   args.items = {reinterpret_cast<const kernels::AttendItem*>(item_table), &item, 1};
   args.spans = {reinterpret_cast<const kernels::KvSpan*>(tables), &span, 1};
   args.scratch = reinterpret_cast<float*>(scratch);
-  args.scratch_floats = kernels::kMinAttendScratchFloats;
+  args.scratch_floats = bytes.scratch_floats;
   args.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
   args.num_q_heads = shape_.num_q_heads;
   args.num_kv_heads = shape_.num_kv_heads;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
 #include "common/status.h"
 
 namespace headroom {
@@ -56,6 +58,13 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
         uint8_t* const data,
         device.Allocate(elements * kernels::ElementBytes(type), "activations"));
     *buffer = {data, type};
+  }
+  // What cannot be had is done by the kernels that take any number of rows.
+  if (type != kernels::ElementType::kFloat32) {
+    const absl::Status wide = device.PrepareWideAttend(
+        {budget.max_chunk_tokens, config.num_q_heads, config.num_kv_heads, config.head_dim},
+        decoder.attend_scratch_, decoder.attend_scratch_floats_);
+    if (!wide.ok()) LogWarning(absl::StrCat("prefill runs without cuDNN: ", wide.message()));
   }
   HEADROOM_ASSIGN_OR_RETURN(
       uint8_t* const tokens,

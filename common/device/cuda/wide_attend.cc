@@ -1,0 +1,315 @@
+#include "common/device/cuda/wide_attend.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/device/cuda/cuda_status.h"
+#include "common/status.h"
+#include "kernels/cuda/kernels.h"
+
+namespace headroom {
+namespace {
+
+using kernels::AttendArgs;
+using kernels::AttendItem;
+using kernels::kWidePartials;
+using kernels::kWidePieceTokens;
+using kernels::KvSpan;
+using kernels::WideClass;
+using kernels::WideShape;
+
+bool Aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Items [begin, end) of a launch as a launch of their own.
+AttendArgs Slice(AttendArgs a, int32_t begin, int32_t end) {
+  a.items.device += begin;
+  a.items.host += begin;
+  a.items.count = end - begin;
+  return a;
+}
+
+SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32_t partial) {
+  SdpaBuffers b;
+  b.q = scratch + layout.q;
+  b.k = scratch + layout.keys;
+  b.v = scratch + layout.values;
+  b.o = scratch + layout.o + partial * layout.partial_bytes;
+  b.lse = scratch + layout.lse + partial * layout.lse_bytes;
+  b.lengths = scratch + layout.lengths;
+  return b;
+}
+
+// The spans of an item that hold keys of [begin, end).
+struct SpanRange {
+  int32_t begin = 0;
+  int32_t count = 0;
+};
+SpanRange SpansOf(const AttendArgs& a, const AttendItem& item, int64_t begin, int64_t end) {
+  const KvSpan* const spans = a.spans.host + item.span_begin;
+  const KvSpan* const behind = spans + item.span_count;
+  const auto ends_by = [](int64_t pos) {
+    return [pos](const KvSpan& span) { return span.first_pos + span.count <= pos; };
+  };
+  const KvSpan* const first = std::partition_point(spans, behind, ends_by(begin));
+  const KvSpan* const last = std::partition_point(first, behind, ends_by(end - 1));
+  return {static_cast<int32_t>(first - a.spans.host), static_cast<int32_t>(last - first) + 1};
+}
+
+}  // namespace
+
+// Some heads of a job: what all its blocks share.
+struct WideAttend::Pass {
+  const AttendArgs& a;
+  const Prepared& prepared;
+  const Plans& plans;
+  const WideJob& job;
+  int32_t kv_head_begin;
+  int32_t heads;
+  cudaStream_t stream;
+
+  const AttendItem& item() const { return a.items.host[job.first_item]; }
+  uint8_t* scratch() const { return reinterpret_cast<uint8_t*>(a.scratch); }
+  // The item that `kv_head` belongs to.
+  const AttendItem& ItemOf(int32_t kv_head) const {
+    const AttendItem* its = &item();
+    while (its->kv_head_end <= kv_head) ++its;
+    return *its;
+  }
+};
+
+const WideAttend::Plans& WideAttend::Prepared::For(int64_t rows) const {
+  const WideClass wanted = classes.For(rows);
+  size_t i = 0;
+  while (plans[i].of.heads != wanted.heads) ++i;
+  return plans[i];
+}
+
+// ---- Start-up
+
+absl::Status WideAttend::Prepare(const WideShape& shape, float* scratch, int64_t scratch_floats,
+                                 cudaStream_t stream) {
+  if (shape.max_rows < kernels::kWideRows) {
+    return absl::UnavailableError(absl::StrCat("items of at most ", shape.max_rows,
+                                               " rows are none of many"));
+  }
+  auto prepared = std::make_unique<Prepared>(shape);
+  const int64_t floats = kernels::WideAttendScratchFloats(shape.max_rows, shape.num_q_heads,
+                                                          shape.num_kv_heads, shape.head_dim);
+  if (scratch_floats < floats || !Aligned(scratch)) {
+    return absl::InvalidArgumentError(absl::StrCat("PrepareWideAttend: ", scratch_floats,
+                                                   " floats of scratch, ", floats,
+                                                   " are needed, aligned to 16 bytes"));
+  }
+  if (!opened_) {
+    opened_ = true;
+    auto cudnn = CudnnSdpa::Open();
+    open_status_ = cudnn.status();
+    if (cudnn.ok()) cudnn_ = *std::move(cudnn);
+  }
+  HEADROOM_RETURN_IF_ERROR(open_status_);
+  HEADROOM_RETURN_IF_ERROR(BuildPlans(*prepared));
+  HEADROOM_RETURN_IF_ERROR(WarmUp(*prepared, reinterpret_cast<uint8_t*>(scratch), stream));
+  prepared_.push_back(std::move(prepared));
+  return absl::OkStatus();
+}
+
+absl::Status WideAttend::BuildPlans(Prepared& prepared) {
+  const WideShape& shape = prepared.shape;
+  const kernels::WideClasses& classes = prepared.classes;
+  for (int32_t heads = classes.least_heads; heads <= classes.most_heads; heads *= 2) {
+    Plans plans;
+    plans.of = classes.Of(heads);
+    const struct {
+      int* plan;
+      int64_t keys;
+      SdpaShape::Mask mask;
+    } wanted[] = {{&plans.piece, kWidePieceTokens, SdpaShape::Mask::kNone},
+                  {&plans.lengths, kWidePieceTokens, SdpaShape::Mask::kLengths},
+                  {&plans.square, plans.of.rows, SdpaShape::Mask::kCausal}};
+    for (const auto& [plan, keys, mask] : wanted) {
+      const SdpaShape its = {plans.of.rows, keys,           heads * shape.group(),
+                             heads,         shape.head_dim, mask};
+      HEADROOM_ASSIGN_OR_RETURN(*plan, cudnn_->Build(its, kernels::kWideWorkspaceBytes));
+    }
+    prepared.plans.push_back(plans);
+  }
+  return absl::OkStatus();
+}
+
+// A kernel that is loaded at its first launch waits for the device to be idle.
+absl::Status WideAttend::WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream) {
+  const SdpaBuffers buffers = BuffersIn(prepared.layout, scratch, 0);
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaMemsetAsync(
+      scratch, 0, static_cast<size_t>(prepared.layout.workspace), stream)));
+  kernels::cuda::WideKeysArgs lengths;
+  lengths.head_dim = prepared.shape.head_dim;
+  lengths.count = lengths.row_capacity = lengths.query_rows = 1;
+  lengths.lengths = static_cast<int32_t*>(buffers.lengths);
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(lengths, stream)));
+  for (const Plans& plans : prepared.plans) {
+    for (const int plan : {plans.piece, plans.lengths, plans.square}) {
+      HEADROOM_RETURN_IF_ERROR(
+          cudnn_->Run(plan, buffers, scratch + prepared.layout.workspace, stream));
+    }
+  }
+  return absl::OkStatus();
+}
+
+WideAttendUse WideAttend::use() const {
+  return {cudnn_ == nullptr ? 0 : cudnn_->plans(), calls_};
+}
+
+// ---- Launches
+
+// The last that was prepared for such heads with no more scratch than there is.
+const WideAttend::Prepared* WideAttend::Find(const AttendArgs& a) const {
+  if (!Aligned(a.q) || !Aligned(a.state) || !Aligned(a.out.data) || !Aligned(a.scratch) ||
+      a.q_stride % 4 != 0) {
+    return nullptr;
+  }
+  for (auto p = prepared_.rbegin(); p != prepared_.rend(); ++p) {
+    const WideShape& shape = (*p)->shape;
+    if (shape.num_q_heads == a.num_q_heads && shape.num_kv_heads == a.num_kv_heads &&
+        shape.head_dim == a.head_dim &&
+        (*p)->layout.bytes <= a.scratch_floats * static_cast<int64_t>(sizeof(float))) {
+      return p->get();
+    }
+  }
+  return nullptr;
+}
+
+absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
+  const Prepared* const prepared = Find(a);
+  const auto wide = [&](int32_t i) {
+    const AttendItem& item = a.items.host[i];
+    return prepared != nullptr && item.row_count >= kernels::kWideRows && KeysFollow(a, item);
+  };
+  for (int32_t begin = 0; begin < a.items.count;) {
+    const bool is_wide = wide(begin);
+    int32_t end = begin + 1;
+    while (end < a.items.count && wide(end) == is_wide) ++end;
+    if (!is_wide) {
+      HEADROOM_RETURN_IF_ERROR(
+          HEADROOM_CUDA_STATUS(kernels::cuda::LaunchAttend(Slice(a, begin, end), stream)));
+      begin = end;
+      continue;
+    }
+    while (begin < end) {
+      const WideJob job = JobAt(a, begin, end);
+      begin += job.num_items;
+      const AttendItem& item = a.items.host[job.first_item];
+      const Plans& plans = prepared->For(item.row_count);
+      for (int32_t head = job.kv_head_begin; head < job.kv_head_end; head += plans.of.heads) {
+        const int32_t heads = std::min(plans.of.heads, job.kv_head_end - head);
+        const Pass pass = {a, *prepared, plans, job, head, heads, stream};
+        HEADROOM_RETURN_IF_ERROR(
+            ForEachBlock(item, job, plans.of.rows,
+                         [&](const WideBlock& block) { return AttendBlock(pass, block); }));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
+  const AttendItem& item = pass.item();
+  const WideShape& shape = pass.prepared.shape;
+  if (block.seen_end > pass.job.keys_begin || block.square) {
+    kernels::cuda::WideQueriesArgs q;
+    q.q = pass.a.q + (item.row_begin + block.row) * pass.a.q_stride +
+          int64_t{pass.kv_head_begin} * shape.group() * shape.head_dim;
+    q.q_stride = pass.a.q_stride;
+    q.to = reinterpret_cast<kernels::BFloat16*>(pass.scratch() + pass.prepared.layout.q);
+    q.rows = block.rows;
+    q.row_capacity = pass.plans.of.rows;
+    q.heads = pass.heads * shape.group();
+    q.head_capacity = pass.plans.of.heads * shape.group();
+    q.head_dim = shape.head_dim;
+    q.scale = pass.a.scale;
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideQueries(q, pass.stream)));
+  }
+  int32_t partials = 0;  // not folded yet
+  bool first = true;
+  HEADROOM_RETURN_IF_ERROR(
+      ForEachPiece(pass.job, block, [&](const WidePiece& piece) -> absl::Status {
+        if (partials == kWidePartials) {
+          HEADROOM_RETURN_IF_ERROR(Fold(pass, block, partials, first, /*last=*/false));
+          partials = 0;
+          first = false;
+        }
+        return AttendPiece(pass, block, piece, partials++);
+      }));
+  if (partials == 0 && item.reset == 0 && item.finish == 0) return absl::OkStatus();
+  return Fold(pass, block, partials, first, /*last=*/true);
+}
+
+absl::Status WideAttend::AttendPiece(const Pass& pass, const WideBlock& block,
+                                     const WidePiece& piece, int32_t partial) {
+  const AttendArgs& a = pass.a;
+  const kernels::WideLayout& layout = pass.prepared.layout;
+  const WideClass& of = pass.plans.of;
+  const int64_t capacity = piece.square ? of.rows : kWidePieceTokens;
+  const bool whole = piece.count == capacity;
+  SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), partial);
+
+  kernels::cuda::WideKeysArgs keys;
+  keys.num_heads = pass.heads;
+  for (int32_t h = 0; h < pass.heads; ++h) {
+    const int32_t kv_head = pass.kv_head_begin + h;
+    const SpanRange spans =
+        SpansOf(a, pass.ItemOf(kv_head), piece.begin, piece.begin + piece.count);
+    keys.heads[h] = {spans.begin, spans.count, kv_head};
+  }
+  const KvSpan& span = a.spans.host[keys.heads[0].span_begin];
+  const int64_t row = (piece.begin - span.origin_pos) % span.capacity;
+  if (of.heads == 1 && whole && keys.heads[0].span_count == 1 &&
+      row + piece.count <= span.capacity && Aligned(span.base)) {
+    const KvLayout where = {span.capacity, a.head_dim};
+    const int32_t head = pass.kv_head_begin - span.kv_head_begin;
+    buffers.k = span.base + where.KeyOffset(head, row);
+    buffers.v = span.base + where.ValueOffset(head, row);
+  } else {
+    keys.spans = a.spans.device;
+    keys.head_dim = a.head_dim;
+    keys.begin = piece.begin;
+    keys.count = piece.count;
+    keys.row_capacity = capacity;
+    keys.keys = static_cast<kernels::BFloat16*>(buffers.k);
+    keys.values = static_cast<kernels::BFloat16*>(buffers.v);
+    keys.lengths = static_cast<int32_t*>(buffers.lengths);
+    keys.query_rows = static_cast<int32_t>(block.rows);
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, pass.stream)));
+  }
+  ++calls_;
+  const int plan = piece.square ? pass.plans.square : whole ? pass.plans.piece : pass.plans.lengths;
+  return cudnn_->Run(plan, buffers, pass.scratch() + layout.workspace, pass.stream);
+}
+
+absl::Status WideAttend::Fold(const Pass& pass, const WideBlock& block, int32_t partials,
+                              bool first, bool last) {
+  const AttendItem& item = pass.item();
+  const WideShape& shape = pass.prepared.shape;
+  const int64_t query = (item.row_begin + block.row) * shape.num_q_heads +
+                        int64_t{pass.kv_head_begin} * shape.group();
+  const SdpaBuffers buffers = BuffersIn(pass.prepared.layout, pass.scratch(), 0);
+  kernels::cuda::WideFoldArgs fold;
+  fold.o = static_cast<const kernels::BFloat16*>(buffers.o);
+  fold.lse = static_cast<const float*>(buffers.lse);
+  fold.partials = partials;
+  fold.heads = pass.heads * shape.group();
+  fold.head_capacity = pass.plans.of.heads * shape.group();
+  fold.head_dim = shape.head_dim;
+  fold.num_q_heads = shape.num_q_heads;
+  fold.rows = block.rows;
+  fold.row_capacity = pass.plans.of.rows;
+  fold.state = pass.a.state + query * kernels::AttentionStateFloats(shape.head_dim);
+  fold.out = pass.a.out + query * shape.head_dim;  // read if it finishes
+  fold.reset = first && item.reset != 0;
+  fold.finish = last && item.finish != 0;
+  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, pass.stream));
+}
+
+}  // namespace headroom

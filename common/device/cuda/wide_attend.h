@@ -1,0 +1,74 @@
+// Attention on the GPU: items of many rows through cuDNN where it is there, all others by our own
+// kernels. Not thread-safe: cuDNN's handle is one thread's at a time. What is enqueued on several
+// streams at once must come with scratch of its own.
+//
+// A job's rows (wide_jobs.h) go through block by block: q becomes bfloat16; each piece of keys that
+// the block sees is attended to, read in place where it is all that a call of one head takes and
+// lies in one run, else gathered, with zeros behind; partials are folded into the states,
+// kWidePartials at once, the last time into the result. All is in scratch, in the order of the
+// stream.
+#ifndef HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
+#define HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/device/cuda/cudnn_sdpa.h"
+#include "common/device/cuda/wide_jobs.h"
+#include "common/device/device.h"
+#include "kernels/attention.h"
+
+namespace headroom {
+
+class WideAttend {
+ public:
+  // Device::PrepareWideAttend; enqueues one run of each plan.
+  absl::Status Prepare(const kernels::WideShape& shape, float* scratch, int64_t scratch_floats,
+                       cudaStream_t stream);
+  // Device::Attend.
+  absl::Status Attend(const kernels::AttendArgs& args, cudaStream_t stream);
+
+  WideAttendUse use() const;
+
+ private:
+  struct Plans {
+    kernels::WideClass of;
+    int piece = -1;    // kWidePieceTokens keys
+    int lengths = -1;  // up to as many
+    int square = -1;   // as many keys as rows
+  };
+  struct Prepared {
+    kernels::WideShape shape;
+    kernels::WideClasses classes;
+    kernels::WideLayout layout;
+    std::vector<Plans> plans;
+
+    explicit Prepared(const kernels::WideShape& its)
+        : shape(its), classes(its), layout(its) {}
+    const Plans& For(int64_t rows) const;
+  };
+  struct Pass;
+
+  absl::Status BuildPlans(Prepared& prepared);
+  absl::Status WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream);
+  const Prepared* Find(const kernels::AttendArgs& args) const;
+  absl::Status AttendBlock(const Pass& pass, const WideBlock& block);
+  absl::Status AttendPiece(const Pass& pass, const WideBlock& block, const WidePiece& piece,
+                           int32_t partial);
+  absl::Status Fold(const Pass& pass, const WideBlock& block, int32_t partials, bool first,
+                    bool last);
+
+  bool opened_ = false;
+  absl::Status open_status_;
+  std::unique_ptr<CudnnSdpa> cudnn_;
+  std::vector<std::unique_ptr<Prepared>> prepared_;
+  int64_t calls_ = 0;
+};
+
+}  // namespace headroom
+
+#endif  // HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_

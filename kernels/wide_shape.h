@@ -1,0 +1,130 @@
+// Attention of items with many rows, as a library's fused kernel computes it: which shapes it is
+// called with, and what memory that takes.
+//
+// A call takes `rows` rows of `heads` KV heads (all their query heads) against one piece of keys.
+// Its shapes are planned when the device starts, so there must be few of them, and a call should
+// fill a large GPU whether an item has few rows and many heads or the reverse. So a class is a
+// product rows x heads of one volume: with 128 queries to a block of threads, kWideQueries queries
+// are 256 blocks, two waves on the 132 multiprocessors of an H100. Buffers have one size for all
+// classes, and for Llama-3-8B (8 MiB of queries, as much for each partial) they mostly stay in its
+// 50 MB of cache.
+//
+// Keys are cut at multiples of kWidePieceTokens absolute positions, wherever they lie.
+#ifndef HEADROOM_KERNELS_WIDE_SHAPE_H_
+#define HEADROOM_KERNELS_WIDE_SHAPE_H_
+
+#include <bit>
+#include <cstdint>
+
+namespace headroom::kernels {
+
+// Items with fewer rows leave most of a call's queries unused: a call over 4,096 keys takes two
+// waves of some 54 us whatever is in it, and our own kernels, at 100 TFLOP/s, about as long for 128
+// rows of 32 query heads.
+inline constexpr int64_t kWideRows = 128;
+// Longer pieces cost fewer calls and folds (by bytes and FLOPs some 8% of the time at 4,096 keys,
+// half of that at 8,192); shorter ones let lanes share more borders.
+inline constexpr int64_t kWidePieceTokens = 4096;
+// Partials that are folded at once: a fold reads and writes the float32 state, 1,024 of its 1,280
+// bytes a query if it took one partial only.
+inline constexpr int32_t kWidePartials = 4;
+inline constexpr int64_t kWideQueries = 32768;
+inline constexpr int32_t kMaxWideHeads = 16;
+// What a planned call may take for itself (cuDNN 9.14 takes 256 bytes on an H100).
+inline constexpr int64_t kWideWorkspaceBytes = int64_t{1} << 20;
+
+// Of a model, or its part on this device.
+struct WideShape {
+  int64_t max_rows = 0;
+  int32_t num_q_heads = 0;
+  int32_t num_kv_heads = 0;
+  int32_t head_dim = 0;
+
+  constexpr int32_t group() const { return num_q_heads / num_kv_heads; }
+};
+
+struct WideClass {
+  int64_t rows = 0;
+  int32_t heads = 0;  // KV heads
+};
+
+// The classes of a shape: `heads` is a power of two from least_heads to most_heads, and
+// rows x heads = volume.
+struct WideClasses {
+  int64_t volume = 0;
+  int32_t least_heads = 0;
+  int32_t most_heads = 0;
+
+  constexpr explicit WideClasses(const WideShape& shape) {
+    const auto ceil = [](int64_t n) {
+      return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)));
+    };
+    const auto heads = static_cast<int32_t>(std::bit_floor(static_cast<uint32_t>(
+        shape.num_kv_heads < kMaxWideHeads ? shape.num_kv_heads : kMaxWideHeads)));
+    const int64_t most_rows = ceil(shape.max_rows < kWideRows ? kWideRows : shape.max_rows);
+    volume = ceil((kWideQueries + shape.group() - 1) / shape.group());
+    if (volume > most_rows * heads) volume = most_rows * heads;
+    least_heads = static_cast<int32_t>(volume > most_rows ? volume / most_rows : 1);
+    most_heads = heads;
+    while (most_heads > least_heads && volume / most_heads < kWideRows) most_heads /= 2;
+  }
+  constexpr WideClass Of(int32_t heads) const { return {volume / heads, heads}; }
+
+  // The class for items of `rows` rows: the one with the fewest that has them all, else that with
+  // the most. Their heads have no say, so that rows are cut alike in all lanes: where an item has
+  // fewer heads than the class the rest of a call is computed for nothing.
+  constexpr WideClass For(int64_t rows) const {
+    int32_t heads = most_heads;
+    while (heads > least_heads && volume / heads < rows) heads /= 2;
+    return Of(heads);
+  }
+};
+
+// Where the buffers of a call lie in scratch, as bytes; each begins at a multiple of 256.
+struct WideLayout {
+  int64_t partial_bytes = 0;  // o of one partial: [query heads of a class][rows][head_dim] bfloat16
+  int64_t lse_bytes = 0;      // [query heads of a class][rows] float32
+  int64_t q = 0;              // as a partial
+  int64_t o = 0;              // [kWidePartials] partials
+  int64_t lse = 0;            // [kWidePartials]
+  int64_t keys = 0;           // [heads][kWidePieceTokens, or the rows of the class][head_dim]
+  int64_t values = 0;
+  int64_t lengths = 0;  // two int32
+  int64_t workspace = 0;
+  int64_t bytes = 0;
+
+  constexpr explicit WideLayout(const WideShape& shape) {
+    const WideClasses classes(shape);
+    constexpr int64_t kElement = 2;
+    const auto take = [this](int64_t size) {
+      const int64_t at = bytes;
+      bytes += (size + 255) / 256 * 256;
+      return at;
+    };
+    const int64_t queries = classes.volume * shape.group();
+    const int64_t piece_rows = kWidePieceTokens * classes.most_heads;
+    const int64_t key_rows = piece_rows > classes.volume ? piece_rows : classes.volume;
+    partial_bytes = queries * shape.head_dim * kElement;
+    lse_bytes = queries * static_cast<int64_t>(sizeof(float));
+    q = take(partial_bytes);
+    o = take(kWidePartials * partial_bytes);
+    lse = take(kWidePartials * lse_bytes);
+    keys = take(key_rows * shape.head_dim * kElement);
+    values = take(key_rows * shape.head_dim * kElement);
+    lengths = take(2 * static_cast<int64_t>(sizeof(int32_t)));
+    workspace = take(kWideWorkspaceBytes);
+  }
+};
+
+// Floats of scratch with which items of many rows are computed that way; 0 if none can have as
+// many.
+inline constexpr int64_t WideAttendScratchFloats(int64_t rows, int32_t num_q_heads,
+                                                 int32_t num_kv_heads, int32_t head_dim) {
+  if (rows < kWideRows) return 0;
+  return WideLayout(WideShape{rows, num_q_heads, num_kv_heads, head_dim}).bytes /
+         static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace headroom::kernels
+
+#endif  // HEADROOM_KERNELS_WIDE_SHAPE_H_
