@@ -4,6 +4,7 @@
 #ifndef HEADROOM_KERNELS_SWIGLU_H_
 #define HEADROOM_KERNELS_SWIGLU_H_
 
+#include "kernels/gemm.h"
 #include "kernels/types.h"
 
 namespace headroom::kernels {
@@ -21,6 +22,19 @@ template <typename F>
 void ForEachRange(const SwiGluArgs& a, F&& f) {
   f(a.gate_up.data, a.gate_up.Bytes(a.rows * 2 * a.width), Access::kRead);
   f(a.out.data, a.out.Bytes(a.rows * a.width), Access::kWrite);
+}
+
+// A product and, of what it comes to, the gated activation: gemm.c is swiglu.gate_up. Where both are one
+// kernel, gate_up is not written.
+struct GatedGemmArgs {
+  GemmArgs gemm;
+  SwiGluArgs swiglu;
+};
+
+template <typename F>
+void ForEachRange(const GatedGemmArgs& a, F&& f) {
+  ForEachRange(a.gemm, f);
+  ForEachRange(a.swiglu, f);
 }
 
 namespace cpu {

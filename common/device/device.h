@@ -152,6 +152,11 @@ class Device {
   virtual absl::Status RmsNorm(StreamId stream, const kernels::RmsNormArgs& args) = 0;
   virtual absl::Status Gemm(StreamId stream, const kernels::GemmArgs& args) = 0;
   virtual absl::Status SwiGlu(StreamId stream, const kernels::SwiGluArgs& args) = 0;
+  // Gemm and SwiGlu, as one operation where the device has it.
+  virtual absl::Status GatedGemm(StreamId stream, const kernels::GatedGemmArgs& args) {
+    if (absl::Status status = Gemm(stream, args.gemm); !status.ok()) return status;
+    return SwiGlu(stream, args.swiglu);
+  }
   virtual absl::Status RopeTable(StreamId stream, const kernels::RopeTableArgs& args) = 0;
   virtual absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) = 0;
   virtual absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,

@@ -57,6 +57,8 @@ namespace headroom::kernels::cuda {
 // LaunchGemm()'s way for a decode step's rows, where IsSkinny().
 bool IsSkinny(const GemmArgs& args);
 [[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);
+// REQUIRES: IsSkinny(args.gemm), as many columns of c as the width of swiglu, twice.
+[[nodiscard]] cudaError_t LaunchGatedGemm(const GatedGemmArgs& args, cudaStream_t stream);
 // Reads `bytes` of device memory, a multiple of kReadMemoryBytes, as fast as the card can; what
 // benches compare with. `never` is a word that is not written in practice.
 inline constexpr int64_t kReadMemoryBytes = 32768;

@@ -1,16 +1,17 @@
 // Products of up to kFewGemmRows rows: a decode step's. The weights are streamed once, and that is the
 // time it takes.
 //
-// A block computes kRowTiles x 16 outputs of all rows. Its 16 warps take turns at slices of 32 k: slice
-// i belongs to warp i % 16, which adds up its slices in ascending order; the 16 sums are added in the
-// order of the warps. So a row's bits depend on its own activations only, however many rows there are
+// A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at slices of 32 k: slice i
+// belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the order
+// of the warps. So a row's bits depend on its own activations only, however many rows there are
 // and whichever tiles are chosen.
 //
 // Weights go from memory straight into the fragments of m16n8k16 products, weights being the left
 // operand: the order of k within a slice is free as long as both operands agree, so that a lane loads 16
 // contiguous bytes of a weight row and of an activation row. A lane has kSlots slices in flight and asks
-// for the next as soon as it has used one: 64 KiB a block, where HBM3 wants some 25 KiB a multiprocessor.
-// The first are asked for before the kernel waits for the one before it, whose results they do not need.
+// for the next as soon as it has used one: 32 KiB a block, where HBM3 wants some 25 KiB a multiprocessor.
+// The first are asked for before the kernel waits for the one before it, whose results they do not need;
+// blocks are small, so that they find room beside the last ones of that kernel.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/tensor_core.cuh"
@@ -18,7 +19,7 @@
 namespace headroom::kernels::cuda {
 namespace {
 
-constexpr int kWarps = 16;
+constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kSlice = 32;
 constexpr int kStep = kWarps * kSlice;  // from a warp's slice to its next
@@ -32,20 +33,24 @@ __device__ uint4 LoadOnce(const BFloat16* from) {
   return value;
 }
 
-template <int kRowTiles, int kColumnTiles>
+// Of gated products the left half of the row tiles are gates, the right one what they gate.
+template <int kRowTiles, int kColumnTiles, bool kGated>
 struct Shape {
   static constexpr int kOutputs = kRowTiles * 16;
+  static constexpr int kResults = kGated ? kOutputs / 2 : kOutputs;
   static constexpr int kRows = kColumnTiles * 8;
   static constexpr int kSharedBytes = kWarps * kOutputs * kRows * static_cast<int>(sizeof(float));
-  // Two blocks of a multiprocessor keep each other's gaps filled where registers allow it.
-  static constexpr int kBlocks = kRowTiles * kColumnTiles == 1 ? 2 : 1;
+  // Of a multiprocessor: 64 or 128 registers a thread.
+  static constexpr int kBlocks = kRowTiles * kColumnTiles == 1 ? 4 : 2;
   static constexpr int kSlots = kColumnTiles <= 2 ? 4 : 2;
 };
 
-template <int kRowTiles, int kColumnTiles>
-__global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles>::kBlocks)
+// g.c has kResults outputs a block: with kGated as many as half of the weights' rows, and it is out of
+// silu(gate) * up (kernels/swiglu.h).
+template <int kRowTiles, int kColumnTiles, bool kGated>
+__global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGated>::kBlocks)
     SkinnyKernel(const __grid_constant__ GemmArgs g) {
-  using S = Shape<kRowTiles, kColumnTiles>;
+  using S = Shape<kRowTiles, kColumnTiles, kGated>;
   extern __shared__ __align__(16) float sums[];  // [warp][row][output]
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -53,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles>::kBlo
   const int pair = lane % 4;
   constexpr int kSlots = S::kSlots;
   const auto depth = static_cast<int>(g.w.k);
-  const int64_t first_output = int64_t{blockIdx.x} * S::kOutputs;
+  const int64_t num_results = kGated ? g.w.n / 2 : g.w.n;
+  const int64_t first_result = int64_t{blockIdx.x} * S::kResults;
   const int first_k = warp * kSlice + pair * 8;  // of the lane
 
   // A lane's two rows of each tile; those that do not exist repeat the last.
@@ -62,8 +68,11 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles>::kBlo
   for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = first_output + t * 16 + h * 8 + quad;
-      weights[t][h] = g.w.data + (row < g.w.n ? row : g.w.n - 1) * depth + first_k;
+      const int output = t * 16 + h * 8 + quad;
+      const bool up = kGated && output >= S::kResults;
+      int64_t row = first_result + (up ? output - S::kResults : output);
+      if (row >= num_results) row = num_results - 1;
+      weights[t][h] = g.w.data + (up ? num_results + row : row) * depth + first_k;
     }
   }
   uint4 w[kSlots][kRowTiles][2];
@@ -125,33 +134,58 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles>::kBlo
     }
   }
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < S::kRows * S::kOutputs; i += kThreads) {
-    const int row = i / S::kOutputs;
-    const int64_t output = first_output + i % S::kOutputs;
-    if (row >= g.m || output >= g.w.n) continue;
-    float total = 0;
+  const auto total = [&](int row, int output) {
+    float value = 0;
 #pragma unroll
     for (int from = 0; from < kWarps; ++from) {
-      total = __fadd_rn(total, sums[from * S::kRows * S::kOutputs + i]);
+      value = __fadd_rn(value, sums[(from * S::kRows + row) * S::kOutputs + output]);
     }
-    const int64_t at = row * g.c_stride + output;
-    if (g.accumulate) total = __fadd_rn(g.c.floats()[at], total);
-    StoreActivation(g.c, at, total);
+    return value;
+  };
+  for (int i = static_cast<int>(threadIdx.x); i < S::kRows * S::kResults; i += kThreads) {
+    const int row = i / S::kResults;
+    const int result = i % S::kResults;
+    if (row >= g.m || first_result + result >= num_results) continue;
+    const int64_t at = row * g.c_stride + first_result + result;
+    float value = total(row, result);
+    if constexpr (kGated) {
+      value = value / (1.0f + expf(-value)) * total(row, S::kResults + result);
+    } else if (g.accumulate) {
+      value = __fadd_rn(g.c.floats()[at], value);
+    }
+    StoreActivation(g.c, at, value);
   }
 }
 
-template <int kRowTiles, int kColumnTiles>
+template <int kRowTiles, int kColumnTiles, bool kGated>
 cudaError_t Launch(const GemmArgs& g, cudaStream_t stream) {
-  using S = Shape<kRowTiles, kColumnTiles>;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(g.w.n, S::kOutputs)));
-  return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles>, grid, kThreads,
+  using S = Shape<kRowTiles, kColumnTiles, kGated>;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(kGated ? g.w.n / 2 : g.w.n, S::kResults)));
+  return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles, kGated>, grid, kThreads,
                            S::kSharedBytes, g);
 }
 
-template <int kRowTiles, int kColumnTiles>
+template <int kRowTiles, int kColumnTiles, bool kGated>
 cudaError_t Load() {
-  return LoadKernel(SkinnyKernel<kRowTiles, kColumnTiles>,
-                    Shape<kRowTiles, kColumnTiles>::kSharedBytes);
+  return LoadKernel(SkinnyKernel<kRowTiles, kColumnTiles, kGated>,
+                    Shape<kRowTiles, kColumnTiles, kGated>::kSharedBytes);
+}
+
+// Of more rows, more outputs a block: each reads all rows' activations.
+template <bool kGated>
+cudaError_t LaunchFor(const GemmArgs& args, cudaStream_t stream) {
+  if (args.m <= 8) return Launch<kGated ? 2 : 1, 1, kGated>(args, stream);
+  if (args.m <= 16) return Launch<2, 2, kGated>(args, stream);
+  if (args.m <= 32) return Launch<2, 4, kGated>(args, stream);
+  return Launch<2, 8, kGated>(args, stream);
+}
+
+template <bool kGated>
+cudaError_t LoadAll() {
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<kGated ? 2 : 1, 1, kGated>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2, kGated>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4, kGated>()));
+  return Load<2, 8, kGated>();
 }
 
 }  // namespace
@@ -162,19 +196,21 @@ bool IsSkinny(const GemmArgs& g) {
          g.a.type == ElementType::kBFloat16 && aligned(g.a.data) && aligned(g.w.data);
 }
 
-// Of more rows, more outputs a block: each reads all rows' activations.
 cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m <= 8) return Launch<1, 1>(args, stream);
-  if (args.m <= 16) return Launch<2, 2>(args, stream);
-  if (args.m <= 32) return Launch<2, 4>(args, stream);
-  return Launch<2, 8>(args, stream);
+  return LaunchFor<false>(args, stream);
+}
+
+cudaError_t LaunchGatedGemm(const GatedGemmArgs& args, cudaStream_t stream) {
+  GemmArgs g = args.gemm;
+  if (g.m == 0) return cudaSuccess;
+  g.c = args.swiglu.out;
+  g.c_stride = args.swiglu.width;
+  return LaunchFor<true>(g, stream);
 }
 
 cudaError_t LoadSkinnyGemm() {
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1>()));
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2>()));
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4>()));
-  return Load<2, 8>();
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadAll<false>());
+  return LoadAll<true>();
 }
 
 }  // namespace headroom::kernels::cuda

@@ -1,12 +1,13 @@
 // Attention of few queries over many keys: a decode step's. Its time is that of reading the keys.
 //
-// Units of kUnitTokens keys are computed side by side into scratch, one by a block of threads, and folded
-// in order by a second kernel; attention.h states the fold. Each of the four warps takes one block of 64
-// keys alone; U is the fold of the blocks, in order. (On the CPU blocks go on from each other by online
+// Units of kUnitTokens keys are computed side by side into scratch, some by each block of threads, and
+// folded in order by a second kernel; attention.h states the fold. Each of the four warps takes one block
+// of 64 keys alone; U is the fold of the blocks, in order. (On the CPU blocks go on from each other by online
 // softmax: the same but for rounding.)
 //
 // Keys and values go from memory straight into the fragments of m16n8k16 products: no shared memory, no
-// barriers, and up to 16 KiB a warp on their way, 128 KiB a multiprocessor. (Four warps that shared
+// barriers, and up to 16 KiB a warp on their way, 128 KiB a multiprocessor, the next unit's keys before
+// this one's values are done. (Four warps that shared
 // blocks through shared memory needed four times the instructions and reached 2.0 of 3.1 TB/s.)
 //
 // Products: scores^T = K q^T and o^T = V^T p^T, so that the 8 columns are queries and the 16 rows, keys
@@ -31,8 +32,9 @@ static_assert(kWarps * kBlock == kUnitTokens);
 struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
-  int64_t heads;    // of the item that has the most
-  int64_t queries;  // likewise
+  int64_t per_block;  // consecutive ones that a block of threads computes
+  int64_t heads;      // of the item that has the most
+  int64_t queries;    // likewise
   __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
     return ((item * count + unit) * heads + head) * queries + query;
   }
@@ -73,7 +75,7 @@ struct Partials {
   float l[kWarps][kQueries];
 };
 
-// Queries [first, first + kQueries) of one KV head over one block of keys, by one warp.
+// Queries [first, first + kQueries) of one KV head over one block of keys after the other, by one warp.
 //
 // Lanes, quad = lane / 4, pair = lane % 4, and queries h = 0 and 1: 2 pair + h. A score of product i of a
 // block, float n: key 16 i + quad + n / 2 * 8, query n % 2. Of o, tile t and float n: dimension t / 4 *
@@ -89,32 +91,39 @@ class WarpBlock {
         quad_(lane_ / 4),
         pair_(lane_ % 4) {}
 
-  // Takes the item's keys in [begin, end): some of one block, from its beginning on, or none.
-  __device__ void Run(int64_t begin, int64_t end) {
-    m_[0] = m_[1] = -CUDART_INF_F;
-    l_[0] = l_[1] = 0;
+  // Begins to load the item's keys in [begin, end): some of one block, from its beginning on, or none.
+  __device__ void Start(int64_t begin, int64_t end) {
+    next_ = Find(begin, end);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) o_[t][0] = o_[t][1] = o_[t][2] = o_[t][3] = 0;
-    if (begin >= end || !Find(begin, end)) return;
-    uint4 slots[kSlots][kPieces];
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) LoadKeys(slots[i], i);
+    for (int i = 0; i < kSlots; ++i) LoadKeys(slots_[i], next_, i);
     LoadQueries();
+  }
+
+  // Takes the keys that were begun, and begins with [next_begin, next_end).
+  __device__ void Run(int64_t next_begin, int64_t next_end) {
+    const Keys keys = next_;
+    next_ = Find(next_begin, next_end);
     float score[kGroups][4];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      Score(slots[i % kSlots], score[i]);
+      Score(slots_[i % kSlots], score[i]);
       if (i + kSlots < kGroups) {
-        LoadKeys(slots[i % kSlots], i + kSlots);
+        LoadKeys(slots_[i % kSlots], keys, i + kSlots);
       } else {
-        LoadValues(slots[i % kSlots], i + kSlots - kGroups);
+        LoadValues(slots_[i % kSlots], keys, i + kSlots - kGroups);
       }
     }
-    Softmax(score);
+    Softmax(keys, score);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) o_[t][0] = o_[t][1] = o_[t][2] = o_[t][3] = 0;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      AddValues(slots[i % kSlots], score[i]);
-      if (i + kSlots < kGroups) LoadValues(slots[i % kSlots], i + kSlots);
+      AddValues(slots_[i % kSlots], score[i]);
+      if (i + kSlots < kGroups) {
+        LoadValues(slots_[i % kSlots], keys, i + kSlots);
+      } else {
+        LoadKeys(slots_[i % kSlots], next_, i + kSlots - kGroups);
+      }
     }
   }
 
@@ -142,9 +151,19 @@ class WarpBlock {
   __device__ bool Has(int h) const { return first_ + 2 * pair_ + h < work_.num_queries(); }
   __device__ int Dimension(int t) const { return t / 4 * 64 + quad_ * 8 + t % 4 * 2; }
 
-  // Where keys [begin, end) and their values lie. The lanes look at a span each: a long context has some
-  // forty.
-  __device__ bool Find(int64_t begin, int64_t end) {
+  // Up to 64 keys, one behind the other, and likewise their values. Positions are below 2^31.
+  struct Keys {
+    const uint8_t* rows = nullptr;
+    const uint8_t* value_rows = nullptr;
+    int32_t pos = 0;
+    int32_t count = 0;
+  };
+
+  // Where keys [begin, end) lie; nowhere if there are none. The lanes look at a span each: a long context
+  // has some forty.
+  __device__ Keys Find(int64_t begin, int64_t end) const {
+    Keys keys;
+    if (begin >= end) return keys;
     for (int32_t base = 0; base < work_.item.span_count; base += kWarp) {
       const int32_t i = base + lane_;
       bool here = false;
@@ -154,24 +173,24 @@ class WarpBlock {
       }
       const unsigned found = __ballot_sync(kFullMask, here);
       if (found == 0) continue;
-      const KvSpan span = work_.span(base + __ffs(static_cast<int>(found)) - 1);
+      const KvSpan& span = work_.span(base + __ffs(static_cast<int>(found)) - 1);
       const int64_t span_end = span.first_pos + span.count;
-      pos_ = begin;
-      keys_ = static_cast<int>((end < span_end ? end : span_end) - begin);
-      key_rows_ = KeyRow(span, kv_head_, begin, kD);
-      value_rows_ = ValueRow(span, kv_head_, begin, kD);
-      return true;
+      keys.rows = KeyRow(span, kv_head_, begin, kD);
+      keys.value_rows = ValueRow(span, kv_head_, begin, kD);
+      keys.pos = static_cast<int32_t>(begin);
+      keys.count = static_cast<int32_t>((end < span_end ? end : span_end) - begin);
+      break;
     }
-    return false;
+    return keys;
   }
 
   // The left operand of scores of keys [16 i, 16 i + 16): of two keys, 8 dimensions out of 32 each. Rows
   // that do not exist are zero.
-  __device__ void LoadKeys(uint4 (&slot)[kPieces], int i) const {
+  __device__ void LoadKeys(uint4 (&slot)[kPieces], const Keys& keys, int i) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool exists = i * kGroup + h * 8 + quad_ < keys_;
-      const uint8_t* const from = key_rows_ + quad_ * kRowBytes + pair_ * 16;
+      const bool exists = i * kGroup + h * 8 + quad_ < keys.count;
+      const uint8_t* const from = keys.rows + quad_ * kRowBytes + pair_ * 16;
 #pragma unroll
       for (int c = 0; c < kD / 32; ++c) {
         slot[2 * c + h] = exists ? LoadOnce(from + (i * kGroup + h * 8) * kRowBytes + c * 64)
@@ -180,13 +199,13 @@ class WarpBlock {
     }
   }
   // The values of keys 2 pair, the next, and both + 8: 8 dimensions out of 64 each.
-  __device__ void LoadValues(uint4 (&slot)[kPieces], int i) const {
+  __device__ void LoadValues(uint4 (&slot)[kPieces], const Keys& keys, int i) const {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int row = i * kGroup + n / 2 * 8 + n % 2;  // beside the lane's
-      const bool exists = row + 2 * pair_ < keys_;
+      const bool exists = row + 2 * pair_ < keys.count;
       const uint8_t* const from =
-          value_rows_ + 2 * pair_ * kRowBytes + quad_ * 16;
+          keys.value_rows + 2 * pair_ * kRowBytes + quad_ * 16;
 #pragma unroll
       for (int c = 0; c < kD / 64; ++c) {
         slot[4 * c + n] =
@@ -230,17 +249,17 @@ class WarpBlock {
   }
 
   // How many of the keys query h sees.
-  __device__ int Seen(int h) const {
+  __device__ int Seen(int h, const Keys& keys) const {
     if (!Has(h)) return 0;
-    const int64_t seen = work_.pos(first_ + 2 * pair_ + h) + 1 - pos_;
-    return seen <= 0 ? 0 : seen < keys_ ? static_cast<int>(seen) : keys_;
+    const int64_t seen = work_.pos(first_ + 2 * pair_ + h) + 1 - keys.pos;
+    return seen <= 0 ? 0 : seen < keys.count ? static_cast<int>(seen) : keys.count;
   }
 
   // Scores to exp(score - m).
-  __device__ void Softmax(float (&p)[kGroups][4]) {
+  __device__ void Softmax(const Keys& keys, float (&p)[kGroups][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int seen = Seen(h);
+      const int seen = Seen(h, keys);
       float largest = -CUDART_INF_F;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
@@ -297,60 +316,23 @@ class WarpBlock {
   const int32_t kv_head_;
   const int64_t first_;
   const int lane_, quad_, pair_;
-  // The keys.
-  int64_t pos_ = 0;
-  int keys_ = 0;
-  const uint8_t* key_rows_ = nullptr;
-  const uint8_t* value_rows_ = nullptr;
+  Keys next_;
+  uint4 slots_[kSlots][kPieces];  // keys or values on their way
   uint32_t q_hi_[kD / 32][4], q_lo_[kD / 32][4];
   float o_[kTiles][4];
   float m_[2], l_[2];
 };
 
-// Block (unit of the window, head and queries; item = blockIdx.y).
-template <int kD>
-__global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
-    UnitKernel(const __grid_constant__ AttendArgs a, UnitWindow window) {
-  BeginDependent();
-  __shared__ Partials<kD> partials;
-  const AttendItem item = a.items.device[blockIdx.y];
-  const Work work(a, item);
-  if (!GoesByUnits(item, work.group)) return;
-  const int64_t heads = item.kv_head_end - item.kv_head_begin;
-  const int64_t head = blockIdx.x / window.count % heads;
-  const int64_t first_query = blockIdx.x / window.count / heads * kQueries;
-  const int64_t unit = blockIdx.x % window.count;
-  const int64_t begin_pos = work.begin_pos();
-  const int64_t end_pos = work.end_pos();
-  // The window counts from the unit of the item's first key.
-  const int64_t unit_pos = (begin_pos / kUnitTokens + window.first + unit) * kUnitTokens;
-  if (unit_pos >= end_pos || first_query >= work.num_queries()) return;
-  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
-  const int64_t last_query = first_query + kQueries < work.num_queries() ? first_query + kQueries
-                                                                         : work.num_queries();
-  int64_t seen = work.pos(last_query - 1) + 1;
-  if (seen > end_pos) seen = end_pos;
-
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t begin = unit_pos + warp * kBlock;
-  WarpBlock<kD> block(work, kv_head, first_query);
-  block.Run(begin, begin < begin_pos ? begin : begin + kBlock < seen ? begin + kBlock : seen);
-  block.Store(partials, warp);
-  __syncthreads();
-
-  // U goes on from what an earlier launch has opened, unless this one resets. A thread has columns of one
-  // query.
-  constexpr int kColumns = kD * kQueries / kThreads;
-  const int query = static_cast<int>(threadIdx.x) * kQueries / kThreads;
-  const int column = static_cast<int>(threadIdx.x) % (kThreads / kQueries) * kColumns;
-  if (first_query + query >= last_query) return;
-  const bool opened = begin_pos > unit_pos && item.reset == 0;
-  const float* const u = work.state(kv_head, first_query + query) + kD + 2;
-  float m = opened ? u[kD] : -CUDART_INF_F;
-  float l = opened ? u[kD + 1] : 0.0f;
+// U of one query and some columns: what an earlier launch has opened, if there is such, and then the
+// partials of the unit's blocks, in order. To `to`.
+template <int kD, int kColumns>
+__device__ void FoldPartials(const Partials<kD>& partials, int query, int column, const float* opened,
+                             float* to) {
+  float m = opened != nullptr ? opened[kD] : -CUDART_INF_F;
+  float l = opened != nullptr ? opened[kD + 1] : 0.0f;
   float o[kColumns];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) o[i] = opened ? u[column + i] : 0.0f;
+  for (int i = 0; i < kColumns; ++i) o[i] = opened != nullptr ? opened[column + i] : 0.0f;
 #pragma unroll
   for (int part = 0; part < kWarps; ++part) {
     const FoldWeights fold(m, l, partials.m[part][query], partials.l[part][query]);
@@ -359,8 +341,6 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
     m = fold.m;
     l = fold.l;
   }
-  float* const to =
-      a.scratch + window.Slot(blockIdx.y, unit, head, first_query + query) * (kD + 2);
 #pragma unroll
   for (int i = 0; i < kColumns; i += 2) {
     *reinterpret_cast<float2*>(to + column + i) = make_float2(o[i], o[i + 1]);
@@ -368,6 +348,65 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   if (column != 0) return;
   to[kD] = m;
   to[kD + 1] = l;
+}
+
+// Block (some units of the window, head and queries; item = blockIdx.y).
+template <int kD>
+__global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
+    UnitKernel(const __grid_constant__ AttendArgs a, UnitWindow window) {
+  BeginDependent();
+  extern __shared__ __align__(16) uint8_t memory[];
+  auto* const partials = reinterpret_cast<Partials<kD>*>(memory);  // two, by turns
+  const AttendItem item = a.items.device[blockIdx.y];
+  const Work work(a, item);
+  if (!GoesByUnits(item, work.group)) return;
+  const int64_t parts = (window.count + window.per_block - 1) / window.per_block;
+  const int64_t heads = item.kv_head_end - item.kv_head_begin;
+  const int64_t head = blockIdx.x / parts % heads;
+  const int64_t first_query = blockIdx.x / parts / heads * kQueries;
+  if (first_query >= work.num_queries()) return;
+  // Units count from that of the item's first key.
+  const int64_t begin_pos = work.begin_pos();
+  const int64_t end_pos = work.end_pos();
+  const int64_t first_unit = begin_pos / kUnitTokens;
+  int64_t unit = window.first + blockIdx.x % parts * window.per_block;
+  int64_t end_unit = unit + window.per_block;
+  if (end_unit > window.first + window.count) end_unit = window.first + window.count;
+  const int64_t item_units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
+  if (end_unit > item_units) end_unit = item_units;
+  if (unit >= end_unit) return;
+
+  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
+  const int64_t last_query = first_query + kQueries < work.num_queries() ? first_query + kQueries
+                                                                         : work.num_queries();
+  int64_t seen = work.pos(last_query - 1) + 1;
+  if (seen > end_pos) seen = end_pos;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  // The warp's keys of a unit: [begin_of, end_of), or none.
+  const auto begin_of = [&](int64_t of) { return (first_unit + of) * kUnitTokens + warp * kBlock; };
+  const auto end_of = [&](int64_t of) {
+    const int64_t begin = begin_of(of);
+    if (of >= end_unit || begin < begin_pos) return begin;
+    return begin + kBlock < seen ? begin + kBlock : seen;
+  };
+  constexpr int kColumns = kD * kQueries / kThreads;
+  const int query = static_cast<int>(threadIdx.x) * kQueries / kThreads;
+  const int column = static_cast<int>(threadIdx.x) % (kThreads / kQueries) * kColumns;
+
+  WarpBlock<kD> block(work, kv_head, first_query);
+  block.Start(begin_of(unit), end_of(unit));
+  for (int turn = 0; unit < end_unit; ++unit, turn = 1 - turn) {
+    block.Run(begin_of(unit + 1), end_of(unit + 1));
+    block.Store(partials[turn], warp);
+    __syncthreads();
+    if (first_query + query >= last_query) continue;
+    const bool opened = begin_pos > (first_unit + unit) * kUnitTokens && item.reset == 0;
+    FoldPartials<kD, kColumns>(
+        partials[turn], query, column,
+        opened ? work.state(kv_head, first_query + query) + kD + 2 : nullptr,
+        a.scratch + window.Slot(blockIdx.y, unit - window.first, head, first_query + query) *
+                        (kD + 2));
+  }
 }
 
 // Units whose results are on their way at once: a load takes as long as some hundred additions.
@@ -486,6 +525,11 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   u[kD + 1] = open_l;
 }
 
+// Blocks of threads that a large GPU (132 multiprocessors) runs at once.
+constexpr int64_t kFullGrid = 264;
+template <int kD>
+constexpr int kShared = 2 * static_cast<int>(sizeof(Partials<kD>));
+
 // The largest of each over the items that go by units.
 struct Extents {
   int64_t heads = 0;
@@ -525,14 +569,16 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
     const int64_t items = all.items.count - item < most_items ? all.items.count - item : most_items;
     a.items = {all.items.device + item, all.items.host + item, static_cast<int32_t>(items)};
     const int64_t fit = a.scratch_floats / (items * an_item);
-    UnitWindow window = {0, fit < e.units ? fit : e.units, e.heads, e.queries};
+    UnitWindow window = {0, fit < e.units ? fit : e.units, 1, e.heads, e.queries};
     if (window.count == 0) window.count = 1;
     const auto y = static_cast<unsigned>(items);
+    const int64_t tasks = e.heads * CeilDiv(e.queries, kQueries);
+    window.per_block = CeilDiv(window.count * tasks * items, kFullGrid);
     do {
       const dim3 units(
-          static_cast<unsigned>(window.count * e.heads * CeilDiv(e.queries, kQueries)), y);
+          static_cast<unsigned>(CeilDiv(window.count, window.per_block) * tasks), y);
       HEADROOM_CUDA_RETURN_IF_ERROR(
-          LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads, 0, a, window));
+          LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads, kShared<kD>, a, window));
       const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
       HEADROOM_CUDA_RETURN_IF_ERROR(
           LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
@@ -544,7 +590,7 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
 
 template <int kD>
 cudaError_t Load() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, kShared<kD>));
   return LoadKernel(FoldKernel<kD>);
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/wide_shape.h"
+
 namespace headroom {
 namespace {
 
@@ -25,7 +27,10 @@ void CutIntoTiles(Tiling tiling, const KvGeometry& geometry, const Rectangle& fe
     heads = std::clamp<int64_t>(max_bytes / (length * geometry.BytesPerTokenPerHead()), 1, all_heads);
   }
   while (heads > 1 && TokensThatFit(geometry, heads, max_bytes) < kUnitTokens) --heads;
-  const int64_t tokens = TokensThatFit(geometry, heads, max_bytes);
+  int64_t tokens = TokensThatFit(geometry, heads, max_bytes);
+  if (tiling == Tiling::kPrefill && tokens >= kernels::kWidePieceTokens) {
+    tokens -= tokens % kernels::kWidePieceTokens;  // where attention cuts keys anyway
+  }
   for (int64_t head = fetched.kv_head_begin; head < fetched.kv_head_end; head += heads) {
     for (int64_t pos = fetched.first_pos; pos < fetched.end_pos; pos += tokens) {
       tiles.push_back({static_cast<int32_t>(head),

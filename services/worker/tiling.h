@@ -30,7 +30,8 @@ inline constexpr int64_t kMaxTileTokens = int64_t{1} << 17;
 
 // Cuts `fetched` into tiles of at most `max_bytes`, appended to `tiles` in the order in which
 // attention takes them: for every head ascending in position. Borders are multiples of kUnitTokens
-// where the rectangle begins at one (and of kBlockTokens always).
+// where the rectangle begins at one (and of kBlockTokens always); of long prefill tiles multiples of
+// kWidePieceTokens, so that a chunk's attention has the same bits over tiles as over resident keys.
 // REQUIRES: borders are multiples of kBlockTokens; max_bytes holds one block of one head.
 void CutIntoTiles(Tiling tiling, const KvGeometry& geometry, const Rectangle& fetched,
                   int64_t max_bytes, std::vector<Rectangle>& tiles);

@@ -23,6 +23,9 @@ class ForwardingDevice : public Device {
     return device_->RegisterHost(data, bytes);
   }
   absl::Status UnregisterHost(void* data) override { return device_->UnregisterHost(data); }
+  absl::Status GatedGemm(StreamId stream, const kernels::GatedGemmArgs& args) override {
+    return device_->GatedGemm(stream, args);
+  }
   kernels::ElementType product_type() const override { return device_->product_type(); }
   absl::Status PrepareGemm(int64_t n, int64_t k) override { return device_->PrepareGemm(n, k); }
   int64_t PackedBytes(int64_t n, int64_t k) const override { return device_->PackedBytes(n, k); }

@@ -146,6 +146,46 @@ TEST_F(KernelTest, FillRandomStaysInTheArena) {
   EXPECT_EQ(device_.FillRandom(args).code(), absl::StatusCode::kInternal);
 }
 
+TEST_F(GemmTest, AGatedProductIsTheProductAndThenTheActivation) {
+  for (const auto& [width, k] : {std::pair<int64_t, int64_t>{24, 64}, {1536, 576}, {100, 4096}}) {
+    const GemmCase g(kernels::kFewGemmRows, 2 * width, k, 5);
+    for (const int64_t rows : {1, 7, 9, 16, 17, 33, 64}) {
+      // Weights of such a size, exactly, that gates are of size 1.
+      const double scale = std::exp2(-std::round(std::log2(static_cast<double>(k)) / 2));
+      std::vector<BFloat16> w;
+      for (const BFloat16 value : g.w) {
+        w.push_back(kernels::ToBFloat16(static_cast<float>(ToFloat(value) * scale)));
+      }
+      std::vector<float> gate_up(rows * 2 * width), expected(rows * width);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t o = 0; o < 2 * width; ++o) {
+          double sum = 0;
+          for (int64_t i = 0; i < k; ++i) {
+            sum += static_cast<double>(ToFloat(g.a[r * k + i])) * ToFloat(w[o * k + i]);
+          }
+          gate_up[r * 2 * width + o] = static_cast<float>(sum);
+        }
+      }
+      reference::SwiGlu({gate_up.data(), expected.data(), rows, width});
+      uint8_t* const packed = gpu_.Take(device_.PackedBytes(g.n, g.k));
+      EXPECT_OK(device_.LoadWeightRows(w.data(), 0, g.n, g.n, g.k, packed));
+      GatedGemmArgs args;
+      args.gemm.a = gpu_.Put(g.a);
+      args.gemm.a_stride = k;
+      args.gemm.w = {reinterpret_cast<const BFloat16*>(packed), g.n, k};
+      args.gemm.c = gpu_.TakeActivations(rows * 2 * width, ElementType::kBFloat16);
+      args.gemm.c_stride = 2 * width;
+      args.gemm.m = rows;
+      args.swiglu = {args.gemm.c, gpu_.TakeActivations(rows * width, ElementType::kBFloat16), rows,
+                     width};
+      EXPECT_OK(device_.GatedGemm(gpu_.stream(), args));
+      EXPECT_TRUE(Near(gpu_.FetchActivations(args.swiglu.out, rows * width), expected, 0.06f))
+          << rows << " x " << width << " x " << k;
+      gpu_.Reset();
+    }
+  }
+}
+
 // ---- Elementwise
 // -----------------------------------------------------------------------------------------
 

@@ -289,6 +289,12 @@ class CudaDevice : public Device {
     HEADROOM_RETURN_IF_ERROR(CheckArenaRanges("Gemm", a));
     return Note(wide_gemm_->Run(a, streams_[s.index].get()));
   }
+  absl::Status GatedGemm(StreamId s, const kernels::GatedGemmArgs& a) override {
+    if (!kernels::cuda::IsSkinny(a.gemm) || a.gemm.w.n != 2 * a.swiglu.width) {
+      return Device::GatedGemm(s, a);
+    }
+    return Launch<&kernels::cuda::LaunchGatedGemm>(s, "GatedGemm", a);
+  }
   absl::Status SwiGlu(StreamId s, const kernels::SwiGluArgs& a) override {
     return Launch<&kernels::cuda::LaunchSwiGlu>(s, "SwiGlu", a);
   }

@@ -129,14 +129,13 @@ absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows) {
   HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.mlp_norm, normed_, rows));
   for (int64_t row = 0; row < rows; row += mlp_slice_rows_) {
     const int64_t count = std::min(mlp_slice_rows_, rows - row);
-    HEADROOM_RETURN_IF_ERROR(
-        Linear(normed_ + row * config_.hidden, w.gate_up, gate_up_, count, false));
-    kernels::SwiGluArgs swiglu;
-    swiglu.gate_up = gate_up_;
-    swiglu.out = activated_;
-    swiglu.rows = count;
-    swiglu.width = config_.intermediate;
-    HEADROOM_RETURN_IF_ERROR(device_.SwiGlu(stream_, swiglu));
+    kernels::GatedGemmArgs gated;
+    gated.gemm = Product(normed_ + row * config_.hidden, w.gate_up, gate_up_, count, false);
+    gated.swiglu.gate_up = gate_up_;
+    gated.swiglu.out = activated_;
+    gated.swiglu.rows = count;
+    gated.swiglu.width = config_.intermediate;
+    HEADROOM_RETURN_IF_ERROR(device_.GatedGemm(stream_, gated));
     HEADROOM_RETURN_IF_ERROR(
         Linear(activated_, w.down, x + row * config_.hidden, count, /*accumulate=*/true));
   }
@@ -185,6 +184,11 @@ absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat
 
 absl::Status Decoder::Linear(kernels::Activations a, const kernels::PackedWeight& w,
                              kernels::Activations c, int64_t rows, bool accumulate) {
+  return device_.Gemm(stream_, Product(a, w, c, rows, accumulate));
+}
+
+kernels::GemmArgs Decoder::Product(kernels::Activations a, const kernels::PackedWeight& w,
+                                   kernels::Activations c, int64_t rows, bool accumulate) {
   kernels::GemmArgs gemm;
   gemm.a = a;
   gemm.a_stride = w.k;
@@ -193,7 +197,7 @@ absl::Status Decoder::Linear(kernels::Activations a, const kernels::PackedWeight
   gemm.c_stride = w.n;
   gemm.m = rows;
   gemm.accumulate = accumulate;
-  return device_.Gemm(stream_, gemm);
+  return gemm;
 }
 
 }  // namespace headroom

@@ -52,6 +52,8 @@ class Decoder {
                     int64_t rows, const kernels::Table<int32_t>& row_index = {});
   absl::Status Linear(kernels::Activations a, const kernels::PackedWeight& w,
                       kernels::Activations c, int64_t rows, bool accumulate);
+  static kernels::GemmArgs Product(kernels::Activations a, const kernels::PackedWeight& w,
+                                   kernels::Activations c, int64_t rows, bool accumulate);
 
   Device& device_;
   const StreamId stream_;
