@@ -19,7 +19,13 @@ struct CopyKvItem {
 struct CopyKvRowsArgs {
   Table<CopyKvItem> items;
   int32_t head_dim = 0;
+  // On a GPU, of its multiprocessors' work: 0, or the most blocks of threads that may copy at once. What
+  // goes to host memory waits for PCIe, which 16 blocks keep busy, and should not fill the card with
+  // blocks that wait.
+  int32_t max_blocks = 0;
 };
+
+inline constexpr int32_t kHostCopyBlocks = 16;
 
 // The part of `item.from` that is read.
 inline KvSpan CopyKvSource(const CopyKvItem& item, int32_t head_dim) {

@@ -54,7 +54,17 @@ struct RecordingId {
 // caller, alive until the operation has run.
 struct OpAccount {
   std::atomic<int64_t> bytes{0};
-  std::atomic<int64_t> busy_ns{0};
+  std::atomic<int64_t> busy_ns{0};  // of the operations that were timed
+  // A GPU times some only (kTimedOf in cuda_device.cc): events between two kernels keep them from overlapping.
+  std::atomic<int32_t> ops{0};
+  std::atomic<int32_t> timed_ops{0};
+
+  // The time of all, those that were not timed taken for as long as the others.
+  int64_t EstimatedBusyNs() const {
+    const int32_t timed = timed_ops;
+    return timed > 0 && timed < ops ? busy_ns * ops / timed : busy_ns.load();
+  }
+  void Clear() { bytes = busy_ns = ops = timed_ops = 0; }
 };
 
 // Rows of a rectangle: `height` rows of `width_bytes`. A plain copy has height 1.

@@ -53,28 +53,32 @@ __global__ void __launch_bounds__(kRopeThreads) RopeAppendKernel(RopeAppendArgs 
   }
 }
 
-// Block (part, item): kRowsABlock positions of one head's K or V, 16 bytes a thread: a warp's
-// stores to host memory are then whole 128-byte lines.
-constexpr int64_t kRowsABlock = 64;
+// Parts of kRowsAPart positions of one head's K or V, 16 bytes a thread: a warp's stores to host memory
+// are then whole 128-byte lines. A block takes every gridDim.x-th of the parts_an_item of all items.
+constexpr int64_t kRowsAPart = 64;
 
-__global__ void CopyKvRowsKernel(CopyKvRowsArgs a) {
-  const CopyKvItem item = a.items.device[blockIdx.y];
-  const int64_t pieces = (item.to.count + kRowsABlock - 1) / kRowsABlock;
+__device__ void CopyPart(const CopyKvItem& item, int64_t part, int32_t head_dim) {
+  const int64_t pieces = (item.to.count + kRowsAPart - 1) / kRowsAPart;
   const int64_t heads = item.to.kv_head_end - item.to.kv_head_begin;
-  const int64_t part = blockIdx.x;
   if (part >= pieces * heads * 2) return;
-  const int64_t first = part % pieces * kRowsABlock;
+  const int64_t first = part % pieces * kRowsAPart;
   const auto head = static_cast<int32_t>(item.to.kv_head_begin + part / pieces / 2);
   const bool values = part / pieces % 2 != 0;
-  const int64_t rows = item.to.count - first < kRowsABlock ? item.to.count - first : kRowsABlock;
-  const int32_t vectors = a.head_dim * static_cast<int32_t>(kKvElementBytes) / 16;  // of a row
+  const int64_t rows = item.to.count - first < kRowsAPart ? item.to.count - first : kRowsAPart;
+  const int32_t vectors = head_dim * static_cast<int32_t>(kKvElementBytes) / 16;  // of a row
   for (int64_t i = threadIdx.x; i < rows * vectors; i += blockDim.x) {
     const int64_t pos = item.to.first_pos + first + i / vectors;
-    const uint8_t* const from = values ? ValueRow(item.from, head, pos, a.head_dim)
-                                       : KeyRow(item.from, head, pos, a.head_dim);
-    uint8_t* const to = values ? ValueRow(item.to, head, pos, a.head_dim)
-                               : KeyRow(item.to, head, pos, a.head_dim);
+    const uint8_t* const from = values ? ValueRow(item.from, head, pos, head_dim)
+                                       : KeyRow(item.from, head, pos, head_dim);
+    uint8_t* const to = values ? ValueRow(item.to, head, pos, head_dim)
+                               : KeyRow(item.to, head, pos, head_dim);
     reinterpret_cast<uint4*>(to)[i % vectors] = reinterpret_cast<const uint4*>(from)[i % vectors];
+  }
+}
+
+__global__ void CopyKvRowsKernel(CopyKvRowsArgs a, int64_t parts_an_item) {
+  for (int64_t i = blockIdx.x; i < parts_an_item * a.items.count; i += gridDim.x) {
+    CopyPart(a.items.device[i / parts_an_item], i % parts_an_item, a.head_dim);
   }
 }
 
@@ -93,24 +97,19 @@ cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
-  for (int64_t begin = 0; begin < args.items.count; begin += kMaxGridY) {
-    CopyKvRowsArgs part = args;
-    part.items.device += begin;
-    part.items.host += begin;
-    part.items.count = static_cast<int32_t>(
-        args.items.count - begin < kMaxGridY ? args.items.count - begin : kMaxGridY);
-    int64_t most = 0;
-    for (int32_t i = 0; i < part.items.count; ++i) {
-      const KvSpan& to = part.items.host[i].to;
-      const int64_t heads = to.kv_head_end - to.kv_head_begin;
-      const int64_t parts = CeilDiv(to.count, kRowsABlock) * heads * 2;
-      most = most < parts ? parts : most;
-    }
-    if (most == 0) continue;
-    const dim3 grid(static_cast<unsigned>(most), static_cast<unsigned>(part.items.count));
-    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchOn(stream, CopyKvRowsKernel, grid, kThreads, 0, part));
+  int64_t most = 0;
+  for (int32_t i = 0; i < args.items.count; ++i) {
+    const KvSpan& to = args.items.host[i].to;
+    const int64_t heads = to.kv_head_end - to.kv_head_begin;
+    const int64_t parts = CeilDiv(to.count, kRowsAPart) * heads * 2;
+    most = most < parts ? parts : most;
   }
-  return cudaSuccess;
+  if (most == 0) return cudaSuccess;
+  constexpr int64_t kMaxGrid = int64_t{1} << 20;
+  int64_t blocks = most * args.items.count < kMaxGrid ? most * args.items.count : kMaxGrid;
+  if (args.max_blocks > 0 && blocks > args.max_blocks) blocks = args.max_blocks;
+  return LaunchOn(stream, CopyKvRowsKernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, args,
+                  most);
 }
 
 cudaError_t LoadKvRows() {

@@ -1,8 +1,8 @@
 // Products of up to kFewGemmRows rows: a decode step's. The weights are streamed once, and that is the
 // time it takes.
 //
-// A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at slices of 32 k: slice i
-// belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the order
+// A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at pairs of slices of 32 k:
+// pair i belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the order
 // of the warps. So a row's bits depend on its own activations only, however many rows there are
 // and whichever tiles are chosen.
 //
@@ -22,7 +22,10 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kSlice = 32;
-constexpr int kStep = kWarps * kSlice;  // from a warp's slice to its next
+// A warp's slices come in pairs, 128 bytes of a row: how far the n-th is from its first.
+constexpr int kPair = 2 * kSlice;
+constexpr int kTurn = kWarps * kPair;
+HEADROOM_HOST_DEVICE constexpr int OffsetOf(int n) { return n / 2 * kTurn + n % 2 * kSlice; }
 
 // Not kept in L1, where nothing of it is wanted again.
 __device__ uint4 LoadOnce(const BFloat16* from) {
@@ -33,7 +36,7 @@ __device__ uint4 LoadOnce(const BFloat16* from) {
   return value;
 }
 
-// Of gated products the left half of the row tiles are gates, the right one what they gate.
+// Of gated products the upper 8 rows of a row tile are gates, the lower ones what they gate.
 template <int kRowTiles, int kColumnTiles, bool kGated>
 struct Shape {
   static constexpr int kOutputs = kRowTiles * 16;
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
   const auto depth = static_cast<int>(g.w.k);
   const int64_t num_results = kGated ? g.w.n / 2 : g.w.n;
   const int64_t first_result = int64_t{blockIdx.x} * S::kResults;
-  const int first_k = warp * kSlice + pair * 8;  // of the lane
+  const int first_k = warp * kPair + pair * 8;  // of the lane
 
   // A lane's two rows of each tile; those that do not exist repeat the last.
   const BFloat16* weights[kRowTiles][2];
@@ -68,22 +71,21 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
   for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int output = t * 16 + h * 8 + quad;
-      const bool up = kGated && output >= S::kResults;
-      int64_t row = first_result + (up ? output - S::kResults : output);
+      int64_t row = first_result + (kGated ? t * 8 : t * 16 + h * 8) + quad;
       if (row >= num_results) row = num_results - 1;
-      weights[t][h] = g.w.data + (up ? num_results + row : row) * depth + first_k;
+      if (kGated && h == 1) row += num_results;
+      weights[t][h] = g.w.data + row * depth + first_k;
     }
   }
   uint4 w[kSlots][kRowTiles][2];
   // The lane's part of the slice `steps` after the one that `weights` point to, which is at `k`.
   const auto load = [&](uint4(&slot)[kRowTiles][2], int k, int steps) {
-    const bool inside = k + steps * kStep < depth;
+    const bool inside = k + OffsetOf(steps) < depth;
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        slot[t][h] = inside ? LoadOnce(weights[t][h] + steps * kStep) : make_uint4(0, 0, 0, 0);
+        slot[t][h] = inside ? LoadOnce(weights[t][h] + OffsetOf(steps)) : make_uint4(0, 0, 0, 0);
       }
     }
   };
@@ -94,14 +96,14 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
   const BFloat16* activations = g.a.bfloats() + quad * g.a_stride + first_k;
   float sum[kRowTiles][kColumnTiles][4] = {};
   // Lanes of a warp end together: what lies past `depth` is zero.
-  for (int k = first_k; k - pair * 8 < depth; k += kSlots * kStep) {
+  for (int k = first_k; k - pair * 8 < depth; k += OffsetOf(kSlots)) {
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
       for (int c = 0; c < kColumnTiles; ++c) {
         uint4 a = make_uint4(0, 0, 0, 0);
-        if (k + s * kStep < depth && c * 8 + quad < g.m) {
-          a = *reinterpret_cast<const uint4*>(activations + c * 8 * g.a_stride + s * kStep);
+        if (k + OffsetOf(s) < depth && c * 8 + quad < g.m) {
+          a = *reinterpret_cast<const uint4*>(activations + c * 8 * g.a_stride + OffsetOf(s));
         }
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
@@ -115,10 +117,10 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
     }
 #pragma unroll
     for (int t = 0; t < kRowTiles; ++t) {
-      weights[t][0] += kSlots * kStep;
-      weights[t][1] += kSlots * kStep;
+      weights[t][0] += OffsetOf(kSlots);
+      weights[t][1] += OffsetOf(kSlots);
     }
-    activations += kSlots * kStep;
+    activations += OffsetOf(kSlots);
   }
 
 #pragma unroll
@@ -147,11 +149,14 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
     const int result = i % S::kResults;
     if (row >= g.m || first_result + result >= num_results) continue;
     const int64_t at = row * g.c_stride + first_result + result;
-    float value = total(row, result);
+    float value;
     if constexpr (kGated) {
-      value = value / (1.0f + expf(-value)) * total(row, S::kResults + result);
-    } else if (g.accumulate) {
-      value = __fadd_rn(g.c.floats()[at], value);
+      const int gate = result / 8 * 16 + result % 8;
+      value = total(row, gate);
+      value = value / (1.0f + expf(-value)) * total(row, gate + 8);
+    } else {
+      value = total(row, result);
+      if (g.accumulate) value = __fadd_rn(g.c.floats()[at], value);
     }
     StoreActivation(g.c, at, value);
   }
@@ -174,7 +179,7 @@ cudaError_t Load() {
 // Of more rows, more outputs a block: each reads all rows' activations.
 template <bool kGated>
 cudaError_t LaunchFor(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m <= 8) return Launch<kGated ? 2 : 1, 1, kGated>(args, stream);
+  if (args.m <= 8) return Launch<1, 1, kGated>(args, stream);
   if (args.m <= 16) return Launch<2, 2, kGated>(args, stream);
   if (args.m <= 32) return Launch<2, 4, kGated>(args, stream);
   return Launch<2, 8, kGated>(args, stream);
@@ -182,7 +187,7 @@ cudaError_t LaunchFor(const GemmArgs& args, cudaStream_t stream) {
 
 template <bool kGated>
 cudaError_t LoadAll() {
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<kGated ? 2 : 1, 1, kGated>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1, kGated>()));
   HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2, kGated>()));
   HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4, kGated>()));
   return Load<2, 8, kGated>();

@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
 }
 
 // Blocks of threads that a large GPU (132 multiprocessors) runs at once.
-constexpr int64_t kFullGrid = 264;
+constexpr int64_t kFullGrid = 528;
 template <int kD>
 constexpr int kShared = 2 * static_cast<int>(sizeof(Partials<kD>));
 

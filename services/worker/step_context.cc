@@ -198,14 +198,11 @@ absl::Status StepContext::AddPart(const StepSequence& sequence) {
 absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, const Plan& plan, int index) {
   Flight& flight = flights_[index];
   flight.tables.Clear();
-  for (OpAccount& account : flight.accounts) {
-    account.bytes = 0;
-    account.busy_ns = 0;
+  for (OpAccount& account : flight.accounts) account.Clear();
+  for (OpAccount* const account :
+       {&flight.tile_reads, &flight.sealed, &flight.fetch_wait, &flight.in_place_wait}) {
+    account->Clear();
   }
-  flight.tile_reads.bytes = 0;
-  flight.sealed.bytes = 0;
-  flight.fetch_wait.busy_ns = 0;
-  flight.in_place_wait.busy_ns = 0;
   flight.await_result->store(kernels::kAwaitOk);
   flight.in_place_totals = nullptr;
   std::fill(std::begin(flight.kv_heads), std::end(flight.kv_heads), 0.0);

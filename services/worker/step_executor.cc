@@ -460,11 +460,12 @@ absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
 }
 
 absl::Status StepExecutor::Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
-                                OpAccount* account) {
+                                OpAccount* account, int32_t max_blocks) {
   if (items.count == 0) return absl::OkStatus();
   kernels::CopyKvRowsArgs args;
   args.items = items;
   args.head_dim = config_.head_dim;
+  args.max_blocks = max_blocks;
   return device_.CopyKvRows(stream, args, account);
 }
 
@@ -477,7 +478,7 @@ absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
   HEADROOM_RETURN_IF_ERROR(device_.Record(compute_, state.appended[parity]));
   HEADROOM_RETURN_IF_ERROR(device_.Wait(seal_, state.appended[parity]));
   HEADROOM_RETURN_IF_ERROR(
-      Move(seal_, work.seal, &state.flight(context.active_flight).sealed));
+      Move(seal_, work.seal, &state.flight(context.active_flight).sealed, kernels::kHostCopyBlocks));
   HEADROOM_RETURN_IF_ERROR(Move(seal_, work.mirror, nullptr));
   return device_.Record(seal_, state.sealed[parity]);
 }
@@ -651,7 +652,7 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
     LaneAccount& account = result.lanes[lane];
     account.kv_heads = flight.kv_heads[lane];
     account.bytes = flight.accounts[lane].bytes;
-    account.busy_ns = flight.accounts[lane].busy_ns;
+    account.busy_ns = flight.accounts[lane].EstimatedBusyNs();
     account.idle_ns =
         account.bytes > 0 ? std::max<int64_t>(0, result.duration_ns - account.busy_ns) : 0;
   }
@@ -666,8 +667,8 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
     account.busy_ns = static_cast<int64_t>(flight.in_place_totals->busy_ns);
     account.idle_ns = std::max<int64_t>(0, result.duration_ns - account.busy_ns);
   }
-  result.fetch_wait_ns = flight.fetch_wait.busy_ns;
-  result.in_place_wait_ns = flight.in_place_wait.busy_ns;
+  result.fetch_wait_ns = flight.fetch_wait.EstimatedBusyNs();
+  result.in_place_wait_ns = flight.in_place_wait.EstimatedBusyNs();
   result.sealed_bytes = flight.sealed.bytes;
   return step;
 }

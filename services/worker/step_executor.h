@@ -118,7 +118,7 @@ class StepExecutor {
   absl::Status EnqueueAttention(Context& context, int32_t layer);
   absl::Status EnqueueSealing(Context& context, int32_t layer);
   absl::Status Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
-                    OpAccount* account);
+                    OpAccount* account, int32_t max_blocks = 0);
   absl::Status EnqueueEnd(Context& context);
   absl::Status RecordSealed(Context& context);
   void Finish(Context& context, const absl::Status& status);

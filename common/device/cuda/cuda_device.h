@@ -5,7 +5,8 @@
 //
 // Accounts: bytes are counted where an operation is enqueued, or replayed; time is measured by a
 // pair of events around it and added at the first Synchronize() or Done() that sees it over. An
-// operation that is enqueued while all pairs are in use, or recorded, counts its bytes only.
+// operation that is enqueued while all pairs are in use, or recorded, counts its bytes only; of Attend
+// every eighth is timed (OpAccount::EstimatedBusyNs()).
 //
 // Host memory is registered in pieces that end at multiples of kRegistrationBytes from its
 // beginning; no operation may name a range that crosses such a border.

@@ -75,6 +75,7 @@ void OpTimers::Collect() {
     if (state == cudaSuccess &&
         cudaEventElapsedTime(&ms, pair.begin.get(), pair.end.get()) == cudaSuccess) {
       pair.account->busy_ns.fetch_add(static_cast<int64_t>(ms * 1e6f), std::memory_order_relaxed);
+      pair.account->timed_ops.fetch_add(1, std::memory_order_relaxed);
     }
     free_.push_back(index);
   }
