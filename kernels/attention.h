@@ -11,6 +11,8 @@
 // other rows or on the number of threads. Folding with an empty state (m = -inf, l = 0) is the
 // identity.
 //
+// (On a GPU, rows of up to 64 queries a KV head: U is the fold of its blocks, each from empty.)
+//
 // Masking is causal by absolute position: a row at position p sees keys <= p.
 //
 // A device may have a faster way for items of at least kWideRows rows (kernels/wide_shape.h), which

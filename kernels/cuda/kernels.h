@@ -3,8 +3,8 @@
 // They read Table::host, never Table::device, for what a grid must cover; kernels read the device
 // copies. A launch that is captured into a graph keeps its grid: a replay must come with tables of
 // the shape that was recorded. Results depend on no launch geometry, to the bit: sums have a fixed
-// order, nothing is merged by atomics, and a row's results do not depend on the other rows of the
-// batch.
+// order, nothing is merged by atomics, and a row of a decode step (up to kFewGemmRows rows, up to
+// kUnitQueries queries a KV head) does not depend on the other rows of the batch.
 //
 // Gemm and Embed read a weight matrix as it is published, row-major [n, k]; the padding that
 // PackedWeightBytes() counts follows it.
