@@ -2,8 +2,8 @@
 // time it takes.
 //
 // A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at pairs of slices of 32 k:
-// pair i belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the order
-// of the warps. So a row's bits depend on its own activations only, however many rows there are
+// pair i belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the
+// order of the warps. So a row's bits depend on its own activations only, however many rows there are
 // and whichever tiles are chosen.
 //
 // Weights go from memory straight into the fragments of m16n8k16 products, weights being the left
