@@ -501,16 +501,7 @@ cudaError_t Load() {
 
 cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
   if (args.items.count == 0 || args.rows == 0) return cudaSuccess;
-  switch (args.head_dim) {
-    case 64:
-      return Launch<64>(args, stream);
-    case 128:
-      return Launch<128>(args, stream);
-    case 256:
-      return Launch<256>(args, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return ForHeadDim(args.head_dim, [&](auto d) { return Launch<d()>(args, stream); });
 }
 
 cudaError_t LoadAttend() {

@@ -4,6 +4,8 @@
 
 #include <math_constants.h>
 
+#include <type_traits>
+
 #include "kernels/attention.h"
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/fold_weights.cuh"
@@ -19,6 +21,21 @@ inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int64_t kUnitQueries = 64;
 HEADROOM_HOST_DEVICE inline bool GoesByUnits(const AttendItem& item, int32_t group) {
   return int64_t{item.row_count} * group <= kUnitQueries;
+}
+
+// launch(std::integral_constant<int, head_dim>()), for the head sizes there are kernels for.
+template <typename F>
+cudaError_t ForHeadDim(int32_t head_dim, F&& launch) {
+  switch (head_dim) {
+    case 64:
+      return launch(std::integral_constant<int, 64>());
+    case 128:
+      return launch(std::integral_constant<int, 128>());
+    case 256:
+      return launch(std::integral_constant<int, 256>());
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 // Two neighbours; `i` is even.
