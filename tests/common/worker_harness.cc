@@ -37,6 +37,18 @@ RandomModelFolder::~RandomModelFolder() {
   std::filesystem::remove_all(path_, ignored);
 }
 
+RandomModelSpec SmallModel(int64_t q_heads, int64_t kv_heads, int64_t head_dim) {
+  RandomModelSpec spec;
+  spec.num_layers = 3;
+  spec.hidden_size = 96;
+  spec.num_q_heads = q_heads;
+  spec.num_kv_heads = kv_heads;
+  spec.head_dim = head_dim;
+  spec.intermediate_size = 136;
+  spec.vocab_size = 211;
+  return spec;
+}
+
 // ---------------------------------------------------------------- plans
 
 Plan WholeHeadPlan(uint64_t version, const KvGeometry& geometry, const LaneOfHead& lane) {

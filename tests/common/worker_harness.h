@@ -41,6 +41,9 @@ class RandomModelFolder {
   const std::string path_;
 };
 
+// 3 layers that are small in everything; sizes that are no multiples of vectors.
+RandomModelSpec SmallModel(int64_t q_heads = 6, int64_t kv_heads = 3, int64_t head_dim = 64);
+
 // ---- Plans.
 using LaneOfHead = std::function<Lane(int32_t layer, int32_t kv_head)>;
 Plan WholeHeadPlan(uint64_t version, const KvGeometry& geometry, const LaneOfHead& lane);

@@ -21,18 +21,6 @@ constexpr uint64_t kMixed = 3;
 constexpr uint64_t kInPlace = 4;
 constexpr uint64_t kThreeLanes = 5;
 
-RandomModelSpec Model(int64_t q_heads, int64_t kv_heads, int64_t head_dim) {
-  RandomModelSpec spec;
-  spec.num_layers = 3;
-  spec.hidden_size = 96;
-  spec.num_q_heads = q_heads;
-  spec.num_kv_heads = kv_heads;
-  spec.head_dim = head_dim;
-  spec.intermediate_size = 136;
-  spec.vocab_size = 211;
-  return spec;
-}
-
 class WorkerOnGpu : public ::testing::Test {
  protected:
   void Start(const RandomModelSpec& spec) {
@@ -123,7 +111,7 @@ TEST_F(WorkerOnGpu, ResidentIsFetchedToTheBitInEveryChunking) {
     int64_t q_heads, kv_heads, head_dim;
   } shapes[] = {{6, 3, 64}, {4, 4, 64}, {8, 2, 128}, {5, 1, 128}};
   for (const auto& shape : shapes) {
-    Start(Model(shape.q_heads, shape.kv_heads, shape.head_dim));
+    Start(SmallModel(shape.q_heads, shape.kv_heads, shape.head_dim));
     ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
     TestRequest request = Request(1, 700, 20);
     const TestOutput whole = Run(*gpu_, request, kResident);
@@ -142,7 +130,7 @@ TEST_F(WorkerOnGpu, ResidentIsFetchedToTheBitInEveryChunking) {
 }
 
 TEST_F(WorkerOnGpu, BytesMovedAreTheGeometrysBytes) {
-  Start(Model(6, 3, 64));
+  Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
   const TestRequest request = Request(2, 400, 8);
   for (const uint64_t plan : {kResident, kFetched, kMixed}) {
@@ -165,7 +153,7 @@ TEST_F(WorkerOnGpu, LogProbabilitiesAreThoseOfTheCpu) {
     int64_t q_heads, kv_heads, head_dim;
   } shapes[] = {{6, 3, 64}, {4, 4, 64}, {8, 1, 128}, {5, 1, 64}};
   for (const auto& shape : shapes) {
-    Start(Model(shape.q_heads, shape.kv_heads, shape.head_dim));
+    Start(SmallModel(shape.q_heads, shape.kv_heads, shape.head_dim));
     ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
     const TestRequest request = Request(3, 600, 1);
     const TestOutput on_gpu = Run(*gpu_, request, kFetched);
@@ -178,7 +166,7 @@ TEST_F(WorkerOnGpu, LogProbabilitiesAreThoseOfTheCpu) {
 }
 
 TEST_F(WorkerOnGpu, SequencesSideBySideHaveTheBitsOfSequencesAlone) {
-  Start(Model(6, 3, 64));
+  Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
   std::vector<TestRequest> requests;
   for (const int64_t tokens : {3, 90, 200, 333, 513, 1, 64, 65, 255, 256, 257, 300, 77, 12, 128, 500}) {
@@ -200,7 +188,7 @@ TEST_F(WorkerOnGpu, SequencesSideBySideHaveTheBitsOfSequencesAlone) {
 // The store's processors compute in float32 with another order of sums than the GPU: close, and the same
 // bits each time.
 TEST_F(WorkerOnGpu, KeysInPlaceAreWithinRounding) {
-  Start(Model(6, 3, 64));
+  Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
   TestRequest request = Request(6, 600, 1);
   request.chunk_tokens = 40;
@@ -220,7 +208,7 @@ TEST_F(WorkerOnGpu, KeysInPlaceAreWithinRounding) {
 }
 
 TEST_F(WorkerOnGpu, AStoreThatDiesCostsNoToken) {
-  Start(Model(6, 3, 64));
+  Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
   const TestRequest request = Request(7, 300, 30);
   const TestOutput expected = Run(*gpu_, request, kFetched);

@@ -14,14 +14,7 @@ namespace {
 class CalibrationTest : public ::testing::TestWithParam<int> {};
 
 TEST_P(CalibrationTest, FindsCostsAndLeavesNothingBehind) {
-  RandomModelSpec spec;
-  spec.num_layers = 3;
-  spec.hidden_size = 96;
-  spec.num_q_heads = 6;
-  spec.num_kv_heads = 3;
-  spec.head_dim = 64;
-  spec.intermediate_size = 136;
-  spec.vocab_size = 211;
+  const RandomModelSpec spec = SmallModel();
   const auto folder = RandomModelFolder::Create(spec);
   ASSERT_TRUE(folder.ok()) << folder.status();
   WorkerHarnessOptions options;

@@ -25,18 +25,6 @@ std::vector<T> Either(std::vector<T> thoroughly, std::vector<T> briefly) {
 }
 constexpr int Either(int thoroughly, int briefly) { return kThoroughly ? thoroughly : briefly; }
 
-RandomModelSpec SmallModel() {
-  RandomModelSpec spec;
-  spec.num_layers = 3;
-  spec.hidden_size = 96;
-  spec.num_q_heads = 6;
-  spec.num_kv_heads = 3;
-  spec.head_dim = 64;
-  spec.intermediate_size = 136;
-  spec.vocab_size = 211;
-  return spec;
-}
-
 constexpr uint64_t kResident = 1;
 constexpr uint64_t kFetched = 2;
 constexpr uint64_t kMixed = 3;

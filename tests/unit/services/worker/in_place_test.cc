@@ -39,18 +39,6 @@ constexpr uint64_t kFetched = 2;
 constexpr uint64_t kAllInPlace = 3;
 constexpr uint64_t kMixed = 4;
 
-RandomModelSpec SmallModel() {
-  RandomModelSpec spec;
-  spec.num_layers = 3;
-  spec.hidden_size = 96;
-  spec.num_q_heads = 6;
-  spec.num_kv_heads = 3;
-  spec.head_dim = 64;
-  spec.intermediate_size = 136;
-  spec.vocab_size = 211;
-  return spec;
-}
-
 class InPlace : public ::testing::Test {
  protected:
   void Start(const RandomModelSpec& spec, WorkerHarnessOptions options = {}) {

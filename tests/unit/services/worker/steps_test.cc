@@ -18,22 +18,10 @@ constexpr uint64_t kResident = 1;
 constexpr uint64_t kFetched = 2;
 constexpr uint64_t kMixed = 3;  // head 0 resident, the others fetched
 
-RandomModelSpec SmallModel() {
-  RandomModelSpec spec;
-  spec.num_layers = 3;
-  spec.hidden_size = 96;
-  spec.num_q_heads = 4;
-  spec.num_kv_heads = 2;
-  spec.head_dim = 64;
-  spec.intermediate_size = 136;
-  spec.vocab_size = 211;
-  return spec;
-}
-
 class Steps : public ::testing::Test {
  protected:
   void SetUp() override {
-    auto folder = RandomModelFolder::Create(SmallModel());
+    auto folder = RandomModelFolder::Create(SmallModel(4, 2));
     ASSERT_TRUE(folder.ok()) << folder.status();
     folder_ = *std::move(folder);
     WorkerHarnessOptions options;
