@@ -36,8 +36,6 @@ constexpr int64_t kAlign = 4096;
 
 // Some 20 us.
 constexpr int kSpins = 500;
-// A mailbox that is retired meanwhile rings for nobody.
-constexpr absl::Duration kLongestSleep = absl::Milliseconds(20);
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -260,8 +258,8 @@ void RingAnswered(MailboxSlot& slot, uint64_t count) {
   if (slot.worker_sleeps.load() != 0) SharedFutexWakeAll(LowHalf(slot.answered));
 }
 
-bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count,
-                   absl::Duration timeout) {
+bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count, absl::Duration timeout,
+                   absl::Duration longest_sleep) {
   const absl::Time deadline = absl::Now() + timeout;
   for (int spins = 0;; ++spins) {
     uint64_t answered = slot.answered.load(std::memory_order_acquire);
@@ -277,7 +275,7 @@ bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count,
     answered = slot.answered.load();
     if (answered < count) {
       SharedFutexWait(LowHalf(slot.answered), static_cast<uint32_t>(answered),
-                      std::min(left, kLongestSleep));
+                      std::min(left, longest_sleep));
     }
     slot.worker_sleeps.store(0);
   }

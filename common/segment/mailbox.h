@@ -81,9 +81,10 @@ void WakeStore(MailboxHeader& header);
 void RingPosted(MailboxHeader& header, MailboxSlot& slot, uint64_t count);
 void RingAnswered(MailboxSlot& slot, uint64_t count);
 // Waits until `count` answers have come: spins for some 20 us, then sleeps. False once `timeout` has
-// passed or the mailbox is retired.
-bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count,
-                   absl::Duration timeout);
+// passed or the mailbox is retired. A mailbox that is retired rings for nobody: who sleeps looks again
+// after `longest_sleep`.
+bool AwaitAnswered(MailboxHeader& header, MailboxSlot& slot, uint64_t count, absl::Duration timeout,
+                   absl::Duration longest_sleep = absl::Milliseconds(20));
 
 }  // namespace headroom
 

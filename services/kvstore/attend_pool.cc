@@ -16,15 +16,6 @@
 namespace headroom::kvstore {
 namespace {
 
-// How long to look without sleeping after the latest post. Whoever can wake the pool need not be
-// looked for; a GPU's next post comes within a layer's time.
-constexpr int64_t kSpinIfWokenNs = 20'000;
-constexpr int64_t kSpinNs = 20'000'000;
-// A GPU that posts while the pool sleeps is found this much later.
-constexpr absl::Duration kNap = absl::Microseconds(50);
-constexpr int64_t kNapsNs = 1'000'000'000;
-constexpr absl::Duration kSleep = absl::Milliseconds(500);
-
 int64_t NowNs() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -55,8 +46,10 @@ void PinTo(int index) {
 
 }  // namespace
 
-AttendPool::AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads)
-    : reader_(data, std::move(ready_bytes)),
+AttendPool::AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads,
+                       const Patience& patience)
+    : patience_(patience),
+      reader_(data, std::move(ready_bytes)),
       team_(threads) {
   thread_ = std::thread([this] { Loop(); });
 }
@@ -134,8 +127,8 @@ void AttendPool::Idle(Mailbox& mailbox) {
   // A step begins: its first post may be some time off.
   if (wake != wake_) last_active_ns_ = NowNs();
   wake_ = wake;
-  const int64_t quiet_ns = NowNs() - last_active_ns_;
-  if (quiet_ns < (woken ? kSpinIfWokenNs : kSpinNs)) {
+  const absl::Duration quiet = absl::Nanoseconds(NowNs() - last_active_ns_);
+  if (quiet < (woken ? patience_.spin_if_woken : patience_.spin)) {
     for (int i = 0; i < 64; ++i) Pause();
     return;
   }
@@ -146,7 +139,8 @@ void AttendPool::Idle(Mailbox& mailbox) {
     MutexLock lock(&mutex_);
     more = next_ != nullptr;
   }
-  if (!more) SharedFutexWait(header.wake, wake, woken || quiet_ns > kNapsNs ? kSleep : kNap);
+  const bool naps = !woken && quiet <= patience_.naps;
+  if (!more) SharedFutexWait(header.wake, wake, naps ? patience_.nap : patience_.sleep);
   header.store_sleeps.store(0);
 }
 

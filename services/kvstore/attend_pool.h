@@ -13,9 +13,11 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "common/mutex.h"
 #include "common/segment/mailbox.h"
 #include "kernels/cpu/team.h"
@@ -33,9 +35,25 @@ class AttendPool {
     uint64_t busy_ns = 0;
   };
 
+  // How it waits for a post.
+  struct Patience {
+    // How long to look without sleeping after the latest post. Whoever can wake the pool need not be
+    // looked for; a GPU's next post comes within a layer's time.
+    absl::Duration spin_if_woken = absl::Microseconds(20);
+    absl::Duration spin = absl::Milliseconds(20);
+    // For so long after the latest post, one of who wakes nobody is found within a nap.
+    absl::Duration naps = absl::Seconds(1);
+    absl::Duration nap = absl::Microseconds(50);
+    // Bells end a sleep: this bounds what a lost one could cost.
+    absl::Duration sleep = absl::Milliseconds(500);
+  };
+
   // `data` is the segment's, alive as long as the pool; bytes below `ready_bytes()` may be read.
   // `threads` >= 1, each pinned to a processor of its own where there are as many.
-  AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads);
+  AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads,
+             const Patience& patience);
+  AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads)
+      : AttendPool(data, std::move(ready_bytes), threads, Patience()) {}
   ~AttendPool();
 
   int threads() const { return team_.size(); }
@@ -56,6 +74,7 @@ class AttendPool {
   void Idle(Mailbox& mailbox);
   bool AnyPost(const Mailbox& mailbox) const;
 
+  const Patience patience_;
   std::atomic<bool> stop_{false};
 
   mutable Mutex mutex_;

@@ -54,7 +54,7 @@ void RunOp(const CpuOp& op, kernels::CpuTeam& team) {
 CpuStream::CpuStream(std::string name, int threads, std::optional<uint64_t> delay_seed)
     : name_(std::move(name)),
       delay_seed_(delay_seed),
-      ops_(new CpuOp[kCapacity]),
+      cells_(new Cell[kCapacity]),
       team_(threads),
       thread_([this] { Loop(); }) {}
 
@@ -69,7 +69,9 @@ absl::Status CpuStream::Push(const CpuOp& op) {
   const uint32_t at = pushed_.load(std::memory_order_relaxed);
   if (at - popped_seen_ == kCapacity) popped_seen_ = popped_.load(std::memory_order_acquire);
   if (at - popped_seen_ == kCapacity) HEADROOM_RETURN_IF_ERROR(AwaitRoom(at));
-  ops_[at % kCapacity] = op;
+  Cell& cell = cells_[at % kCapacity];
+  cell.op = op;
+  cell.turn.store(at + 1, std::memory_order_release);
   pushed_.exchange(at + 1, std::memory_order_acq_rel);
   if (asleep_.load(std::memory_order_relaxed)) FutexWakeAll(pushed_);
   return absl::OkStatus();
@@ -91,7 +93,7 @@ absl::Status CpuStream::AwaitRoom(uint32_t at) {
 
 void CpuStream::Sleep(uint32_t at) {
   asleep_.exchange(true, std::memory_order_acq_rel);
-  if (pushed_.load(std::memory_order_acquire) == at) {
+  if (pushed_.load(std::memory_order_relaxed) == at) {
     FutexWait(pushed_, at, absl::Milliseconds(500));
   }
   asleep_.store(false, std::memory_order_relaxed);
@@ -101,21 +103,22 @@ void CpuStream::Loop() {
   pthread_setname_np(pthread_self(), name_.substr(0, 15).c_str());
   uint64_t random = delay_seed_.value_or(0);
   for (uint32_t at = 0;; ++at) {
+    Cell& cell = cells_[at % kCapacity];
     for (int spin = 0;; ++spin) {
-      if (pushed_.load(std::memory_order_acquire) != at) break;
-      if (stop_.load(std::memory_order_acquire)) return;
+      const bool stop = stop_.load(std::memory_order_acquire);  // first: what was pushed is run
+      if (cell.turn.load(std::memory_order_acquire) == at + 1) break;
+      if (stop) return;
       if (spin < kSpins) {
         Pause();
       } else {
         Sleep(at);
       }
     }
-    const CpuOp& op = ops_[at % kCapacity];
     if (delay_seed_.has_value()) {
       std::this_thread::sleep_for(
           std::chrono::microseconds(NextRandom(random) % (kMaxDelayUs + 1)));
     }
-    RunOp(op, team_);
+    RunOp(cell.op, team_);
     popped_.exchange(at + 1, std::memory_order_acq_rel);
     if (wake_at_.load(std::memory_order_relaxed) == at + 1) FutexWakeAll(popped_);
   }

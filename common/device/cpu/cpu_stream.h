@@ -56,11 +56,18 @@ class CpuStream {
 
   const std::string name_;
   const std::optional<uint64_t> delay_seed_;
-  const std::unique_ptr<CpuOp[]> ops_;
+  // An operation's place in the ring. Its turn, the number of operations pushed with it, is what the
+  // stream acquires: that of the count of all of them would order it after whatever the pusher had
+  // seen by its latest push, and so hide a missing event.
+  struct Cell {
+    CpuOp op;
+    std::atomic<uint32_t> turn{0};
+  };
+  const std::unique_ptr<Cell[]> cells_;
   // The pusher's view of popped_, renewed only when the queue looks full: a push does not touch the
   // line that the stream's thread writes. (And it is no acquire, which would hide a missing event.)
   uint32_t popped_seen_ = 0;
-  std::atomic<uint32_t> pushed_{0};  // futex words; difference = operations waiting
+  std::atomic<uint32_t> pushed_{0};  // futex words, acquired by nobody else
   std::atomic<uint32_t> popped_{0};
   // Who sleeps says so here, so that nobody else pays for a system call: the stream while its queue
   // is empty, a pusher that found the queue full until popped_ has come to wake_at_. (One that is

@@ -116,7 +116,7 @@ absl::Status RunScenario(const std::string& scenario, const Planted* planted) {
     request.prompt = RandomTokens(1, 250, spec.vocab_size);
     request.num_draws = 8;
   } else if (scenario == "chunks") {
-    request.prompt = RandomTokens(1, 360, spec.vocab_size);
+    request.prompt = RandomTokens(1, 900, spec.vocab_size);
     request.chunk_tokens = 120;
   } else if (scenario == "long-chunk") {
     request.prompt = RandomTokens(1, 400, spec.vocab_size);
