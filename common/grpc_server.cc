@@ -11,13 +11,13 @@ absl::Status CheckMaxMessageBytes(int64_t bytes) {
       absl::StrCat("--max-message-bytes ", bytes, ", expected 1024 to ", INT32_MAX));
 }
 
-absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(grpc::Service* service,
-                                                         const std::string& address,
-                                                         int64_t max_message_bytes,
-                                                         std::string* listened) {
+absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
+    grpc::Service* service, const std::string& address,
+    const std::shared_ptr<grpc::ServerCredentials>& credentials, int64_t max_message_bytes,
+    std::string* listened) {
   grpc::ServerBuilder builder;
   int port = 0;
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port);
+  builder.AddListeningPort(address, credentials, &port);
   builder.RegisterService(service);
   builder.SetMaxReceiveMessageSize(static_cast<int>(max_message_bytes));
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);

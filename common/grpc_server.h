@@ -21,10 +21,10 @@ absl::Status CheckMaxMessageBytes(int64_t bytes);
 // long prefill, or an hour without a call, would end in GOAWAY. `*listened` receives the address,
 // with the port that was picked where it was 0. UNAVAILABLE: it cannot be listened on.
 // REQUIRES: CheckMaxMessageBytes(max_message_bytes).
-absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(grpc::Service* service,
-                                                         const std::string& address,
-                                                         int64_t max_message_bytes,
-                                                         std::string* listened);
+absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
+    grpc::Service* service, const std::string& address,
+    const std::shared_ptr<grpc::ServerCredentials>& credentials, int64_t max_message_bytes,
+    std::string* listened);
 
 }  // namespace headroom
 

@@ -15,7 +15,8 @@
 namespace headroom::coordinator {
 
 // A lost peer is noticed within some 20 s even if its host is gone, and tried again every second.
-inline std::shared_ptr<grpc::Channel> MakePeerChannel(const std::string& address) {
+inline std::shared_ptr<grpc::Channel> MakePeerChannel(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(16 << 20);
   args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
@@ -26,7 +27,7 @@ inline std::shared_ptr<grpc::Channel> MakePeerChannel(const std::string& address
   // How long one attempt may take; a peer that is busy starting answers late.
   args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1'000);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+  return grpc::CreateCustomChannel(address, credentials, args);
 }
 
 // One unary call with a deadline: `call` is (context) -> grpc::Status.

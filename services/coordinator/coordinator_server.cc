@@ -10,11 +10,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/grpc_security.h"
 #include "common/grpc_server.h"
 #include "common/log.h"
 #include "common/mutex.h"
 #include "common/status.h"
 #include "services/coordinator/admin_service.h"
+#include "services/coordinator/heartbeat.h"
 #include "services/coordinator/inference_service.h"
 #include "services/coordinator/scheduler.h"
 #include "services/coordinator/served_model.h"
@@ -60,11 +62,16 @@ class Server : public CoordinatorServer {
   void Wait() override { server_->Wait(); }
 
  private:
-  void SetServing(bool serving);
+  absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> PeerCredentials();
+  void SetConnected(bool connected);
+  void SetAlive(bool alive);
+  void UpdateHealth();
   void BeginDrain();
 
   const CoordinatorOptions options_;
   const std::unique_ptr<ServedModel> model_;
+  std::unique_ptr<TlsIdentity> peer_identity_;
+  std::unique_ptr<ServerSecurity> security_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<InferenceService> inference_;
   std::unique_ptr<AdminService> admin_;
@@ -72,8 +79,12 @@ class Server : public CoordinatorServer {
   std::unique_ptr<grpc::Server> admin_server_;
   std::string listen_address_;
   std::string admin_address_;
+  std::unique_ptr<Heartbeat> heartbeat_;
   std::atomic<bool> serving_{false};
-  std::atomic<bool> draining_{false};
+  Mutex health_mutex_;
+  bool connected_ ABSL_GUARDED_BY(health_mutex_) = false;
+  bool alive_ ABSL_GUARDED_BY(health_mutex_) = false;
+  bool draining_ ABSL_GUARDED_BY(health_mutex_) = false;
   Mutex mutex_;
   bool shut_down_ ABSL_GUARDED_BY(mutex_) = false;
 };
@@ -84,17 +95,21 @@ absl::Status Server::Start() {
   scheduler.max_sessions = options_.max_sessions;
   scheduler.allow_clean = options_.allow_clean_segment;
   scheduler.lost_peer_timeout = options_.lost_peer_timeout;
-  scheduler_ = std::make_unique<Scheduler>(scheduler, MakeWorkerClient(options_.worker_address),
-                                           MakeStoreClient(options_.store_address),
-                                           [this](bool serving) { SetServing(serving); });
+  HEADROOM_ASSIGN_OR_RETURN(security_, ServerSecurity::Load(options_.security));
+  HEADROOM_ASSIGN_OR_RETURN(const auto peer_credentials, PeerCredentials());
+  scheduler_ = std::make_unique<Scheduler>(
+      scheduler, MakeWorkerClient(options_.worker_address, peer_credentials),
+      MakeStoreClient(options_.store_address, peer_credentials),
+      [this](bool connected) { SetConnected(connected); });
   inference_ = std::make_unique<InferenceService>(scheduler_.get(), model_.get(),
                                                   options_.context_limit_tokens);
   grpc::EnableDefaultHealthCheckService(true);
   if (options_.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(inference_.get(), options_.listen_address,
-                                       options_.max_message_bytes, &listen_address_));
-  SetServing(false);
+                                       security_->credentials(), options_.max_message_bytes,
+                                       &listen_address_));
+  UpdateHealth();
   if (!options_.admin_address.empty()) {
     admin_ = std::make_unique<AdminService>(
         scheduler_.get(), model_.get(),
@@ -102,15 +117,44 @@ absl::Status Server::Start() {
         [this] { BeginDrain(); });
     HEADROOM_ASSIGN_OR_RETURN(admin_server_,
                               ListenGrpc(admin_.get(), options_.admin_address,
-                                         options_.max_message_bytes, &admin_address_));
+                                         security_->credentials(), options_.max_message_bytes,
+                                         &admin_address_));
   }
   scheduler_->Start();
+  heartbeat_ = std::make_unique<Heartbeat>(
+      MakeWorkerPing(options_.worker_address, peer_credentials, kPingDeadline),
+      MakeStorePing(options_.store_address, peer_credentials, kPingDeadline),
+      [this](bool alive) { SetAlive(alive); });
   LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));
   return absl::OkStatus();
 }
 
-void Server::SetServing(bool serving) {
-  serving = serving && !draining_.load();
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> Server::PeerCredentials() {
+  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(options_.peer_tls));
+  if (options_.peer_tls.certificate.path.empty()) return grpc::InsecureChannelCredentials();
+  HEADROOM_ASSIGN_OR_RETURN(peer_identity_, TlsIdentity::Load(options_.peer_tls));
+  return peer_identity_->ChannelCredentials();
+}
+
+void Server::SetConnected(bool connected) {
+  {
+    MutexLock lock(&health_mutex_);
+    connected_ = connected;
+  }
+  UpdateHealth();
+}
+
+void Server::SetAlive(bool alive) {
+  {
+    MutexLock lock(&health_mutex_);
+    alive_ = alive;
+  }
+  UpdateHealth();
+}
+
+void Server::UpdateHealth() {
+  MutexLock lock(&health_mutex_);  // to the end: what is told last is what holds
+  const bool serving = connected_ && alive_ && !draining_;
   serving_.store(serving);
   grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
   if (health == nullptr) return;
@@ -119,8 +163,11 @@ void Server::SetServing(bool serving) {
 }
 
 void Server::BeginDrain() {
-  draining_.store(true);
-  SetServing(false);
+  {
+    MutexLock lock(&health_mutex_);
+    draining_ = true;
+  }
+  UpdateHealth();
 }
 
 bool Server::Drain(absl::Duration timeout) {
@@ -150,6 +197,7 @@ void Server::Shutdown() {
     if (std::exchange(shut_down_, true)) return;
   }
   if (server_ != nullptr) BeginDrain();
+  heartbeat_.reset();
   if (scheduler_ != nullptr) scheduler_->Stop();
   const auto deadline = std::chrono::system_clock::now() + kShutdownGrace;
   if (admin_server_ != nullptr) admin_server_->Shutdown(deadline);

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "common/security_options.h"
 
 namespace headroom::coordinator {
 
@@ -16,8 +17,10 @@ struct CoordinatorOptions {
   // As gRPC names addresses: "unix:/path", "host:port", "[::]:port". A port of 0 picks one.
   std::string listen_address;
   std::string admin_address;  // empty: no admin service
+  ServerSecurityOptions security;  // of both addresses
   std::string worker_address;
   std::string store_address;
+  TlsFiles peer_tls = PeerTlsFiles();  // towards both
   std::string model_dir;
   int64_t max_queue = 128;
   int64_t max_sessions = 1024;
@@ -40,7 +43,7 @@ class CoordinatorServer {
   // What the listen addresses came to, where a port was picked.
   virtual std::string listen_address() const = 0;
   virtual std::string admin_address() const = 0;
-  // Whether worker and store are connected.
+  // Whether worker and store are connected and answer.
   virtual bool serving() const = 0;
 
   // Refuses new requests and waits for the running ones, at most `timeout`. True if none is left.
@@ -51,8 +54,8 @@ class CoordinatorServer {
   virtual void Wait() = 0;
 };
 
-// Listens at once; health ("" and "headroom.v1.InferenceService") says SERVING once worker and
-// store are connected. INVALID_ARGUMENT: an option or a model file is wrong; UNAVAILABLE: an
+// Listens at once; health ("" and "headroom.v1.InferenceService") says SERVING while worker and
+// store are connected and answer. INVALID_ARGUMENT: an option or a model file is wrong; UNAVAILABLE: an
 // address cannot be listened on.
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
     const CoordinatorOptions& options);

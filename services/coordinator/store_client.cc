@@ -16,8 +16,9 @@ constexpr int32_t kListPage = 1000;
 
 class GrpcStoreClient : public StoreClient {
  public:
-  explicit GrpcStoreClient(const std::string& address)
-      : stub_(v1::KvStoreService::NewStub(MakePeerChannel(address))) {}
+  GrpcStoreClient(const std::string& address,
+                const std::shared_ptr<grpc::ChannelCredentials>& credentials)
+      : stub_(v1::KvStoreService::NewStub(MakePeerChannel(address, credentials))) {}
 
   absl::StatusOr<v1::GetStoreInfoResponse> GetInfo() override {
     return Call<v1::GetStoreInfoResponse>(&Stub::GetStoreInfo, v1::GetStoreInfoRequest());
@@ -106,8 +107,22 @@ class GrpcStoreClient : public StoreClient {
 
 }  // namespace
 
-std::unique_ptr<StoreClient> MakeStoreClient(const std::string& address) {
-  return std::make_unique<GrpcStoreClient>(address);
+std::unique_ptr<StoreClient> MakeStoreClient(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  return std::make_unique<GrpcStoreClient>(address, credentials);
+}
+
+std::function<absl::Status()> MakeStorePing(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    absl::Duration deadline) {
+  const std::shared_ptr<v1::KvStoreService::Stub> stub =
+      v1::KvStoreService::NewStub(MakePeerChannel(address, credentials));
+  return [stub, deadline] {
+    return CallWithDeadline(absl::ToChronoMilliseconds(deadline), [&](grpc::ClientContext* context) {
+      v1::GetStoreInfoResponse response;
+      return stub->GetStoreInfo(context, v1::GetStoreInfoRequest(), &response);
+    });
+  };
 }
 
 }  // namespace headroom::coordinator

@@ -3,14 +3,20 @@
 #define HEADROOM_SERVICES_COORDINATOR_STORE_CLIENT_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "headroom/v1/kv_store.pb.h"
 #include "headroom/v1/types.pb.h"
+
+namespace grpc {
+class ChannelCredentials;
+}
 
 namespace headroom::coordinator {
 
@@ -35,7 +41,13 @@ class StoreClient {
 };
 
 // `address` as gRPC names it. Connects when first called.
-std::unique_ptr<StoreClient> MakeStoreClient(const std::string& address);
+std::unique_ptr<StoreClient> MakeStoreClient(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+
+// Whether the store answers within `deadline`; on a channel of its own.
+std::function<absl::Status()> MakeStorePing(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    absl::Duration deadline);
 
 }  // namespace headroom::coordinator
 

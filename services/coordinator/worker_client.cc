@@ -111,8 +111,9 @@ class GrpcStepStream : public StepStream {
 
 class GrpcWorkerClient : public WorkerClient {
  public:
-  explicit GrpcWorkerClient(const std::string& address)
-      : stub_(v1::WorkerService::NewStub(MakePeerChannel(address))) {}
+  GrpcWorkerClient(const std::string& address,
+                const std::shared_ptr<grpc::ChannelCredentials>& credentials)
+      : stub_(v1::WorkerService::NewStub(MakePeerChannel(address, credentials))) {}
 
   absl::StatusOr<v1::GetWorkerInfoResponse> GetInfo() override {
     v1::GetWorkerInfoResponse response;
@@ -173,8 +174,22 @@ class GrpcWorkerClient : public WorkerClient {
 
 }  // namespace
 
-std::unique_ptr<WorkerClient> MakeWorkerClient(const std::string& address) {
-  return std::make_unique<GrpcWorkerClient>(address);
+std::unique_ptr<WorkerClient> MakeWorkerClient(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
+  return std::make_unique<GrpcWorkerClient>(address, credentials);
+}
+
+std::function<absl::Status()> MakeWorkerPing(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    absl::Duration deadline) {
+  const std::shared_ptr<v1::WorkerService::Stub> stub =
+      v1::WorkerService::NewStub(MakePeerChannel(address, credentials));
+  return [stub, deadline] {
+    return CallWithDeadline(absl::ToChronoMilliseconds(deadline), [&](grpc::ClientContext* context) {
+      v1::GetWorkerInfoResponse response;
+      return stub->GetWorkerInfo(context, v1::GetWorkerInfoRequest(), &response);
+    });
+  };
 }
 
 }  // namespace headroom::coordinator

@@ -9,8 +9,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "headroom/v1/types.pb.h"
 #include "headroom/v1/worker.pb.h"
+
+namespace grpc {
+class ChannelCredentials;
+}
 
 namespace headroom::coordinator {
 
@@ -43,7 +48,13 @@ class WorkerClient {
 };
 
 // `address` as gRPC names it: "unix:/path", "host:port". Connects when first called.
-std::unique_ptr<WorkerClient> MakeWorkerClient(const std::string& address);
+std::unique_ptr<WorkerClient> MakeWorkerClient(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials);
+
+// Whether the worker answers within `deadline`; on a channel of its own.
+std::function<absl::Status()> MakeWorkerPing(
+    const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
+    absl::Duration deadline);
 
 }  // namespace headroom::coordinator
 

@@ -8,9 +8,10 @@
 
 namespace headroom::cli {
 
-absl::StatusOr<v1::GetStatusResponse> GetStatus(const std::string& address,
+absl::StatusOr<v1::GetStatusResponse> GetStatus(const Endpoint& endpoint,
                                                 absl::Duration timeout) {
-  const auto stub = v1::AdminService::NewStub(MakeChannel(address));
+  HEADROOM_ASSIGN_OR_RETURN(const auto channel, MakeChannel(endpoint));
+  const auto stub = v1::AdminService::NewStub(channel);
   grpc::ClientContext context;
   SetTimeout(timeout, &context);
   v1::GetStatusResponse response;

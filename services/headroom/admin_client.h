@@ -7,11 +7,12 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "headroom/v1/admin.pb.h"
+#include "services/headroom/endpoint.h"
 
 namespace headroom::cli {
 
 // Errors are the call's.
-absl::StatusOr<v1::GetStatusResponse> GetStatus(const std::string& address, absl::Duration timeout);
+absl::StatusOr<v1::GetStatusResponse> GetStatus(const Endpoint& endpoint, absl::Duration timeout);
 
 }  // namespace headroom::cli
 

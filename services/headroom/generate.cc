@@ -30,7 +30,7 @@ void Write(absl::string_view text, std::FILE* file) {
 }
 
 absl::Status CheckServer(const GenerateCommandOptions& options) {
-  if (options.server.empty() && options.model_dir.empty()) {
+  if (options.server.address.empty() && options.model_dir.empty()) {
     return absl::InvalidArgumentError(
         "give --server (a running server) or --model (a private one for this call)");
   }
@@ -48,7 +48,7 @@ std::vector<std::string> PrivateServeArguments(const GenerateCommandOptions& opt
 }
 
 // Prints as it comes; then what else was asked for.
-absl::Status GenerateAndPrint(const std::string& address, const v1::GenerateRequest& request,
+absl::Status GenerateAndPrint(const Endpoint& server, const v1::GenerateRequest& request,
                               const GenerateCommandOptions& options, CallCanceller* canceller) {
   const GenerateOptions& generate = options.generate;
   const auto on_text = [&generate](absl::string_view text) {
@@ -56,7 +56,7 @@ absl::Status GenerateAndPrint(const std::string& address, const v1::GenerateRequ
   };
   HEADROOM_ASSIGN_OR_RETURN(
       const v1::GenerateOnceResponse response,
-      GenerateClient(address).Generate(request, options.timeout, canceller, on_text));
+      GenerateClient(server).Generate(request, options.timeout, canceller, on_text));
   if (generate.json) {
     const Json json = GenerateAsJson(response, generate.prompt_logprobs != 0,
                                      generate.logprobs.has_value());
@@ -77,7 +77,7 @@ absl::Status GenerateFromModel(const v1::GenerateRequest& request,
                                const GenerateCommandOptions& options, CallCanceller* canceller) {
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<PrivateServe> serve,
                             PrivateServe::Start(PrivateServeArguments(options), canceller));
-  return GenerateAndPrint(serve->address(), request, options, canceller);
+  return GenerateAndPrint({serve->address()}, request, options, canceller);
 }
 
 }  // namespace
@@ -103,7 +103,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
     if (canceller.cancelled()) std::_Exit(128 + signal);
     canceller.Cancel();
   });
-  status = options.server.empty()
+  status = options.server.address.empty()
                ? GenerateFromModel(*request, options, &canceller)
                : GenerateAndPrint(options.server, *request, options, &canceller);
   if (status.ok()) return kExitOk;

@@ -7,6 +7,7 @@
 
 #include "absl/time/time.h"
 #include "common/log.h"
+#include "services/headroom/endpoint.h"
 #include "services/headroom/generate_request.h"
 
 namespace headroom::cli {
@@ -14,7 +15,7 @@ namespace headroom::cli {
 struct GenerateCommandOptions {
   GenerateOptions generate;
   // Where a server is; or else a model for a private `serve` with what follows.
-  std::string server;
+  Endpoint server;
   std::string model_dir;
   std::string device = "auto";
   int64_t gpu_memory_bytes = 0;

@@ -32,7 +32,8 @@ absl::Status NameSizeFlag(absl::Status status) {
 absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
     const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
     const std::function<void(absl::string_view)>& on_text) {
-  const auto stub = v1::InferenceService::NewStub(MakeChannel(address_));
+  HEADROOM_ASSIGN_OR_RETURN(const auto channel, MakeChannel(endpoint_));
+  const auto stub = v1::InferenceService::NewStub(channel);
   grpc::ClientContext context;
   SetTimeout(timeout, &context);
   const CallCanceller::Scope scope(canceller, [&context] { context.TryCancel(); });

@@ -10,12 +10,13 @@
 #include "absl/time/time.h"
 #include "headroom/v1/inference.pb.h"
 #include "services/headroom/call_canceller.h"
+#include "services/headroom/endpoint.h"
 
 namespace headroom::cli {
 
 class GenerateClient {
  public:
-  explicit GenerateClient(std::string address) : address_(std::move(address)) {}
+  explicit GenerateClient(Endpoint endpoint) : endpoint_(std::move(endpoint)) {}
 
   // Blocks until the answer has ended; `on_text` gets each piece of it as it comes. Returns the
   // same as GenerateOnce would. Errors are the server's with their details; one about a message's
@@ -25,7 +26,7 @@ class GenerateClient {
       const std::function<void(absl::string_view)>& on_text);
 
  private:
-  const std::string address_;
+  const Endpoint endpoint_;
 };
 
 }  // namespace headroom::cli

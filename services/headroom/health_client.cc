@@ -65,9 +65,10 @@ const char* HealthName(Health health) {
   return "UNKNOWN";
 }
 
-absl::StatusOr<Health> CheckHealth(const std::string& address, const std::string& service,
+absl::StatusOr<Health> CheckHealth(const Endpoint& endpoint, const std::string& service,
                                    absl::Duration timeout) {
-  grpc::GenericStub stub(MakeChannel(address));
+  HEADROOM_ASSIGN_OR_RETURN(const auto channel, MakeChannel(endpoint));
+  grpc::GenericStub stub(channel);
   grpc::ClientContext context;
   SetTimeout(timeout, &context);
   grpc::CompletionQueue queue;
@@ -81,9 +82,10 @@ absl::StatusOr<Health> CheckHealth(const std::string& address, const std::string
   return Response(response);
 }
 
-absl::Status WaitUntilServing(const std::string& address, absl::Duration timeout,
+absl::Status WaitUntilServing(const Endpoint& endpoint, absl::Duration timeout,
                               CallCanceller* canceller) {
-  grpc::GenericStub stub(MakeChannel(address));
+  HEADROOM_ASSIGN_OR_RETURN(const auto channel, MakeChannel(endpoint));
+  grpc::GenericStub stub(channel);
   grpc::ClientContext context;
   SetTimeout(timeout, &context);
   context.set_wait_for_ready(true);

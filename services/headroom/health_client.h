@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "services/headroom/call_canceller.h"
+#include "services/headroom/endpoint.h"
 
 namespace headroom::cli {
 
@@ -18,11 +19,11 @@ const char* HealthName(Health health);
 
 // One look. Errors are the call's: UNAVAILABLE if nobody listens, NOT_FOUND for a service that the
 // server does not have.
-absl::StatusOr<Health> CheckHealth(const std::string& address, const std::string& service,
+absl::StatusOr<Health> CheckHealth(const Endpoint& endpoint, const std::string& service,
                                    absl::Duration timeout);
 
 // Waits until the server is there and says SERVING. DEADLINE_EXCEEDED; CANCELLED.
-absl::Status WaitUntilServing(const std::string& address, absl::Duration timeout,
+absl::Status WaitUntilServing(const Endpoint& endpoint, absl::Duration timeout,
                               CallCanceller* canceller);
 
 }  // namespace headroom::cli

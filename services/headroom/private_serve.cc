@@ -64,7 +64,7 @@ absl::Status PrivateServe::WaitUntilReady(CallCanceller* canceller) {
   absl::Status status;
   {
     const EndWatch watch(process_->fd(), [&wait] { wait.Cancel(); });
-    status = WaitUntilServing(address(), kStartTimeout, &wait);
+    status = WaitUntilServing({address()}, kStartTimeout, &wait);
   }
   if (status.ok()) return status;
   if (const std::optional<ExitStatus> ended = process_->Poll()) {

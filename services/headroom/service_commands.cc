@@ -35,6 +35,7 @@ int ServeCommand(const std::vector<std::string>& args) {
   AddCoordinatorFlags(flags, &options.coordinator);
   flags.Text("admin", "ADDR", &options.coordinator.server.admin_address,
              absl::StrCat(kAdminText, " Default: a socket in a private folder, named in the log."));
+  AddServerSecurityFlags(flags, &options.coordinator.server.security);
   AddWorkerFlags(flags, &options.worker);
   AddStoreFlags(flags, &options.store);
   AddLogFlags(flags, &options.log);
@@ -61,6 +62,8 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   AddCoordinatorFlags(flags, &options);
   flags.Text("admin", "ADDR", &options.server.admin_address,
              absl::StrCat(kAdminText, " Default: nowhere."));
+  AddServerSecurityFlags(flags, &options.server.security);
+  AddPeerTlsFlags(flags, &options.server.peer_tls);
   AddLogFlags(flags, &log);
   if (const auto code = ParseOrExit("coordinator", args, flags)) return *code;
   if (options.server.model_dir.empty()) return MissingFlag("coordinator", "model");
@@ -90,6 +93,7 @@ int WorkerCommand(const std::vector<std::string>& args) {
   flags.Text("listen", "ADDR", &options.listen_address,
              "Where the coordinator connects: HOST:PORT or unix:PATH. A port of 0 picks one.");
   AddWorkerFlags(flags, &options);
+  AddPeerTlsFlags(flags, &options.peer_tls);
   AddLogFlags(flags, &log);
   if (const auto code = ParseOrExit("worker", args, flags)) return *code;
   if (options.model_dir.empty()) return MissingFlag("worker", "model");
@@ -115,6 +119,7 @@ int KvStoreCommand(const std::vector<std::string>& args) {
   flags.Text("listen", "ADDR", &options.listen_address,
              "Where the coordinator connects: HOST:PORT or unix:PATH. A port of 0 picks one.");
   AddStoreFlags(flags, &options);
+  AddPeerTlsFlags(flags, &options.peer_tls);
   AddLogFlags(flags, &log);
   if (const auto code = ParseOrExit("kvstore", args, flags)) return *code;
   return RunServer<kvstore::KvStoreServer>(

@@ -124,6 +124,40 @@ void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
                  "ends them.");
 }
 
+void AddServerSecurityFlags(Flags& flags, ServerSecurityOptions* options) {
+  flags.Group("Security of --listen and --admin (files are read again when they change)");
+  flags.Text(options->tls.certificate.flag, "FILE", &options->tls.certificate.path,
+             "PEM certificate with its chain: TLS.");
+  flags.Text(options->tls.key.flag, "FILE", &options->tls.key.path, "Its key, unencrypted.");
+  flags.Text(options->tls.ca.flag, "FILE", &options->tls.ca.path,
+             "CA that must have signed the client's certificate.");
+  flags.Text(options->tokens.flag, "FILE", &options->tokens.path,
+             "Bearer tokens, one a line: a call must bring one, health checks excepted. Needs TLS.");
+}
+
+void AddPeerTlsFlags(Flags& flags, TlsFiles* files) {
+  flags.Group("TLS between coordinator, worker and kvstore (all three files or none)");
+  flags.Text(files->certificate.flag, "FILE", &files->certificate.path,
+             "This process's PEM certificate with its chain, for the name that its peers dial.");
+  flags.Text(files->key.flag, "FILE", &files->key.path, "Its key, unencrypted.");
+  flags.Text(files->ca.flag, "FILE", &files->ca.path,
+             "CA of the deployment: who shows no certificate of it is refused.");
+}
+
+void AddClientSecurityFlags(Flags& flags, ClientSecurityOptions* options) {
+  flags.Group("Security of the connection");
+  flags.Switch("tls", &options->tls, "TLS; the server's certificate must be of a CA of the system.");
+  flags.Text(options->files.ca.flag, "FILE", &options->files.ca.path,
+             "TLS; the server's certificate must be of this CA.");
+  flags.Text(options->files.certificate.flag, "FILE", &options->files.certificate.path,
+             "The client's own PEM certificate, where the server wants one.");
+  flags.Text(options->files.key.flag, "FILE", &options->files.key.path, "Its key, unencrypted.");
+  flags.Text("tls-server-name", "NAME", &options->server_name,
+             "The name in the server's certificate, where it is not that of its address.");
+  flags.Text(options->token.flag, "FILE", &options->token.path,
+             "Sends the first token of the file. Needs TLS.");
+}
+
 // ---------------------------------------------------------------- writing
 
 void AppendLogArguments(const LogOptions& log, std::vector<std::string>* args) {
@@ -175,6 +209,10 @@ std::vector<std::string> CoordinatorArguments(const CoordinatorProcessOptions& o
       .Set("max-message-bytes", server.max_message_bytes)
       .SetIf("allow-clean-segment", server.allow_clean_segment)
       .SetIf("reflection", server.reflection)
+      .Set(server.security.tls.certificate.flag, server.security.tls.certificate.path)
+      .Set(server.security.tls.key.flag, server.security.tls.key.path)
+      .Set(server.security.tls.ca.flag, server.security.tls.ca.path)
+      .Set(server.security.tokens.flag, server.security.tokens.path)
       .Set("drain-timeout", absl::FormatDuration(options.drain_timeout));
   return arguments.Take(log);
 }

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/log.h"
+#include "common/security_options.h"
 #include "services/coordinator/coordinator_server.h"
 #include "services/headroom/flags.h"
 #include "services/kvstore/kv_store_server.h"
@@ -31,6 +32,11 @@ void AddLogFlags(Flags& flags, LogOptions* options);
 void AddWorkerFlags(Flags& flags, WorkerOptions* options);
 void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options);
 void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options);
+void AddServerSecurityFlags(Flags& flags, ServerSecurityOptions* options);
+// Of processes that find each other over a network; those of `serve` need none.
+void AddPeerTlsFlags(Flags& flags, TlsFiles* files);
+// Of who calls a server.
+void AddClientSecurityFlags(Flags& flags, ClientSecurityOptions* options);
 
 // The subcommand and all its flags: parsed, they give the same options again.
 std::vector<std::string> WorkerArguments(const WorkerOptions& options, const LogOptions& log);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/grpc_security.h"
 #include "common/grpc_server.h"
 #include "common/log.h"
 #include "common/status.h"
@@ -52,15 +53,20 @@ class Server : public KvStoreServer {
   const std::unique_ptr<KvStore> store_;
   const std::unique_ptr<AttendPool> pool_;
   KvStoreService service_;
+  std::unique_ptr<ServerSecurity> security_;
   std::unique_ptr<grpc::Server> server_;
   std::string listen_address_;
   std::atomic<bool> shut_down_{false};
 };
 
 absl::Status Server::Listen(const KvStoreOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(options.peer_tls));
+  ServerSecurityOptions security;
+  security.tls = options.peer_tls;
+  HEADROOM_ASSIGN_OR_RETURN(security_, ServerSecurity::Load(security));
   grpc::EnableDefaultHealthCheckService(true);
   HEADROOM_ASSIGN_OR_RETURN(server_,
-                            ListenGrpc(&service_, options.listen_address,
+                            ListenGrpc(&service_, options.listen_address, security_->credentials(),
                                        options.max_message_bytes, &listen_address_));
   server_->GetHealthCheckService()->SetServingStatus("", true);
   server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);

@@ -7,12 +7,14 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/security_options.h"
 
 namespace headroom::kvstore {
 
 struct KvStoreOptions {
   // As gRPC names addresses: "unix:/path", "host:port". A port of 0 picks one.
   std::string listen_address;
+  TlsFiles peer_tls = PeerTlsFiles();  // what the coordinator must show, and is shown
   // Folder of the segment's files, on a tmpfs; made with mode 0700 if it is not there.
   std::string segment_dir;
   // Bytes of keys and values. The index takes 64 bytes for each extent besides.

@@ -9,12 +9,14 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "common/security_options.h"
 
 namespace headroom {
 
 struct WorkerOptions {
   // As gRPC names addresses: "unix:/path", "host:port". A port of 0 picks one.
   std::string listen_address;
+  TlsFiles peer_tls = PeerTlsFiles();  // what the coordinator must show, and is shown
   std::string model_dir;
   // "cpu", "cuda", or "auto": cuda where /dev/nvidiactl is, else cpu.
   std::string device = "auto";

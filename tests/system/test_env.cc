@@ -25,12 +25,18 @@ std::string TestDevice() {
 
 constexpr int32_t kFirstPlainId = 3;  // below are the tokenizer's specials
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
+                                           const TestSecurity& security) {
   grpc::ChannelArguments args;
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), args);
+  if (!security.server_name.empty()) args.SetSslTargetNameOverride(security.server_name);
+  return grpc::CreateCustomChannel(address,
+                                   security.credentials != nullptr
+                                       ? security.credentials
+                                       : grpc::InsecureChannelCredentials(),
+                                   args);
 }
 
 std::string DifferenceOfRecords(const v1::TokenRecord& a, const v1::TokenRecord& b) {
@@ -145,10 +151,11 @@ std::string Difference(const Generation& a, const Generation& b) {
 
 // ---------------------------------------------------------------- the client
 
-TestClient::TestClient(const std::string& api_address, const std::string& admin_address)
-    : channel_(MakeChannel(api_address)),
+TestClient::TestClient(const std::string& api_address, const std::string& admin_address,
+                       const TestSecurity& security)
+    : channel_(MakeChannel(api_address, security)),
       api_(v1::InferenceService::NewStub(channel_)),
-      admin_(v1::AdminService::NewStub(MakeChannel(admin_address))) {}
+      admin_(v1::AdminService::NewStub(MakeChannel(admin_address, security))) {}
 
 std::unique_ptr<grpc::ClientContext> TestClient::Context(absl::Duration most) {
   auto context = std::make_unique<grpc::ClientContext>();
@@ -267,7 +274,7 @@ Cluster::Cluster(const ClusterOptions& options) : options_(options) {
     options_.model_dir = dir_.File("model");
     MustWriteModel(SystemTestModel(), options_.model_dir);
   }
-  client_ = std::make_unique<TestClient>(api_address(), admin_address());
+  client_ = std::make_unique<TestClient>(api_address(), admin_address(), options_.security);
   StartKvStore();
   StartWorker();
   StartCoordinator();

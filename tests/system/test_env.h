@@ -70,9 +70,16 @@ std::string Difference(const Generation& a, const Generation& b);
 
 // ---------------------------------------------------------------- the client
 
+// How a client speaks to the coordinator; no credentials: in the clear.
+struct TestSecurity {
+  std::shared_ptr<grpc::ChannelCredentials> credentials;
+  std::string server_name;  // in the server's certificate
+};
+
 class TestClient {
  public:
-  TestClient(const std::string& api_address, const std::string& admin_address);
+  TestClient(const std::string& api_address, const std::string& admin_address,
+             const TestSecurity& security = {});
 
   // Streams to the end, at most 60 s.
   Generation Generate(const v1::GenerateRequest& request,
@@ -109,6 +116,7 @@ struct ClusterOptions {
   std::vector<std::string> worker_args = {"--threads", "1"};
   std::vector<std::string> kvstore_args;
   std::vector<std::string> coordinator_args;
+  TestSecurity security;
 };
 
 // Coordinator, worker and kvstore as three processes, each started by the test.
@@ -132,6 +140,8 @@ class Cluster {
   std::string segment_dir() const { return segments_.File("segment"); }
   std::string api_address() const { return Address("api"); }
   std::string admin_address() const { return Address("admin"); }
+  std::string worker_address() const { return Address("worker"); }
+  std::string kvstore_address() const { return Address("kvstore"); }
 
  private:
   std::string Address(const std::string& name) const {
