@@ -192,6 +192,9 @@ absl::StatusOr<Json> Json::ParseFile(const std::string& path, int64_t max_bytes)
     return absl::InvalidArgumentError(absl::StrCat(path, ": is no regular file"));
   }
   std::ifstream file(path, std::ios::binary);
+  if (!file && std::filesystem::exists(status)) {  // one that may be left out must not be passed over
+    return absl::PermissionDeniedError(absl::StrCat(path, ": cannot be opened"));
+  }
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   std::string text;
   char buffer[1 << 16];

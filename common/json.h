@@ -37,8 +37,8 @@ class Json {
   // twice, nested deeper than 64, text longer than `max_bytes`, an integer beyond int64. "-0" is the
   // float that it is elsewhere.
   static absl::StatusOr<Json> Parse(absl::string_view text, int64_t max_bytes);
-  // Parse() of a file; errors name it. NOT_FOUND if it is not there, INVALID_ARGUMENT if it is no
-  // regular file.
+  // Parse() of a file; errors name it. NOT_FOUND if it is not there, PERMISSION_DENIED if it cannot
+  // be opened, INVALID_ARGUMENT if it is no regular file.
   static absl::StatusOr<Json> ParseFile(const std::string& path, int64_t max_bytes);
 
   bool is_null() const { return std::holds_alternative<std::monostate>(value_); }

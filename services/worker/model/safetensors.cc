@@ -83,7 +83,7 @@ absl::StatusOr<TensorInfo> ParseTensor(const Json& json, const std::string& wher
                                        int64_t data_bytes) {
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(
-        where, ": is ", Brief(json), ", expected an object of dtype, shape and data_offsets"));
+        where, " is ", Brief(json), ", expected an object of dtype, shape and data_offsets"));
   }
   const JsonReader reader(json, where);
   TensorInfo info;
@@ -154,8 +154,8 @@ absl::Status CheckTiling(std::vector<std::pair<const std::string*, const TensorI
     const int64_t begin = info->offset_bytes - data_begin;
     if (begin != next) {
       return absl::InvalidArgumentError(
-          absl::StrCat(path, ": tensor '", BriefText(*name), "': data begins at ", begin, ", expected ", next,
-                       begin < next ? " (overlap)" : " (hole)"));
+          absl::StrCat(path, ": tensor '", BriefText(*name), "': data begins at ", begin,
+                       ", expected ", next, begin < next ? " (overlap)" : " (hole)"));
     }
     next = begin + info->size_bytes;
   }
