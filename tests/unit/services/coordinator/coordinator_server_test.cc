@@ -167,6 +167,10 @@ TEST_F(CoordinatorServerTest, FilesOfTheModelThatAreWrongAreRefusedByName) {
     if (existed) rename(kept.c_str(), path.c_str());
   }
   EXPECT_TRUE(ServedModel::Load(dir_).ok()) << "nothing is left of them";
+  // Where there is no tokenizer, only the defaults of sampling are read from it.
+  remove(absl::StrCat(dir_, "/tokenizer.json").c_str());
+  std::ofstream(absl::StrCat(dir_, "/generation_config.json")) << "[]";
+  EXPECT_TRUE(absl::IsInvalidArgument(ServedModel::Load(dir_).status()));
 }
 
 TEST_F(CoordinatorServerTest, StreamsAcceptanceDeltasAndOneEnd) {
