@@ -7,9 +7,14 @@
 
 namespace headroom {
 
-// a * b, a + b as int64, or nothing if it overflows.
+// a * b, a + b, or nothing if it overflows.
 inline std::optional<int64_t> CheckedMul(int64_t a, int64_t b) {
   int64_t result;
+  if (__builtin_mul_overflow(a, b, &result)) return std::nullopt;
+  return result;
+}
+inline std::optional<uint64_t> CheckedMul(uint64_t a, uint64_t b) {
+  uint64_t result;
   if (__builtin_mul_overflow(a, b, &result)) return std::nullopt;
   return result;
 }

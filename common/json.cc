@@ -58,7 +58,10 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
 
   bool null() override { return Add(Json()); }
   bool boolean(bool value) override { return Add(Json(value)); }
-  bool number_integer(number_integer_t value) override { return Add(Json(int64_t{value})); }
+  bool number_integer(number_integer_t value) override {
+    // Of integers only the negative come here, and "-0": no integer is that.
+    return Add(value == 0 ? Json(-0.0) : Json(int64_t{value}));
+  }
   bool number_unsigned(number_unsigned_t value) override {
     if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
       return Fail("an integer beyond 64 bits");
@@ -78,7 +81,7 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
   bool end_array() override { return Close(); }
   bool key(string_t& name) override {
     if (!frames_.back().names.insert(name).second) {
-      return Fail(absl::StrCat("member '", name, "' twice in one object"));
+      return Fail(absl::StrCat("member '", BriefText(name), "' twice in one object"));
     }
     frames_.back().key = std::move(name);
     return true;
@@ -134,6 +137,13 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
   std::string error_;
 };
 
+std::string Shorten(std::string text) {
+  if (text.size() <= kMaxQuotedBytes) return text;
+  size_t end = kMaxQuotedBytes;  // where a character begins
+  while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 nlohmann::ordered_json ToLibrary(const Json& json) {
   if (json.is_null()) return nullptr;
   if (json.is_bool()) return json.as_bool();
@@ -157,7 +167,11 @@ absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(text.size(), " bytes of JSON, at most ", max_bytes, " are read"));
   }
-  // The parser takes a zero byte for the text's end.
+  // The parser skips a byte order mark, which JSON has none of, and takes a zero byte for the text's
+  // end.
+  if (text.substr(0, 3) == "\xEF\xBB\xBF") {
+    return absl::InvalidArgumentError("not valid JSON at byte 1: a byte order mark");
+  }
   if (const size_t zero = text.find('\0'); zero != absl::string_view::npos) {
     return absl::InvalidArgumentError(absl::StrCat("not valid JSON at byte ", zero + 1));
   }
@@ -178,6 +192,9 @@ absl::StatusOr<Json> Json::ParseFile(const std::string& path, int64_t max_bytes)
     return absl::InvalidArgumentError(absl::StrCat(path, ": is no regular file"));
   }
   std::ifstream file(path, std::ios::binary);
+  if (!file && std::filesystem::exists(status)) {  // one that may be left out must not be passed over
+    return absl::PermissionDeniedError(absl::StrCat(path, ": cannot be opened"));
+  }
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   std::string text;
   char buffer[1 << 16];
@@ -202,16 +219,19 @@ std::string Json::Dump(int indent) const {
   return ToLibrary(*this).dump(indent, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
+std::string Brief(const Json& value) { return Shorten(value.Dump()); }
+
+std::string BriefText(absl::string_view text) {
+  // What would be cut off need not be escaped first.
+  const std::string quoted = Json(std::string(text.substr(0, kMaxQuotedBytes + 1))).Dump();
+  return Shorten(quoted.substr(1, quoted.size() - 2));
+}
+
 absl::Status JsonReader::Wrong(absl::string_view name, absl::string_view expected) const {
   const Json* found = object_.Find(name);
-  std::string text = found == nullptr ? "nothing" : found->Dump();
-  if (text.size() > kMaxQuotedBytes) {
-    size_t end = kMaxQuotedBytes;  // where a character begins
-    while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80) --end;
-    text = text.substr(0, end) + "...";
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat(where_, ": '", name, "' is ", text, ", expected ", expected));
+  return absl::InvalidArgumentError(absl::StrCat(where_, ": '", BriefText(name), "' is ",
+                                                 found == nullptr ? "nothing" : Brief(*found),
+                                                 ", expected ", expected));
 }
 
 absl::StatusOr<int64_t> JsonReader::Int(absl::string_view name, int64_t low, int64_t high) const {

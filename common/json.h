@@ -33,11 +33,12 @@ class Json {
   Json(Array value) : value_(std::move(value)) {}
   Json(Object value) : value_(std::move(value)) {}
 
-  // INVALID_ARGUMENT with the byte offset: not JSON, not UTF-8, a member named twice, nested deeper
-  // than 64, text longer than `max_bytes`, an integer beyond int64.
+  // INVALID_ARGUMENT with the byte offset: not JSON, not UTF-8, a byte order mark, a member named
+  // twice, nested deeper than 64, text longer than `max_bytes`, an integer beyond int64. "-0" is the
+  // float that it is elsewhere.
   static absl::StatusOr<Json> Parse(absl::string_view text, int64_t max_bytes);
-  // Parse() of a file; errors name it. NOT_FOUND if it is not there, INVALID_ARGUMENT if it is no
-  // regular file.
+  // Parse() of a file; errors name it. NOT_FOUND if it is not there, PERMISSION_DENIED if it cannot
+  // be opened, INVALID_ARGUMENT if it is no regular file.
   static absl::StatusOr<Json> ParseFile(const std::string& path, int64_t max_bytes);
 
   bool is_null() const { return std::holds_alternative<std::monostate>(value_); }
@@ -67,6 +68,11 @@ class Json {
  private:
   std::variant<std::monostate, bool, int64_t, double, std::string, Array, Object> value_;
 };
+
+// Text from outside as an error shows it: on one line, escaped as in JSON, 80 bytes at most. Brief
+// of a value has a text's quotes, BriefText has none.
+std::string Brief(const Json& value);
+std::string BriefText(absl::string_view text);
 
 // Typed access to the members of an object, collecting nothing: the first wrong one is the error,
 // INVALID_ARGUMENT naming `where`, the member, what was found and what was expected.

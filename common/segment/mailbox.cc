@@ -176,8 +176,10 @@ absl::StatusOr<std::unique_ptr<Mailbox>> Mailbox::CreateIn(int fd, const std::st
                                                            const MailboxShape& shape) {
   // Backed by memory now: a page that cannot be had later would be a SIGBUS.
   if (const int error = posix_fallocate(fd, 0, shape.file_bytes()); error != 0) {
-    return absl::ErrnoToStatus(error,
-                               absl::StrCat(name, ": a mailbox of ", shape.file_bytes(), " bytes"));
+    return absl::ErrnoToStatus(
+        error, absl::StrCat(name, ": a mailbox of ", shape.file_bytes(),
+                            " bytes does not fit: lower the kvstore's --host-memory, or enlarge the "
+                            "file system of its --segment-dir"));
   }
   std::unique_ptr<Mailbox> mailbox(new Mailbox());
   mailbox->shape_ = shape;

@@ -21,7 +21,7 @@ constexpr size_t kMaxEosIds = 64;
 absl::StatusOr<int32_t> EosId(const Json& id, const std::string& path) {
   if (!id.is_int() || id.as_int() < 0 || id.as_int() > INT32_MAX) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, ": 'eos_token_id' is ", id.Dump().substr(0, 80),
+        absl::StrCat(path, ": 'eos_token_id' is ", Brief(id),
                      ", expected a token id or a list of them"));
   }
   return static_cast<int32_t>(id.as_int());
@@ -32,6 +32,9 @@ absl::StatusOr<std::vector<int32_t>> EosIdsFromFile(const std::string& path) {
   HEADROOM_ASSIGN_OR_RETURN(const std::string text, ReadModelFile(path, kMaxConfigBytes));
   absl::StatusOr<Json> json = Json::Parse(text, kMaxConfigBytes);
   if (!json.ok()) return Annotate(json.status(), path);
+  if (!json->is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));
+  }
   const Json* found = json->Find("eos_token_id");
   if (found == nullptr) return absl::NotFoundError(absl::StrCat(path, ": no 'eos_token_id'"));
 

@@ -43,6 +43,9 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
   absl::StatusOr<Json> json = Json::ParseFile(path, kMaxConfigBytes);
   if (absl::IsNotFound(json.status())) return defaults;
   HEADROOM_RETURN_IF_ERROR(json.status());
+  if (!json->is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));
+  }
   const JsonReader reader(*json, path);
   HEADROOM_ASSIGN_OR_RETURN(const double temperature, reader.NumberOr("temperature", 1, 0, 100));
   HEADROOM_ASSIGN_OR_RETURN(const int64_t top_k,
@@ -59,12 +62,15 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
 }
 
 absl::StatusOr<std::string> ReadArchitecture(const std::string& model_dir) {
-  HEADROOM_ASSIGN_OR_RETURN(
-      const Json json, Json::ParseFile(absl::StrCat(model_dir, "/config.json"), kMaxConfigBytes));
+  const std::string path = absl::StrCat(model_dir, "/config.json");
+  HEADROOM_ASSIGN_OR_RETURN(const Json json, Json::ParseFile(path, kMaxConfigBytes));
+  if (!json.is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));
+  }
   const Json* const names = json.Find("architectures");
-  if (names == nullptr || !names->is_array() || names->as_array().empty() ||
-      !names->as_array()[0].is_string()) {
-    return std::string("unknown");
+  if (names == nullptr) return std::string("unknown");
+  if (!names->is_array() || names->as_array().empty() || !names->as_array()[0].is_string()) {
+    return JsonReader(json, path).Wrong("architectures", "a list of names");
   }
   return names->as_array()[0].as_string();
 }

@@ -40,8 +40,8 @@ std::string DescribeError(const absl::Status& status) {
     }
     absl::StrAppend(&line, "; ", violation.field, ": ", violation.description);
   }
-  for (char& c : line) {
-    if (c == '\n' || c == '\r') c = ' ';
+  for (char& c : line) {  // control characters: a line stays one, and says nothing to a terminal
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = ' ';
   }
   return line;
 }

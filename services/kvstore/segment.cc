@@ -109,7 +109,11 @@ absl::StatusOr<std::unique_ptr<Segment>> Segment::Open(const SegmentOptions& opt
   HEADROOM_RETURN_IF_ERROR(segment->OpenFolder(options.dir));
   segment->why_new_ = segment->TryTakeOver(options);
   HEADROOM_RETURN_IF_ERROR(segment->CheckMemory(options));
-  if (!segment->why_new_.empty()) HEADROOM_RETURN_IF_ERROR(segment->MakeFiles(options));
+  if (!segment->why_new_.empty()) {
+    if (const absl::Status status = segment->MakeFiles(options); !status.ok()) {
+      return Annotate(status, absl::StrCat("in the folder --segment-dir ", segment->dir_));
+    }
+  }
   HEADROOM_RETURN_IF_ERROR(segment->BeginGeneration(options.generation));
   return segment;
 }
@@ -127,7 +131,7 @@ absl::Status Segment::OpenFolder(const std::string& dir) {
   // On the folder and not on a file in it: files are replaced, and a lock on one that has been
   // unlinked keeps nobody out.
   if (flock(dir_fd_.get(), LOCK_EX | LOCK_NB) == 0) return absl::OkStatus();
-  if (errno != EWOULDBLOCK) return Errno(absl::StrCat("locking the folder ", dir_));
+  if (errno != EWOULDBLOCK) return Errno(absl::StrCat("locking the folder --segment-dir ", dir_));
   return WithReason(absl::AlreadyExistsError(absl::StrCat(
                         "another kvstore holds the lock of the folder ", dir_,
                         ": stop it, or give this one another --segment-dir")),

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <regex>
 #include <string>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "tests/common/tmpfs_mount.h"
 #include "tests/system/test_env.h"
 
 namespace headroom {
@@ -33,6 +35,20 @@ class Startup : public testing::Test {
   }
   std::string Address(const std::string& name) const {
     return absl::StrCat("unix:", dir_.File(name + ".sock"));
+  }
+
+  // Changes the first `from` in the header of the weights, in place.
+  void EditHeader(const std::string& from, const std::string& to) const {
+    ASSERT_EQ(from.size(), to.size());
+    std::fstream weights(model_ + "/model.safetensors",
+                         std::ios::in | std::ios::out | std::ios::binary);
+    std::string head(1 << 16, '\0');
+    weights.read(head.data(), static_cast<std::streamsize>(head.size()));
+    const size_t at = head.find(from);
+    ASSERT_NE(at, std::string::npos);
+    weights.clear();
+    weights.seekp(static_cast<std::streamoff>(at));
+    weights << to;
   }
 
   // Exit code 2, and one line with all of these words.
@@ -69,6 +85,15 @@ TEST_F(Startup, AConfigThatIsNoJson) {
   ExpectRefused(WorkerOfModel(), {"config.json"});
 }
 
+TEST_F(Startup, AConfigWithANumberThatIsTooLarge) {
+  std::ifstream file(model_ + "/config.json");
+  std::string config(std::istreambuf_iterator<char>(file), {});
+  config = std::regex_replace(config, std::regex("\"vocab_size\": [0-9]+"),
+                              "\"vocab_size\": 18446744073709551617");
+  std::ofstream(model_ + "/config.json") << config;
+  ExpectRefused(WorkerOfModel(), {"config.json", "an integer beyond 64 bits"});
+}
+
 TEST_F(Startup, AConfigOfAnotherArchitecture) {
   std::ofstream(model_ + "/config.json") << R"({"architectures": ["BertModel"]})";
   ExpectRefused(WorkerOfModel(), {"config.json", "BertModel"});
@@ -85,27 +110,47 @@ TEST_F(Startup, WeightsThatAreMissingOrCutOff) {
 }
 
 TEST_F(Startup, ATensorThatIsMissingIsNamed) {
-  // The header's name of one tensor is changed, in place.
-  std::fstream weights(model_ + "/model.safetensors",
-                       std::ios::in | std::ios::out | std::ios::binary);
-  std::string head(1 << 16, '\0');
-  weights.read(head.data(), static_cast<std::streamsize>(head.size()));
-  const size_t at = head.find("model.layers.2.mlp.up_proj.weight");
-  ASSERT_NE(at, std::string::npos);
-  weights.clear();
-  weights.seekp(static_cast<std::streamoff>(at));
-  weights << "model.layers.2.mlp.XX_proj.weight";
-  weights.close();
+  EditHeader("model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.XX_proj.weight");
   ExpectRefused(WorkerOfModel(), {"model.layers.2.mlp.up_proj.weight"});
 }
 
+TEST_F(Startup, ATensorOfAnotherTypeIsNamed) {
+  EditHeader("\"BF16\"", "\"F16\" ");
+  ExpectRefused(WorkerOfModel(), {"model.safetensors", "tensor '", "is F16 [", "expected BF16 ["});
+  // serve says what its worker says, and ends as it does.
+  const CommandResult serve = RunCommand({HeadroomBinary(), "serve", "--listen", Address("a"),
+                                          "--host-memory", "64MiB", "--gpu-memory", "48MiB",
+                                          "--device", "cpu", "--model", model_},
+                                         Patience(kSoon));
+  EXPECT_EQ(serve.exit_code, 2) << serve.err;
+  EXPECT_TRUE(absl::StrContains(serve.err, "expected BF16 [")) << serve.err;
+}
+
+TEST_F(Startup, OffsetsThatLieAreNamed) {
+  EditHeader("\"data_offsets\":[0,", "\"data_offsets\":[1,");
+  ExpectRefused(WorkerOfModel(), {"model.safetensors", "tensor '", "'data_offsets' is [1,"});
+}
+
+TEST_F(Startup, AnIndexThatLeavesTheFolderIsNamed) {
+  std::filesystem::rename(model_ + "/model.safetensors", dir_.File("outside.safetensors"));
+  const std::string index = model_ + "/model.safetensors.index.json";
+  std::ofstream(index) << R"({"weight_map": {"model.norm.weight": "../outside.safetensors"}})";
+  ExpectRefused(WorkerOfModel(), {index, "model.norm.weight", "../outside.safetensors"});
+  std::filesystem::create_symlink(dir_.File("outside.safetensors"), model_ + "/link.safetensors");
+  std::ofstream(index) << R"({"weight_map": {"model.norm.weight": "link.safetensors"}})";
+  ExpectRefused(WorkerOfModel(), {index, "model.norm.weight", dir_.File("outside.safetensors")});
+}
+
 TEST_F(Startup, ATokenizerThatIsBroken) {
-  std::ofstream(model_ + "/tokenizer.json") << "{]";
-  ExpectRefused(
-      RunCommand({HeadroomBinary(), "coordinator", "--listen", Address("a"), "--worker",
-                  Address("w"), "--kvstore", Address("k"), "--model", model_},
-                 Patience(kSoon)),
-      {"tokenizer.json"});
+  // The second one makes the tokenizers crate panic.
+  for (const char* text : {"{]", R"({"decoder": {5)"}) {
+    std::ofstream(model_ + "/tokenizer.json") << text;
+    ExpectRefused(
+        RunCommand({HeadroomBinary(), "coordinator", "--listen", Address("a"), "--worker",
+                    Address("w"), "--kvstore", Address("k"), "--model", model_},
+                   Patience(kSoon)),
+        {"tokenizer.json"});
+  }
 }
 
 TEST_F(Startup, TooLittleDeviceMemorySaysTheLeastAndThatWorks) {
@@ -151,6 +196,23 @@ TEST_F(Startup, AStoreThatDoesNotFitSaysSo) {
   };
   ExpectRefused(store("900TiB"), {"--host-memory"});
   EXPECT_FALSE(std::filesystem::exists(segments.File("segment") + "/data"));
+}
+
+TEST_F(Startup, AStoreOnASmallOrReadOnlyFileSystemSaysSo) {
+  const TestDir segments("/dev/shm");
+  const auto store = [&] {
+    return RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
+                       segments.File("segment"), "--host-memory", "64MiB"},
+                      Patience(kSoon));
+  };
+  {
+    const TmpfsMount tmpfs(segments.path(), "size=2m");
+    if (!tmpfs.mounted()) GTEST_SKIP() << "this user may not mount a tmpfs";
+    ExpectRefused(store(), {"--host-memory", "--segment-dir", segments.path()});
+  }
+  const TmpfsMount tmpfs(segments.path(), "size=256m", MS_RDONLY);
+  ASSERT_TRUE(tmpfs.mounted());
+  ExpectRefused(store(), {"--segment-dir", segments.path(), "Read-only"});
 }
 
 TEST_F(Startup, ASecondStoreOnASegmentIsRefused) {

@@ -16,8 +16,8 @@ constexpr int64_t kMaxConfigBytes = 1 << 20;
 
 absl::Status Unsupported(const JsonReader& config, absl::string_view name, absl::string_view value,
                          absl::string_view supported) {
-  return absl::UnimplementedError(absl::StrCat(config.where(), ": '", name, "' is ", value,
-                                               ", supported: ", supported));
+  return absl::UnimplementedError(absl::StrCat(config.where(), ": '", BriefText(name), "' is ",
+                                               value, ", supported: ", supported));
 }
 
 absl::Status CheckArchitecture(const JsonReader& config, ModelConfig& model) {
@@ -28,7 +28,7 @@ absl::Status CheckArchitecture(const JsonReader& config, ModelConfig& model) {
   }
   model.architecture = list->as_array()[0].as_string();
   if (model.architecture != "LlamaForCausalLM") {
-    return Unsupported(config, "architectures", model.architecture, "LlamaForCausalLM");
+    return Unsupported(config, "architectures", BriefText(model.architecture), "LlamaForCausalLM");
   }
   return absl::OkStatus();
 }
@@ -36,7 +36,9 @@ absl::Status CheckArchitecture(const JsonReader& config, ModelConfig& model) {
 // Options that change the maths: each must be absent or say what the decoder does.
 absl::Status CheckOptions(const JsonReader& config) {
   HEADROOM_ASSIGN_OR_RETURN(const std::string activation, config.StringOr("hidden_act", "silu"));
-  if (activation != "silu") return Unsupported(config, "hidden_act", activation, "silu");
+  if (activation != "silu") {
+    return Unsupported(config, "hidden_act", BriefText(activation), "silu");
+  }
   for (const char* name : {"attention_bias", "mlp_bias"}) {
     HEADROOM_ASSIGN_OR_RETURN(const bool bias, config.BoolOr(name, false));
     if (bias) return Unsupported(config, name, "true", "false");
@@ -49,7 +51,7 @@ absl::Status CheckOptions(const JsonReader& config) {
                                    "query_pre_attn_scalar"};
   for (const char* name : kRefused) {
     if (const Json* found = config.object().Find(name); found != nullptr) {
-      return Unsupported(config, name, found->Dump(), "absent");
+      return Unsupported(config, name, Brief(*found), "absent");
     }
   }
   HEADROOM_ASSIGN_OR_RETURN(const int64_t tp, config.IntOr("pretraining_tp", 1, 1, 1 << 20));
@@ -69,7 +71,7 @@ absl::Status CheckRopeMembers(const JsonReader& rope) {
       if (partial != 1) return Unsupported(rope, name, absl::StrCat(partial), "1");
     } else if (!value.is_null() &&
                std::find(kKnown.begin(), kKnown.end(), name) == kKnown.end()) {
-      return Unsupported(rope, name, value.Dump(), "absent");
+      return Unsupported(rope, name, Brief(value), "absent");
     }
   }
   return absl::OkStatus();
@@ -100,7 +102,7 @@ absl::Status ReadRope(const JsonReader& config, ModelConfig& model) {
     HEADROOM_ASSIGN_OR_RETURN(type, rope.StringOr("type", "default"));
   }
   if (type == "default") return absl::OkStatus();
-  if (type != "llama3") return Unsupported(rope, "rope_type", type, "default, llama3");
+  if (type != "llama3") return Unsupported(rope, "rope_type", BriefText(type), "default, llama3");
   Llama3RopeScaling llama3;
   HEADROOM_ASSIGN_OR_RETURN(llama3.factor, rope.Number("factor", 1, 1e6));
   HEADROOM_ASSIGN_OR_RETURN(llama3.low_freq_factor, rope.Number("low_freq_factor", 1e-6, 1e6));

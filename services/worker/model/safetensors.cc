@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <set>
+#include <filesystem>
+#include <iterator>
+#include <optional>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,16 +27,35 @@ constexpr int64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr int64_t kMaxIndexBytes = 64 << 20;
 constexpr std::string_view kNotInFileNames("/\0", 2);
 
-// Bytes of one element; 0 for a type that the format does not know.
-int64_t DtypeBytes(absl::string_view dtype) {
-  if (dtype == "F64" || dtype == "I64" || dtype == "U64") return 8;
-  if (dtype == "F32" || dtype == "I32" || dtype == "U32") return 4;
-  if (dtype == "F16" || dtype == "BF16" || dtype == "I16" || dtype == "U16") return 2;
-  if (dtype == "BOOL" || dtype == "U8" || dtype == "I8" || dtype == "F8_E4M3" ||
-      dtype == "F8_E5M2") {
-    return 1;
+struct Dtype {
+  absl::string_view name;
+  uint64_t bits;  // of one element
+};
+constexpr Dtype kDtypes[] = {
+    {"F4", 4},      {"F6_E2M3", 6},     {"F6_E3M2", 6},     {"BOOL", 8},    {"U8", 8},
+    {"I8", 8},      {"F8_E5M2", 8},     {"F8_E4M3", 8},     {"F8_E8M0", 8}, {"F8_E5M2FNUZ", 8},
+    {"I16", 16},    {"F8_E4M3FNUZ", 8}, {"U16", 16},        {"F16", 16},    {"BF16", 16},
+    {"I32", 32},    {"U32", 32},        {"F32", 32},        {"C64", 64},    {"F64", 64},
+    {"I64", 64},    {"U64", 64},
+};
+
+std::optional<uint64_t> BitsOf(absl::string_view dtype) {
+  const auto* const found =
+      std::find_if(std::begin(kDtypes), std::end(kDtypes),
+                   [&](const Dtype& known) { return known.name == dtype; });
+  if (found == std::end(kDtypes)) return std::nullopt;
+  return found->bits;
+}
+
+absl::StatusOr<Fd> OpenRegular(const std::string& path) {
+  // Not blocking: a named pipe of that name is to be refused, not waited for.
+  Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  struct stat stat {};
+  if (!fd.valid() || fstat(fd.get(), &stat) != 0) {
+    return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));
   }
-  return 0;
+  if (!S_ISREG(stat.st_mode)) return absl::InvalidArgumentError(path + ": not a regular file");
+  return fd;
 }
 
 absl::Status ReadFully(int fd, const std::string& path, int64_t offset, int64_t bytes, void* out) {
@@ -59,20 +81,31 @@ absl::Status ReadFully(int fd, const std::string& path, int64_t offset, int64_t 
 
 absl::StatusOr<TensorInfo> ParseTensor(const Json& json, const std::string& where,
                                        int64_t data_bytes) {
+  if (!json.is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        where, " is ", Brief(json), ", expected an object of dtype, shape and data_offsets"));
+  }
   const JsonReader reader(json, where);
   TensorInfo info;
   HEADROOM_ASSIGN_OR_RETURN(info.dtype, reader.String("dtype"));
-  const int64_t element_bytes = DtypeBytes(info.dtype);
-  if (element_bytes == 0) return reader.Wrong("dtype", "a type of the format");
+  const std::optional<uint64_t> element_bits = BitsOf(info.dtype);
+  if (!element_bits.has_value()) return reader.Wrong("dtype", "a type of the format");
   const Json* shape = json.Find("shape");
   if (shape == nullptr || !shape->is_array()) return reader.Wrong("shape", "a list of sizes");
-  std::optional<int64_t> bytes = element_bytes;
+  // Multiplied from left to right as the format's own library does, so that [0, 2^62, 4] has no bytes
+  // and [2^62, 4, 0] overflows in both.
+  std::optional<uint64_t> bits = 1;
   for (const Json& size : shape->as_array()) {
     if (!size.is_int() || size.as_int() < 0) return reader.Wrong("shape", "sizes of at least 0");
     info.shape.push_back(size.as_int());
-    if (bytes.has_value()) bytes = CheckedMul(*bytes, size.as_int());
+    if (bits.has_value()) bits = CheckedMul(*bits, static_cast<uint64_t>(size.as_int()));
   }
-  if (!bytes.has_value()) return reader.Wrong("shape", "a product within 64 bits");
+  if (bits.has_value()) bits = CheckedMul(*bits, *element_bits);
+  if (!bits.has_value()) return reader.Wrong("shape", "a product within 64 bits");
+  if (*bits % 8 != 0) {
+    return reader.Wrong("shape", absl::StrCat("whole bytes, not ", *bits, " bits of ", info.dtype));
+  }
+  const auto bytes = static_cast<int64_t>(*bits / 8);
   const Json* offsets = json.Find("data_offsets");
   if (offsets == nullptr || !offsets->is_array() || offsets->as_array().size() != 2 ||
       !offsets->as_array()[0].is_int() || !offsets->as_array()[1].is_int()) {
@@ -84,13 +117,29 @@ absl::StatusOr<TensorInfo> ParseTensor(const Json& json, const std::string& wher
     return reader.Wrong("data_offsets",
                         absl::StrCat("0 <= begin <= end <= ", data_bytes, ", the file's data"));
   }
-  if (end - begin != *bytes) {
+  if (end - begin != bytes) {
     return reader.Wrong("data_offsets",
-                        absl::StrCat(*bytes, " bytes, as dtype and shape make"));
+                        absl::StrCat(bytes, " bytes, as dtype and shape make"));
   }
   info.offset_bytes = begin;
   info.size_bytes = end - begin;
   return info;
+}
+
+// A text for each name, as the format says; nothing here reads them.
+absl::Status CheckMetadata(const Json& metadata, const std::string& path) {
+  if (metadata.is_null()) return absl::OkStatus();
+  if (!metadata.is_object()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": '__metadata__' is ", Brief(metadata), ", expected an object"));
+  }
+  for (const auto& [name, value] : metadata.as_object()) {
+    if (!value.is_string()) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": '__metadata__': '", BriefText(name),
+                                                     "' is ", Brief(value), ", expected a string"));
+    }
+  }
+  return absl::OkStatus();
 }
 
 // Tensors must tile [0, data_bytes): an overlap or a hole means that the header lies.
@@ -105,8 +154,8 @@ absl::Status CheckTiling(std::vector<std::pair<const std::string*, const TensorI
     const int64_t begin = info->offset_bytes - data_begin;
     if (begin != next) {
       return absl::InvalidArgumentError(
-          absl::StrCat(path, ": tensor '", *name, "': data begins at ", begin, ", expected ", next,
-                       begin < next ? " (overlap)" : " (hole)"));
+          absl::StrCat(path, ": tensor '", BriefText(*name), "': data begins at ", begin,
+                       ", expected ", next, begin < next ? " (overlap)" : " (hole)"));
     }
     next = begin + info->size_bytes;
   }
@@ -117,6 +166,27 @@ absl::Status CheckTiling(std::vector<std::pair<const std::string*, const TensorI
   return absl::OkStatus();
 }
 
+// Whether the open file lies in the model's folder, wherever its name there leads. In the cache of
+// huggingface_hub a model is models--NAME/snapshots/REVISION, all links to models--NAME/blobs: that
+// counts as the folder too. Looked up by descriptor, so that what was checked is what is read.
+absl::Status CheckLiesIn(int fd, const std::string& model_dir) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const fs::path file = fs::read_symlink(absl::StrCat("/proc/self/fd/", fd), error);
+  const fs::path folder = error ? fs::path() : fs::canonical(model_dir, error);
+  if (error) return absl::InvalidArgumentError(absl::StrCat("where it lies: ", error.message()));
+  const auto lies_in = [&file](const fs::path& outer) {
+    return std::mismatch(outer.begin(), outer.end(), file.begin(), file.end()).first == outer.end();
+  };
+  if (lies_in(folder)) return absl::OkStatus();
+  const fs::path snapshots = folder.parent_path();
+  if (snapshots.filename() == "snapshots" && lies_in(snapshots.parent_path() / "blobs")) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("is a link to ", file.string(), ", expected a file in the same folder"));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::Open(
@@ -125,7 +195,8 @@ absl::StatusOr<std::unique_ptr<SafetensorsReader>> SafetensorsReader::Open(
   const std::string single = model_dir + "/model.safetensors";
   const std::string index = model_dir + "/model.safetensors.index.json";
   if (access(single.c_str(), F_OK) == 0) {
-    HEADROOM_RETURN_IF_ERROR(reader->OpenFile(single));
+    HEADROOM_ASSIGN_OR_RETURN(Fd fd, OpenRegular(single));
+    HEADROOM_RETURN_IF_ERROR(reader->ReadHeader(single, std::move(fd)));
   } else if (access(index.c_str(), F_OK) == 0) {
     HEADROOM_RETURN_IF_ERROR(reader->OpenShards(model_dir, index));
   } else {
@@ -146,38 +217,43 @@ absl::Status SafetensorsReader::OpenShards(const std::string& model_dir,
   if (map->as_object().empty()) {
     return absl::InvalidArgumentError(absl::StrCat(index_path, ": 'weight_map' names no tensor"));
   }
-  std::set<std::string> shards;
+  std::map<std::string, std::string> shards;  // and a tensor of each
   for (const auto& [tensor, file] : map->as_object()) {
     if (!file.is_string() || file.as_string().empty() || file.as_string()[0] == '.' ||
         file.as_string().find_first_of(kNotInFileNames) != std::string::npos) {
       return absl::InvalidArgumentError(
-          absl::StrCat(index_path, ": tensor '", tensor, "' is in ", file.Dump(),
+          absl::StrCat(index_path, ": tensor '", BriefText(tensor), "' is in ", Brief(file),
                        ", expected the name of a file in the same folder"));
     }
-    shards.insert(file.as_string());
+    shards.emplace(file.as_string(), tensor);
   }
-  for (const std::string& shard : shards) {
-    HEADROOM_RETURN_IF_ERROR(OpenFile(model_dir + "/" + shard));
+  for (const auto& [shard, tensor] : shards) {
+    const std::string where =
+        absl::StrCat(index_path, ": tensor '", BriefText(tensor), "' is in '", BriefText(shard), "'");
+    absl::StatusOr<Fd> fd = OpenRegular(model_dir + "/" + shard);
+    if (!fd.ok()) return Annotate(fd.status(), where);
+    if (const absl::Status status = CheckLiesIn(fd->get(), model_dir); !status.ok()) {
+      return Annotate(status, where);
+    }
+    HEADROOM_RETURN_IF_ERROR(ReadHeader(model_dir + "/" + shard, *std::move(fd)));
   }
   for (const auto& [tensor, file] : map->as_object()) {
     const auto found = tensors_.find(tensor);
     const std::string path = model_dir + "/" + file.as_string();
     if (found == tensors_.end() || file_name(found->second) != path) {
       return absl::InvalidArgumentError(absl::StrCat(
-          index_path, ": tensor '", tensor, "' is not in ", file.as_string(), " as it says"));
+          index_path, ": tensor '", BriefText(tensor), "' is not in ", BriefText(file.as_string()),
+          " as it says"));
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status SafetensorsReader::OpenFile(const std::string& path) {
-  // Not blocking: a named pipe of that name is to be refused below, not waited for.
-  Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+absl::Status SafetensorsReader::ReadHeader(const std::string& path, Fd fd) {
   struct stat stat {};
-  if (!fd.valid() || fstat(fd.get(), &stat) != 0) {
-    return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));
+  if (fstat(fd.get(), &stat) != 0) {
+    return absl::DataLossError(absl::StrCat(path, ": ", std::strerror(errno)));
   }
-  if (!S_ISREG(stat.st_mode)) return absl::InvalidArgumentError(path + ": not a regular file");
   const int64_t size = stat.st_size;
   uint8_t length_bytes[8];
   if (size < 8) {
@@ -212,16 +288,20 @@ absl::Status SafetensorsReader::AddHeader(int32_t file, const std::string& heade
   if (!json->is_object()) return absl::InvalidArgumentError(path + ": header: expected an object");
   std::vector<std::pair<const std::string*, const TensorInfo*>> added;
   for (const auto& [name, value] : json->as_object()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      HEADROOM_RETURN_IF_ERROR(CheckMetadata(value, path));
+      continue;
+    }
     HEADROOM_ASSIGN_OR_RETURN(
         TensorInfo info,
-        ParseTensor(value, absl::StrCat(path, ": tensor '", name, "'"), data_bytes));
+        ParseTensor(value, absl::StrCat(path, ": tensor '", BriefText(name), "'"), data_bytes));
     info.file = file;
     info.offset_bytes += data_begin;
     const auto [at, is_new] = tensors_.emplace(name, std::move(info));
     if (!is_new) {
       return absl::InvalidArgumentError(
-          absl::StrCat(path, ": tensor '", name, "' is also in ", file_name(at->second)));
+          absl::StrCat(path, ": tensor '", BriefText(name), "' is also in ",
+                       file_name(at->second)));
     }
     added.emplace_back(&at->first, &at->second);
   }
@@ -240,7 +320,7 @@ absl::StatusOr<const TensorInfo*> SafetensorsReader::Expect(
   if (info.dtype != dtype || info.shape != shape) {
     return absl::InvalidArgumentError(
         absl::StrCat(file_name(info), ": tensor '", name, "' is ", info.dtype, " [",
-                     absl::StrJoin(info.shape, ", "), "], expected ", dtype, " [",
+                     BriefText(absl::StrJoin(info.shape, ", ")), "], expected ", dtype, " [",
                      absl::StrJoin(shape, ", "), "]"));
   }
   return &info;

@@ -2,7 +2,10 @@
 // then the tensors' bytes. One file, or shards named by model.safetensors.index.json.
 //
 // Files are not trusted: the header is capped, every offset and product is checked before it is
-// used, ranges may neither overlap nor leave holes, and shards lie in the model's folder.
+// used, ranges may neither overlap nor leave holes, and shards lie in the model's folder, links
+// followed. What is a well-formed file is what the format's own library takes for one, less what the
+// format's text forbids or no writer writes (safetensors_oracle_test.cc names each such rule); which
+// tensors a model has, and of which type, is Expect's.
 #ifndef HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 #define HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 
@@ -52,7 +55,7 @@ class SafetensorsReader {
     int64_t size_bytes = 0;
   };
 
-  absl::Status OpenFile(const std::string& path);
+  absl::Status ReadHeader(const std::string& path, Fd fd);
   absl::Status AddHeader(int32_t file, const std::string& header, int64_t data_begin);
   absl::Status OpenShards(const std::string& model_dir, const std::string& index_path);
 

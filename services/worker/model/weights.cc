@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/json.h"
 #include "common/status.h"
 #include "services/worker/model/safetensors.h"
 
@@ -85,7 +86,7 @@ class Loader {
         continue;
       }
       return absl::InvalidArgumentError(
-          absl::StrCat(reader_.file_name(tensor), ": tensor '", name, "' is no part of a ",
+          absl::StrCat(reader_.file_name(tensor), ": tensor '", BriefText(name), "' is no part of a ",
                        config.architecture, " with ", config.num_layers, " layers"));
     }
     return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -72,6 +73,11 @@ TEST(Json, RefusesWhatIsAlmostJson) {
   EXPECT_NE(ErrorOf(absl::string_view("1\0x", 3)), "");
 }
 
+TEST(Json, AByteOrderMarkIsNoJson) {
+  EXPECT_NE(ErrorOf("\xEF\xBB\xBF[1]").find("byte order mark"), std::string::npos);
+  EXPECT_EQ(Must("\"\xEF\xBB\xBF\"").as_string(), "\xEF\xBB\xBF");
+}
+
 TEST(Json, RefusesWhatIsNotUtf8) {
   for (const char* bytes : {"\xff", "\xc3", "\xc0\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80"}) {
     EXPECT_NE(ErrorOf(absl::StrCat("\"", bytes, "\"")), "");
@@ -111,7 +117,8 @@ TEST(Json, IntegersOfInt64AreExactAndLargerOnesAreRefused) {
   EXPECT_EQ(Must("9223372036854775807").as_int(), INT64_MAX);
   EXPECT_EQ(Must("-9223372036854775808").as_int(), INT64_MIN);
   EXPECT_EQ(Must("9007199254740993").as_int(), 9007199254740993);  // 2^53 + 1
-  EXPECT_EQ(Must("-0").as_number(), 0);
+  EXPECT_TRUE(std::signbit(Must("-0").as_number())) << "no integer is that";
+  EXPECT_FALSE(Must("-0").is_int());
   for (const char* text : {"9223372036854775808", "18446744073709551615", "18446744073709551616",
                            "-9223372036854775809", "100000000000000000000000000000"}) {
     EXPECT_NE(ErrorOf(text).find("beyond 64 bits"), std::string::npos) << text;
@@ -193,6 +200,36 @@ TEST_F(JsonFile, APipeOrAFolderIsNotRead) {
   path_ = dir_;
   EXPECT_TRUE(absl::IsInvalidArgument(Parse()));
   EXPECT_NE(Parse().message().find("no regular file"), std::string::npos) << Parse();
+}
+
+TEST_F(JsonFile, OneThatMayNotBeReadIsNotTakenForOneThatIsMissing) {
+  std::ofstream(path_) << "{}";
+  ASSERT_EQ(chmod(path_.c_str(), 0), 0);
+  ASSERT_EQ(chmod(dir_.c_str(), 0755), 0);
+  const uid_t user = geteuid();
+  if (user == 0 && seteuid(65534) != 0) GTEST_SKIP() << "root, who may read all, cannot be another";
+  const absl::Status status = Parse();
+  ASSERT_EQ(seteuid(user), 0);
+  EXPECT_TRUE(absl::IsPermissionDenied(status)) << status;
+  EXPECT_NE(status.message().find(path_), std::string::npos) << status;
+}
+
+// ---------------------------------------------------------------- what errors show
+
+TEST(Brief, IsOneLineOfAtMost80BytesAndWholeCharacters) {
+  EXPECT_EQ(Brief(Must(R"({"a": [1, "x\ny"]})")), R"({"a":[1,"x\ny"]})");
+  EXPECT_EQ(BriefText("model.norm.weight"), "model.norm.weight");
+  EXPECT_EQ(BriefText("a\n\x1b[1m\"b"), R"(a\n\u001b[1m\"b)");
+  EXPECT_EQ(BriefText(std::string(80, 'x')), std::string(80, 'x'));
+  EXPECT_EQ(BriefText(std::string(81, 'x')), std::string(80, 'x') + "...");
+  for (int lead = 0; lead < 4; ++lead) {
+    std::string text(lead, 'x');
+    while (text.size() < 200) text += "\xf0\x9f\x98\x80";
+    const std::string brief = BriefText(text);
+    EXPECT_LE(brief.size(), 83u);
+    EXPECT_GE(brief.size(), 80u);
+    EXPECT_EQ(text.find(brief.substr(0, brief.size() - 3)), 0u) << "whole characters of it";
+  }
 }
 
 // ---------------------------------------------------------------- JsonReader

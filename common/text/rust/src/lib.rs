@@ -9,9 +9,10 @@ mod template;
 mod tokenizer;
 
 use std::any::Any;
-use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::panic::{catch_unwind, set_hook, AssertUnwindSafe};
 use std::ptr::null_mut;
 use std::slice;
+use std::sync::Once;
 
 use template::ChatTemplate;
 use tokenizer::TextTokenizer;
@@ -53,6 +54,10 @@ fn whole_utf8(text: String) -> Vec<u8> {
 /// # Safety
 /// `out` can be written.
 unsafe fn at_border(out: *mut Buffer, body: impl FnOnce() -> Result<Vec<u8>, String>) -> i32 {
+    // A wrong tokenizer.json can be a panic of the tokenizers crate. It is reported as an error, in one
+    // line: without this it would be printed too, in several.
+    static NO_PRINTING: Once = Once::new();
+    NO_PRINTING.call_once(|| set_hook(Box::new(|_| {})));
     let (code, bytes) = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(bytes)) => (OK, bytes),
         Ok(Err(error)) => (INVALID, whole_utf8(error)),

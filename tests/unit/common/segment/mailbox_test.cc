@@ -271,6 +271,7 @@ TEST_F(MailboxTest, AFolderWithoutRoomSaysSoAndKeepsNoFile) {
   const absl::Status status = Mailbox::Create(dir_, kName, shape).status();
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_NE(status.message().find(absl::StrCat(shape.file_bytes())), std::string::npos) << status;
+  EXPECT_NE(status.message().find("--segment-dir"), std::string::npos) << status;
   EXPECT_FALSE(Exists(kName));
 }
 

@@ -222,6 +222,10 @@ TEST_F(TokenizerFiles, EndIdsThatAreNoneAreRefused) {
                   .find("'eos_token_id'"),
               std::string::npos);
   }
+  for (const char* file : {"[]", "5", "[{\"eos_token_id\": 2}]"}) {
+    dir_.Write("generation_config.json", file);
+    ErrorOf(absl::StatusCode::kInvalidArgument, "generation_config.json");
+  }
   dir_.Write("generation_config.json", "{\"eos_token_id\": 300}");
   EXPECT_NE(ErrorOf(absl::StatusCode::kInvalidArgument, "tokenizer.json").find("300"),
             std::string::npos);

@@ -13,12 +13,14 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
 #include "common/protobuf_wire.h"
 #include "headroom/v1/admin.grpc.pb.h"
 #include "headroom/v1/inference.grpc.pb.h"
+#include "services/coordinator/served_model.h"
 #include "tests/common/byte_tokenizer.h"
 #include "tests/unit/services/coordinator/fake_servers.h"
 
@@ -124,6 +126,52 @@ class CoordinatorServerTest : public testing::Test {
   std::unique_ptr<v1::InferenceService::Stub> api_;
   std::unique_ptr<v1::AdminService::Stub> admin_;
 };
+
+TEST_F(CoordinatorServerTest, FilesOfTheModelThatAreWrongAreRefusedByName) {
+  struct Case {
+    const char* file;
+    const char* text;
+    const char* word;
+  };
+  for (const Case& wrong : std::vector<Case>{
+           {"config.json", "[]", "object"},
+           {"config.json", R"({"architectures": "LlamaForCausalLM"})", "'architectures'"},
+           {"config.json", R"({"architectures": [7]})", "'architectures'"},
+           {"generation_config.json", "", "JSON"},
+           {"generation_config.json", "[]", "object"},
+           {"generation_config.json", "\"temperature\"", "object"},
+           {"generation_config.json", R"({"temperature": "1"})", "'temperature'"},
+           {"generation_config.json", R"({"temperature": -1})", "'temperature'"},
+           {"generation_config.json", R"({"temperature": 1e400})", "JSON"},
+           {"generation_config.json", R"({"temperature": 1e300})", "'temperature'"},
+           {"generation_config.json", R"({"top_k": 4294967296})", "'top_k'"},
+           {"generation_config.json", R"({"top_k": 18446744073709551616})", "64 bits"},
+           {"generation_config.json", R"({"top_k": 5.5})", "'top_k'"},
+           {"generation_config.json", R"({"top_p": 0})", "'top_p'"},
+           {"generation_config.json", R"({"min_p": 2})", "'min_p'"},
+           {"generation_config.json", R"({"do_sample": "yes"})", "'do_sample'"},
+           {"generation_config.json", R"({"eos_token_id": [2, 99999999999]})", "'eos_token_id'"},
+           {"tokenizer_config.json", "[]", "object"},
+           {"tokenizer.json", R"({"version": "1.0"})", "tokenizer.json"},
+       }) {
+    const std::string path = absl::StrCat(dir_, "/", wrong.file);
+    const std::string kept = absl::StrCat(dir_, "/kept");
+    const bool existed = rename(path.c_str(), kept.c_str()) == 0;
+    std::ofstream(path) << wrong.text;
+    const absl::Status status = ServedModel::Load(dir_).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << wrong.text << ": " << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), path)) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), wrong.word)) << wrong.text << ": " << status;
+    EXPECT_FALSE(absl::StrContains(status.message(), "\n")) << status;
+    remove(path.c_str());
+    if (existed) rename(kept.c_str(), path.c_str());
+  }
+  EXPECT_TRUE(ServedModel::Load(dir_).ok()) << "nothing is left of them";
+  // Where there is no tokenizer, only the defaults of sampling are read from it.
+  remove(absl::StrCat(dir_, "/tokenizer.json").c_str());
+  std::ofstream(absl::StrCat(dir_, "/generation_config.json")) << "[]";
+  EXPECT_TRUE(absl::IsInvalidArgument(ServedModel::Load(dir_).status()));
+}
 
 TEST_F(CoordinatorServerTest, StreamsAcceptanceDeltasAndOneEnd) {
   Start();

@@ -11,8 +11,10 @@
 #include <random>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "services/kvstore/extent_index.h"
+#include "tests/common/tmpfs_mount.h"
 #include "tests/unit/services/kvstore/kvstore_test_util.h"
 
 namespace headroom::kvstore {
@@ -152,6 +154,65 @@ TEST(Segment, ATmpfsThatIsTooSmallIsRefusedByName) {
   EXPECT_NE(status.message().find("--host-memory"), std::string::npos) << status;
   EXPECT_NE(status.message().find("--segment-dir"), std::string::npos) << status;
   EXPECT_EQ(InodeOf(dir.File("data")), 0u) << "nothing was made";
+}
+
+// Whether these words are all in the error.
+testing::AssertionResult Names(const absl::Status& status, const std::vector<std::string>& words) {
+  for (const std::string& word : words) {
+    if (status.message().find(word) == std::string::npos) {
+      return testing::AssertionFailure() << word << " is not in " << status;
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+TEST(SmallTmpfs, OneThatIsSmallerThanTheSegmentIsRefusedByName) {
+  const TempSegmentDir dir;
+  const TmpfsMount tmpfs(dir.path(), "size=4m");
+  if (!tmpfs.mounted()) GTEST_SKIP() << "this user may not mount a tmpfs";
+  const absl::Status status = Segment::Open(SmallSegment(dir, 8 << 20)).status();
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+  EXPECT_TRUE(Names(status, {"--host-memory", "--segment-dir", dir.path()}));
+  EXPECT_EQ(InodeOf(dir.File("data")), 0u) << "nothing was made";
+}
+
+// Others may take the memory that was free when the segment was made.
+TEST(SmallTmpfs, OneThatHasBecomeFullIsAnErrorAndNoSigbus) {
+  const TempSegmentDir dir;
+  const TmpfsMount tmpfs(dir.path(), "size=16m");
+  if (!tmpfs.mounted()) GTEST_SKIP() << "this user may not mount a tmpfs";
+  SegmentOptions options = SmallSegment(dir, 8 << 20);
+  options.dir = dir.File("segment");
+  const std::unique_ptr<Segment> segment = Must(Segment::Open(options));
+  ASSERT_TRUE(segment->Prefault(1 << 20, kGoOn).ok());
+  {
+    std::ofstream other(dir.File("other"), std::ios::binary);
+    const std::string piece(1 << 20, 'x');
+    while (other.write(piece.data(), static_cast<std::streamsize>(piece.size())).flush()) {
+    }
+  }
+  const absl::Status status = segment->Prefault(8 << 20, kGoOn);
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+  EXPECT_TRUE(Names(status, {"--host-memory", "--segment-dir"}));
+  EXPECT_EQ(segment->ready_bytes(), 1 << 20) << "no more than what is there";
+  // And a store that comes now does not begin.
+  options.dir = dir.File("second");
+  const absl::Status second = Segment::Open(options).status();
+  EXPECT_TRUE(absl::IsResourceExhausted(second)) << second;
+  EXPECT_TRUE(Names(second, {"--host-memory", "--segment-dir"}));
+}
+
+TEST(SmallTmpfs, OneThatCannotBeWrittenIsRefusedByName) {
+  const TempSegmentDir dir;
+  const TmpfsMount tmpfs(dir.path(), "size=16m", MS_RDONLY);
+  if (!tmpfs.mounted()) GTEST_SKIP() << "this user may not mount a tmpfs";
+  SegmentOptions options = SmallSegment(dir, 8 << 20);
+  for (const std::string& folder : {dir.path(), dir.File("segment")}) {
+    options.dir = folder;
+    const absl::Status status = Segment::Open(options).status();
+    EXPECT_FALSE(status.ok());
+    EXPECT_TRUE(Names(status, {absl::StrCat("--segment-dir ", folder), "Read-only"}));
+  }
 }
 
 TEST(Segment, NumbersOutOfRangeAreRefusedByName) {

@@ -169,6 +169,26 @@ TEST_F(ReadModelConfigTest, EachOptionThatWouldChangeTheMathsIsRefusedByName) {
   EXPECT_TRUE(ReadWith("quantization_config", "null").ok());
 }
 
+TEST_F(ReadModelConfigTest, WhatIsQuotedFromTheFileIsOneShortLine) {
+  const std::string text = "\"" + std::string(5000, 'x') + "\\nTraceback\"";
+  for (const auto& [name, value] : std::vector<std::pair<std::string, std::string>>{
+           {"architectures", "[" + text + "]"},
+           {"hidden_act", text},
+           {"quantization_config", "{\"a\":" + text + "}"},
+           {"rope_scaling", "{\"type\":" + text + "}"},
+           {"rope_scaling", "{" + text + ":" + text + "}"},
+           {"vocab_size", text},
+           {"vocab_size", "1" + std::string(5000, '0')},
+           {"rms_norm_eps", "[" + text + "]"},
+           {"rope_theta", "1e400"},
+       }) {
+    const absl::Status status = ReadWith(name, value).status();
+    EXPECT_THAT(status.message(), HasSubstr(folder_.path() + "/config.json")) << name;
+    EXPECT_EQ(status.message().find('\n'), std::string::npos) << status;
+    EXPECT_LT(status.message().size(), folder_.path().size() + 300) << status;
+  }
+}
+
 TEST_F(ReadModelConfigTest, RopeScalingIsLlama3sOrNone) {
   absl::StatusOr<ModelConfig> config = ReadWith("rope_scaling", kLlama3);
   ASSERT_TRUE(config.ok()) << config.status();

@@ -6,11 +6,14 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "tests/common/test_processes.h"
 #include "tests/unit/services/worker_model/test_folder.h"
 
 namespace headroom {
@@ -157,7 +160,57 @@ TEST_F(SafetensorsTest, AHeaderThatIsNoHeaderIsRefused) {
   EXPECT_TRUE(HeaderIsRefused("[1]", {"header", "an object"}));
   EXPECT_TRUE(HeaderIsRefused("{\"a\":\xff}", {"header"}));
   EXPECT_TRUE(HeaderIsRefused(std::string(100'000, '['), {"header", "nested deeper"}));
-  EXPECT_TRUE(HeaderIsRefused("{\"a\":3," + b_ + "}", {"tensor 'a'"}));
+  EXPECT_TRUE(HeaderIsRefused("{\"a\":3," + b_ + "}",
+                              {"tensor 'a' is 3", "expected an object of dtype, shape"}));
+  EXPECT_TRUE(HeaderIsRefused("{\"__metadata__\":{\"n\":3}," + b_ + "}",
+                              {"'__metadata__'", "'n' is 3", "expected a string"}));
+}
+
+// A name of the file goes into errors, and it may be anything.
+TEST_F(SafetensorsTest, NamesOfAnyLengthMakeOneShortLine) {
+  const std::string name = "a\\nERROR: \\u001b[2J" + std::string(20'000, 'x');
+  for (const std::string& entry :
+       {Entry(name, "F3", "[2]", "[0,4]"), Entry(name, "BF16", "[3]", "[0,4]"),
+        Entry(name, "BF16", "[2]", "[4,8]"), Entry(name, "BF16", "[-1]", "[0,4]"),
+        Entry("a", name, "[2]", "[0,4]"), Entry("a", "BF16", "\"" + name + "\"", "[0,4]"),
+        "\"" + name + "\":[\"" + name + "\"]", "\"__metadata__\":{\"" + name + "\":[0]}",
+        Entry(name, "BF16", "[2]", "[0,4]") + "," + Entry(name, "BF16", "[2]", "[0,4]")}) {
+    const absl::Status status = Open(FileOf("{" + entry + "}", "0123")).status();
+    EXPECT_TRUE(Names(status, "model.safetensors", {}));
+    EXPECT_EQ(status.message().find_first_of("\n\x1b"), std::string::npos) << status;
+    EXPECT_LT(status.message().size(), folder_.path().size() + 300) << status;
+  }
+}
+
+int64_t PeakMemoryKiB() {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  int64_t peak = 0;
+  while (status >> word && word != "VmHWM:") {
+  }
+  status >> peak;
+  return peak;
+}
+
+// No size that a file declares is allocated before the file is known to have it.
+TEST_F(SafetensorsTest, SmallFilesTakeLittleMemoryWhateverTheyDeclare) {
+  if (kSanitized) GTEST_SKIP() << "sanitizers take memory of their own";
+  ASSERT_TRUE(Open(FileOf(good_, "0123456789ab")).ok());
+  std::vector<std::string> files;
+  for (const uint64_t length : {uint64_t{100'000'000}, uint64_t{1} << 40, ~uint64_t{0}}) {
+    files.push_back(FileOf(good_, "0123456789ab"));
+    std::memcpy(files.back().data(), &length, sizeof(length));
+  }
+  for (const char* const shape :
+       {"[100000000]", "[4611686018427387904,4]", "[0,100000000]", "[100000000,100000000]"}) {
+    files.push_back(FileOf("{" + Entry("a", "F64", shape, "[0,800000000]") + "}", "0123"));
+  }
+  files.push_back(FileOf(std::string(4000, '['), ""));
+  files.push_back(FileOf("{\"a\":" + std::string(4000, '['), ""));
+  std::ofstream("/proc/self/clear_refs") << 5;  // the peak is what there is now
+  const int64_t before = PeakMemoryKiB();
+  for (const std::string& file : files) EXPECT_FALSE(Open(file).ok());
+  EXPECT_LT(PeakMemoryKiB() - before, 1024);
 }
 
 TEST_F(SafetensorsTest, ANameTwiceIsRefused) {
@@ -266,7 +319,60 @@ TEST_F(ShardsTest, AnIndexThatLiesIsRefused) {
   folder_.Write("model.safetensors.index.json", R"({"weight_map": {"a": "three.safetensors"}})");
   const absl::Status status = SafetensorsReader::Open(folder_.path()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(status.message(), HasSubstr("three.safetensors"));
+  EXPECT_TRUE(testing::Value(std::string(status.message()),
+                             testing::AllOf(HasSubstr("index.json"), HasSubstr("tensor 'a'"),
+                                            HasSubstr("three.safetensors"))))
+      << status;
+}
+
+TEST_F(ShardsTest, LinksAreFollowedInsideTheFolderOnly) {
+  namespace fs = std::filesystem;
+  const TestFolder elsewhere;
+  fs::rename(folder_.path() + "/one.safetensors", elsewhere.path() + "/one.safetensors");
+  fs::create_symlink(elsewhere.path() + "/one.safetensors", folder_.path() + "/one.safetensors");
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "one.safetensors", "b": "two.safetensors"})",
+                             {"tensor 'a'", "one.safetensors", elsewhere.path(), "same folder"}));
+  // Another folder whose name begins with the model's is outside too.
+  const std::string beside = folder_.path() + "-beside";
+  fs::create_directory(beside);
+  fs::rename(elsewhere.path() + "/one.safetensors", beside + "/one.safetensors");
+  fs::remove(folder_.path() + "/one.safetensors");
+  fs::create_symlink(beside + "/one.safetensors", folder_.path() + "/one.safetensors");
+  EXPECT_TRUE(IndexIsRefused(R"({"a": "one.safetensors"})", {"tensor 'a'", beside}));
+  // One inside is as good as the file, by whatever name the folder is called.
+  fs::create_directory(folder_.path() + "/data");
+  fs::rename(beside + "/one.safetensors", folder_.path() + "/data/one");
+  fs::remove_all(beside);
+  fs::remove(folder_.path() + "/one.safetensors");
+  fs::create_symlink("data/one", folder_.path() + "/one.safetensors");
+  fs::create_directory_symlink(folder_.path(), elsewhere.path() + "/model");
+  for (const std::string& dir : {folder_.path(), folder_.path() + "/data/..",
+                                 elsewhere.path() + "/model"}) {
+    const auto reader = SafetensorsReader::Open(dir);
+    EXPECT_TRUE(reader.ok()) << reader.status();
+  }
+}
+
+// models--NAME/snapshots/REVISION/file -> ../../blobs/HASH
+TEST_F(ShardsTest, TheCacheOfHuggingfaceHubIsAFolderToo) {
+  namespace fs = std::filesystem;
+  const std::string repo = folder_.path() + "/models--a--b";
+  const std::string snapshot = repo + "/snapshots/0123abcd";
+  fs::create_directories(snapshot);
+  fs::create_directories(repo + "/blobs");
+  folder_.Write("models--a--b/blobs/aaaa", R"({"weight_map": {"a": "one.safetensors"}})");
+  fs::rename(folder_.path() + "/one.safetensors", repo + "/blobs/bbbb");
+  fs::create_symlink("../../blobs/aaaa", snapshot + "/model.safetensors.index.json");
+  fs::create_symlink("../../blobs/bbbb", snapshot + "/one.safetensors");
+  const auto reader = SafetensorsReader::Open(snapshot);
+  EXPECT_TRUE(reader.ok()) << reader.status();
+  // Not those of another model.
+  fs::create_directories(folder_.path() + "/models--c--d/blobs");
+  fs::rename(repo + "/blobs/bbbb", folder_.path() + "/models--c--d/blobs/bbbb");
+  fs::remove(snapshot + "/one.safetensors");
+  fs::create_symlink("../../../models--c--d/blobs/bbbb", snapshot + "/one.safetensors");
+  const absl::Status status = SafetensorsReader::Open(snapshot).status();
+  EXPECT_THAT(status.message(), HasSubstr("models--c--d"));
 }
 
 TEST_F(ShardsTest, ATensorInTwoShardsIsRefused) {
