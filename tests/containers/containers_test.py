@@ -84,7 +84,6 @@ log_driver = "k8s-file"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
-static_dir = "{work}/libpod"
 tmp_dir = "{work}/tmp"
 volume_path = "{work}/volumes"
 [network]
@@ -116,7 +115,7 @@ def in_namespaces(arguments: list[str]) -> int:
         skip(f"no namespaces: {probe.stderr.strip()}")
     work = Path(tempfile.mkdtemp(prefix="headroom-", dir="/var/tmp"))  # short: sockets lie in it
     try:
-        for folder in ("libpod", "tmp", "volumes", "networks", "run", "store"):
+        for folder in ("tmp", "volumes", "networks", "run", "store"):
             (work / folder).mkdir()
         inner = [*unshare, "catatonit", "--", sys.executable, __file__, "--inside", str(work), *arguments]
         environment = {**os.environ, **write_configuration(work)}
@@ -138,10 +137,11 @@ def build_image(binary: Path, work: Path) -> None:
     probe = run("podman", "run", "--rm", "--network", "none", "debian:bookworm-slim", "true", check=False)
     if probe.returncode != 0:
         skip(f"podman starts none here: {probe.stderr.strip()}")
+    say("the base image is imported and starts")
     compiled = work / "build"
     compiled.mkdir()
     run("strip", "-o", str(compiled / "headroom"), str(binary))
-    run("podman", "build", "--network=host", "--format=docker", "--pull=never",
+    run("podman", "build", "--network=host", "--format=docker", "--pull=never", "--layers=false",
         f"--build-context=build={compiled}", "--file=deploy/Dockerfile", "--tag=headroom", ".")
     size = run("podman", "image", "inspect", "--format", "{{.Size}}", "headroom").stdout
     say(f"the image is built: {int(size) / 1e6:.0f} MB, its base included")
