@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,11 +37,11 @@ REQUEST = ["--prompt", PROMPT, "--max-tokens", "12", "--temperature", "0", "--de
            "--placement", "resident=0.34,fetched=0.33,in-place=0.33", "--timeout", "60s", "--json"]
 
 
+STARTED = time.monotonic()
+
+
 def say(text: str) -> None:
     print(f"containers: [{time.monotonic() - STARTED:5.1f}s] {text}", flush=True)
-
-
-STARTED = time.monotonic()
 
 
 def fail(text: str) -> None:
@@ -113,6 +114,7 @@ def in_namespaces(arguments: list[str]) -> int:
     probe = subprocess.run([*unshare, "true"], capture_output=True, text=True)
     if probe.returncode != 0:
         skip(f"no namespaces: {probe.stderr.strip()}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     work = Path(tempfile.mkdtemp(prefix="headroom-", dir="/var/tmp"))  # short: sockets lie in it
     try:
         for folder in ("tmp", "volumes", "networks", "run", "store"):
@@ -126,7 +128,10 @@ def in_namespaces(arguments: list[str]) -> int:
             finally:
                 process.kill()
     finally:
-        shutil.rmtree(work)
+        deadline = time.monotonic() + 10
+        while work.exists() and time.monotonic() < deadline:  # what was killed goes in its own time
+            shutil.rmtree(work, ignore_errors=True)
+            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- inside
