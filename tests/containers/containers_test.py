@@ -157,7 +157,8 @@ def compose(*command: str) -> None:
 
 
 def inspect(service: str, field: str) -> str:
-    return run("podman", "inspect", "--format", f"{{{{.State.{field}}}}}", f"headroom_{service}_1").stdout.strip()
+    shown = run("podman", "inspect", "--format", f"{{{{.State.{field}}}}}", f"headroom_{service}_1").stdout
+    return shown.strip()
 
 
 def is_healthy(service: str) -> bool:
@@ -199,7 +200,8 @@ def kill_and_recover(service: str) -> None:
 
 
 def check_nothing_is_left() -> None:
-    for kind, command in (("containers", ["ps", "--all"]), ("pods", ["pod", "ps"]), ("volumes", ["volume", "ls"])):
+    for kind, command in (("containers", ["ps", "--all"]), ("pods", ["pod", "ps"]),
+                          ("volumes", ["volume", "ls"])):
         left = run("podman", *command, "--quiet").stdout.split()
         if left:
             fail(f"down leaves {kind}: {left}")
