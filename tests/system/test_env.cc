@@ -252,8 +252,14 @@ std::string TestClient::Health(const std::string& service) const {
   queue.Shutdown();
   if (!status.ok()) return status.error_message();
   std::vector<grpc::Slice> slices;
-  if (!received.Dump(&slices).ok() || slices.empty() || slices[0].size() < 2) return "UNKNOWN";
-  return slices[0].begin()[1] == 1 ? "SERVING" : "NOT_SERVING";
+  std::string response;  // in as many pieces as it was read in
+  if (received.Dump(&slices).ok()) {
+    for (const grpc::Slice& piece : slices) {
+      response.append(reinterpret_cast<const char*>(piece.begin()), piece.size());
+    }
+  }
+  if (response.size() < 2) return "UNKNOWN";
+  return response[1] == 1 ? "SERVING" : "NOT_SERVING";
 }
 
 bool TestClient::AwaitHealth(const std::string& wanted, absl::Duration most) const {
