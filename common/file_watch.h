@@ -20,14 +20,16 @@ namespace headroom {
 
 class FileWatch {
  public:
-  // What is not as it is now calls `changed`, on the watch's own thread. Empty paths are left out.
-  FileWatch(std::vector<std::string> paths, absl::Duration interval, std::function<void()> changed)
-      : paths_(std::move(paths)),
-        interval_(interval),
-        changed_(std::move(changed)),
-        seen_(Look()),
-        thread_([this] { Loop(); }) {}
+  // Remembers what the files are like: they are to be read after this. Empty paths are left out.
+  explicit FileWatch(std::vector<std::string> paths) : paths_(std::move(paths)), seen_(Look()) {}
+  // What is not as it was when this was made calls `changed`, on the watch's own thread. Once.
+  void Start(absl::Duration interval, std::function<void()> changed) {
+    interval_ = interval;
+    changed_ = std::move(changed);
+    thread_ = std::thread([this] { Loop(); });
+  }
   ~FileWatch() {
+    if (!thread_.joinable()) return;
     {
       MutexLock lock(&mutex_);
       stop_ = true;
@@ -68,8 +70,8 @@ class FileWatch {
   }
 
   const std::vector<std::string> paths_;
-  const absl::Duration interval_;
-  const std::function<void()> changed_;
+  absl::Duration interval_;
+  std::function<void()> changed_;
   std::vector<Stat> seen_;
   Mutex mutex_;
   CondVar stopped_;

@@ -163,22 +163,21 @@ class MemoryFile {
 
 class ReloadedIdentity : public TlsIdentity {
  public:
-  explicit ReloadedIdentity(const TlsFiles& files) : files_(files) {}
+  explicit ReloadedIdentity(const TlsFiles& files)
+      : files_(files), watch_({files.certificate.path, files.key.path, files.ca.path}) {}
 
   absl::Status Begin() {
     HEADROOM_RETURN_IF_ERROR(Reload());
     provider_ = std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
         pair_.path(), pair_.path(), ca_.path(), kGrpcInterval);
-    watch_ = std::make_unique<FileWatch>(
-        std::vector<std::string>{files_.certificate.path, files_.key.path, files_.ca.path},
-        kWatchInterval, [this] {
-          if (const absl::Status status = Reload(); status.ok()) {
-            LogInfo(absl::StrCat("--", files_.certificate.flag, " ", files_.certificate.path,
-                                 ": read again"));
-          } else {
-            LogWarning(absl::StrCat(status.message(), "; the certificate before it stays"));
-          }
-        });
+    watch_.Start(kWatchInterval, [this] {
+      if (const absl::Status status = Reload(); status.ok()) {
+        LogInfo(absl::StrCat("--", files_.certificate.flag, " ", files_.certificate.path,
+                             ": read again"));
+      } else {
+        LogWarning(absl::StrCat(status.message(), "; the certificate before it stays"));
+      }
+    });
     return absl::OkStatus();
   }
 
@@ -212,7 +211,7 @@ class ReloadedIdentity : public TlsIdentity {
   MemoryFile pair_;
   MemoryFile ca_;
   std::shared_ptr<grpc::experimental::CertificateProviderInterface> provider_;
-  std::unique_ptr<FileWatch> watch_;
+  FileWatch watch_;  // last: its thread uses the above
 };
 
 // ---------------------------------------------------------------- tokens
@@ -248,17 +247,15 @@ Digest DigestOf(absl::string_view text) {
 
 class TokenCheck : public grpc::AuthMetadataProcessor {
  public:
-  explicit TokenCheck(const SecurityFile& file) : file_(file) {}
+  explicit TokenCheck(const SecurityFile& file) : file_(file), watch_({file.path}) {}
 
   absl::Status Begin() {
     HEADROOM_RETURN_IF_ERROR(Reload());
-    watch_ = std::make_unique<FileWatch>(
-        std::vector<std::string>{file_.path}, kWatchInterval, [this] {
-          const absl::Status status = Reload();
-          if (!status.ok()) {
-            LogWarning(absl::StrCat(status.message(), "; the tokens before it stay"));
-          }
-        });
+    watch_.Start(kWatchInterval, [this] {
+      if (const absl::Status status = Reload(); !status.ok()) {
+        LogWarning(absl::StrCat(status.message(), "; the tokens before it stay"));
+      }
+    });
     return absl::OkStatus();
   }
 
@@ -308,10 +305,23 @@ class TokenCheck : public grpc::AuthMetadataProcessor {
   const SecurityFile file_;
   mutable Mutex mutex_;
   std::vector<Digest> digests_ ABSL_GUARDED_BY(mutex_);
-  std::unique_ptr<FileWatch> watch_;
+  FileWatch watch_;  // last: its thread uses the above
 };
 
 // ---------------------------------------------------------------- servers
+
+// Peers that trust nobody in particular trust everybody.
+absl::Status CheckAllOrNone(const TlsFiles& files) {
+  const SecurityFile* const all[] = {&files.certificate, &files.key, &files.ca};
+  for (const SecurityFile* there : all) {
+    for (const SecurityFile* missing : all) {
+      if (!there->path.empty() && missing->path.empty()) {
+        return Wrong(*there, absl::StrCat("--", missing->flag, " is missing"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
 
 class LoadedSecurity : public ServerSecurity {
  public:
@@ -331,6 +341,19 @@ absl::StatusOr<std::unique_ptr<TlsIdentity>> TlsIdentity::Load(const TlsFiles& f
   auto identity = std::make_unique<ReloadedIdentity>(files);
   HEADROOM_RETURN_IF_ERROR(identity->Begin());
   return identity;
+}
+
+absl::StatusOr<std::unique_ptr<TlsIdentity>> TlsIdentity::LoadPeer(const TlsFiles& files) {
+  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(files));
+  if (files.certificate.path.empty()) return nullptr;
+  return Load(files);
+}
+
+absl::StatusOr<std::unique_ptr<ServerSecurity>> ServerSecurity::LoadPeer(const TlsFiles& files) {
+  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(files));
+  ServerSecurityOptions options;
+  options.tls = files;
+  return Load(options);
 }
 
 absl::StatusOr<std::unique_ptr<ServerSecurity>> ServerSecurity::Load(
@@ -355,26 +378,17 @@ absl::StatusOr<std::unique_ptr<ServerSecurity>> ServerSecurity::Load(
 
 // ---------------------------------------------------------------- clients
 
-absl::Status CheckAllOrNone(const TlsFiles& files) {
-  const SecurityFile* const all[] = {&files.certificate, &files.key, &files.ca};
-  for (const SecurityFile* there : all) {
-    for (const SecurityFile* missing : all) {
-      if (!there->path.empty() && missing->path.empty()) {
-        return Wrong(*there, absl::StrCat("--", missing->flag, " is missing"));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(
     const ClientSecurityOptions& options) {
   const bool tls = options.tls || !options.files.ca.path.empty() ||
                    !options.files.certificate.path.empty() || !options.files.key.path.empty();
   if (!tls) {
+    const std::string needs = absl::StrCat("needs --tls or --", options.files.ca.flag);
     if (!options.token.path.empty()) {
-      return Wrong(options.token, absl::StrCat("needs --tls or --", options.files.ca.flag,
-                                               ": in the clear it would be everybody's"));
+      return Wrong(options.token, needs + ": in the clear it would be everybody's");
+    }
+    if (!options.server_name.empty()) {
+      return absl::InvalidArgumentError("--tls-server-name " + needs);
     }
     return grpc::InsecureChannelCredentials();
   }

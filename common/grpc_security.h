@@ -25,6 +25,8 @@ class TlsIdentity {
 
   // INVALID_ARGUMENT names flag and file and says what is wrong with it.
   static absl::StatusOr<std::unique_ptr<TlsIdentity>> Load(const TlsFiles& files);
+  // That of a process towards its peers: all three files, or none, which is null.
+  static absl::StatusOr<std::unique_ptr<TlsIdentity>> LoadPeer(const TlsFiles& files);
 
   // Clients must show a certificate of the CA, if there is one.
   virtual std::shared_ptr<grpc::ServerCredentials> ServerCredentials() const = 0;
@@ -38,13 +40,11 @@ class ServerSecurity {
   virtual ~ServerSecurity() = default;
   // INVALID_ARGUMENT as above.
   static absl::StatusOr<std::unique_ptr<ServerSecurity>> Load(const ServerSecurityOptions& options);
+  // Of a server for peers: all three files, or none.
+  static absl::StatusOr<std::unique_ptr<ServerSecurity>> LoadPeer(const TlsFiles& files);
 
   virtual std::shared_ptr<grpc::ServerCredentials> credentials() const = 0;
 };
-
-// INVALID_ARGUMENT unless all three files are named, or none: peers that trust nobody in particular trust
-// everybody.
-absl::Status CheckAllOrNone(const TlsFiles& files);
 
 // For one process's life: files are read once. INVALID_ARGUMENT as above.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeChannelCredentials(

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "common/grpc_status.h"
@@ -36,6 +37,20 @@ absl::Status CallWithDeadline(std::chrono::milliseconds deadline, Call&& call) {
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + deadline);
   return FromGrpcStatus(call(&context));
+}
+
+// Asks the peer of `stub` by `call`, a method of an empty request, each time that it is called.
+template <typename Stub, typename Request, typename Response>
+std::function<absl::Status()> MakePing(
+    std::shared_ptr<Stub> stub,
+    grpc::Status (Stub::*call)(grpc::ClientContext*, const Request&, Response*),
+    std::chrono::milliseconds deadline) {
+  return [stub = std::move(stub), call, deadline] {
+    return CallWithDeadline(deadline, [&](grpc::ClientContext* context) {
+      Response response;
+      return ((*stub).*call)(context, Request(), &response);
+    });
+  };
 }
 
 }  // namespace headroom::coordinator

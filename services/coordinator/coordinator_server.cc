@@ -63,9 +63,8 @@ class Server : public CoordinatorServer {
 
  private:
   absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> PeerCredentials();
-  void SetConnected(bool connected);
-  void SetAlive(bool alive);
-  void UpdateHealth();
+  // Sets one of what health hangs on, and tells what follows.
+  void SetHealth(bool Server::*part, bool value);
   void BeginDrain();
 
   const CoordinatorOptions options_;
@@ -100,7 +99,7 @@ absl::Status Server::Start() {
   scheduler_ = std::make_unique<Scheduler>(
       scheduler, MakeWorkerClient(options_.worker_address, peer_credentials),
       MakeStoreClient(options_.store_address, peer_credentials),
-      [this](bool connected) { SetConnected(connected); });
+      [this](bool connected) { SetHealth(&Server::connected_, connected); });
   inference_ = std::make_unique<InferenceService>(scheduler_.get(), model_.get(),
                                                   options_.context_limit_tokens);
   grpc::EnableDefaultHealthCheckService(true);
@@ -109,7 +108,7 @@ absl::Status Server::Start() {
                             ListenGrpc(inference_.get(), options_.listen_address,
                                        security_->credentials(), options_.max_message_bytes,
                                        &listen_address_));
-  UpdateHealth();
+  SetHealth(&Server::draining_, false);
   if (!options_.admin_address.empty()) {
     admin_ = std::make_unique<AdminService>(
         scheduler_.get(), model_.get(),
@@ -124,36 +123,20 @@ absl::Status Server::Start() {
   heartbeat_ = std::make_unique<Heartbeat>(
       MakeWorkerPing(options_.worker_address, peer_credentials, kPingDeadline),
       MakeStorePing(options_.store_address, peer_credentials, kPingDeadline),
-      [this](bool alive) { SetAlive(alive); });
+      [this](bool alive) { SetHealth(&Server::alive_, alive); });
   LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> Server::PeerCredentials() {
-  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(options_.peer_tls));
-  if (options_.peer_tls.certificate.path.empty()) return grpc::InsecureChannelCredentials();
-  HEADROOM_ASSIGN_OR_RETURN(peer_identity_, TlsIdentity::Load(options_.peer_tls));
-  return peer_identity_->ChannelCredentials();
+  HEADROOM_ASSIGN_OR_RETURN(peer_identity_, TlsIdentity::LoadPeer(options_.peer_tls));
+  return peer_identity_ == nullptr ? grpc::InsecureChannelCredentials()
+                                   : peer_identity_->ChannelCredentials();
 }
 
-void Server::SetConnected(bool connected) {
-  {
-    MutexLock lock(&health_mutex_);
-    connected_ = connected;
-  }
-  UpdateHealth();
-}
-
-void Server::SetAlive(bool alive) {
-  {
-    MutexLock lock(&health_mutex_);
-    alive_ = alive;
-  }
-  UpdateHealth();
-}
-
-void Server::UpdateHealth() {
+void Server::SetHealth(bool Server::*part, bool value) {
   MutexLock lock(&health_mutex_);  // to the end: what is told last is what holds
+  this->*part = value;
   const bool serving = connected_ && alive_ && !draining_;
   serving_.store(serving);
   grpc::HealthCheckServiceInterface* const health = server_->GetHealthCheckService();
@@ -163,11 +146,7 @@ void Server::UpdateHealth() {
 }
 
 void Server::BeginDrain() {
-  {
-    MutexLock lock(&health_mutex_);
-    draining_ = true;
-  }
-  UpdateHealth();
+  SetHealth(&Server::draining_, true);
 }
 
 bool Server::Drain(absl::Duration timeout) {

@@ -115,14 +115,9 @@ std::unique_ptr<StoreClient> MakeStoreClient(
 std::function<absl::Status()> MakeStorePing(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
     absl::Duration deadline) {
-  const std::shared_ptr<v1::KvStoreService::Stub> stub =
-      v1::KvStoreService::NewStub(MakePeerChannel(address, credentials));
-  return [stub, deadline] {
-    return CallWithDeadline(absl::ToChronoMilliseconds(deadline), [&](grpc::ClientContext* context) {
-      v1::GetStoreInfoResponse response;
-      return stub->GetStoreInfo(context, v1::GetStoreInfoRequest(), &response);
-    });
-  };
+  using Stub = v1::KvStoreService::Stub;
+  return MakePing(std::make_shared<Stub>(MakePeerChannel(address, credentials)), &Stub::GetStoreInfo,
+                  absl::ToChronoMilliseconds(deadline));
 }
 
 }  // namespace headroom::coordinator

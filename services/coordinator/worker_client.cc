@@ -182,14 +182,9 @@ std::unique_ptr<WorkerClient> MakeWorkerClient(
 std::function<absl::Status()> MakeWorkerPing(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
     absl::Duration deadline) {
-  const std::shared_ptr<v1::WorkerService::Stub> stub =
-      v1::WorkerService::NewStub(MakePeerChannel(address, credentials));
-  return [stub, deadline] {
-    return CallWithDeadline(absl::ToChronoMilliseconds(deadline), [&](grpc::ClientContext* context) {
-      v1::GetWorkerInfoResponse response;
-      return stub->GetWorkerInfo(context, v1::GetWorkerInfoRequest(), &response);
-    });
-  };
+  using Stub = v1::WorkerService::Stub;
+  return MakePing(std::make_shared<Stub>(MakePeerChannel(address, credentials)), &Stub::GetWorkerInfo,
+                  absl::ToChronoMilliseconds(deadline));
 }
 
 }  // namespace headroom::coordinator

@@ -29,13 +29,15 @@ constexpr std::chrono::seconds kShutdownGrace{2};
 
 class Server : public KvStoreServer {
  public:
-  Server(std::unique_ptr<KvStore> store, int attend_threads)
+  Server(std::unique_ptr<KvStore> store, int attend_threads,
+         std::unique_ptr<ServerSecurity> security)
       : store_(std::move(store)),
         pool_(attend_threads == 0 ? nullptr
                                   : std::make_unique<AttendPool>(
                                         store_->data(), [this] { return store_->ready_bytes(); },
                                         attend_threads)),
-        service_(store_.get(), pool_.get()) {}
+        service_(store_.get(), pool_.get()),
+        security_(std::move(security)) {}
   ~Server() override { Shutdown(); }
 
   absl::Status Listen(const KvStoreOptions& options);
@@ -53,17 +55,13 @@ class Server : public KvStoreServer {
   const std::unique_ptr<KvStore> store_;
   const std::unique_ptr<AttendPool> pool_;
   KvStoreService service_;
-  std::unique_ptr<ServerSecurity> security_;
+  const std::unique_ptr<ServerSecurity> security_;
   std::unique_ptr<grpc::Server> server_;
   std::string listen_address_;
   std::atomic<bool> shut_down_{false};
 };
 
 absl::Status Server::Listen(const KvStoreOptions& options) {
-  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(options.peer_tls));
-  ServerSecurityOptions security;
-  security.tls = options.peer_tls;
-  HEADROOM_ASSIGN_OR_RETURN(security_, ServerSecurity::Load(security));
   grpc::EnableDefaultHealthCheckService(true);
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(&service_, options.listen_address, security_->credentials(),
@@ -97,8 +95,10 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
                             : std::clamp(options.host_memory_bytes / kBytesPerExtent,
                                          kFewestExtents, kMostExtents);
   segment.generation = options.generation;
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<ServerSecurity> security,
+                            ServerSecurity::LoadPeer(options.peer_tls));
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(segment));
-  auto server = std::make_unique<Server>(std::move(store), threads);
+  auto server = std::make_unique<Server>(std::move(store), threads, std::move(security));
   HEADROOM_RETURN_IF_ERROR(server->Listen(options));
   return server;
 }

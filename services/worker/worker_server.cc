@@ -23,8 +23,8 @@ constexpr std::chrono::seconds kShutdownGrace{1};
 
 class Server : public WorkerServer {
  public:
-  explicit Server(std::unique_ptr<Worker> worker)
-      : worker_(std::move(worker)), service_(worker_.get()) {}
+  Server(std::unique_ptr<Worker> worker, std::unique_ptr<ServerSecurity> security)
+      : worker_(std::move(worker)), service_(worker_.get()), security_(std::move(security)) {}
   ~Server() override { Shutdown(); }
 
   absl::Status Listen(const WorkerOptions& options);
@@ -40,17 +40,13 @@ class Server : public WorkerServer {
  private:
   const std::unique_ptr<Worker> worker_;
   WorkerService service_;
-  std::unique_ptr<ServerSecurity> security_;
+  const std::unique_ptr<ServerSecurity> security_;
   std::unique_ptr<grpc::Server> server_;
   std::string listen_address_;
   std::atomic<bool> shut_down_{false};
 };
 
 absl::Status Server::Listen(const WorkerOptions& options) {
-  HEADROOM_RETURN_IF_ERROR(CheckAllOrNone(options.peer_tls));
-  ServerSecurityOptions security;
-  security.tls = options.peer_tls;
-  HEADROOM_ASSIGN_OR_RETURN(security_, ServerSecurity::Load(security));
   grpc::EnableDefaultHealthCheckService(true);
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(&service_, options.listen_address, security_->credentials(),
@@ -68,8 +64,11 @@ absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& o
     return absl::InvalidArgumentError("the listen address is empty");
   }
   HEADROOM_RETURN_IF_ERROR(CheckMaxMessageBytes(options.max_message_bytes));
+  // Before the weights are read, which takes its time.
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<ServerSecurity> security,
+                            ServerSecurity::LoadPeer(options.peer_tls));
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<Worker> worker, Worker::Create(options));
-  auto server = std::make_unique<Server>(std::move(worker));
+  auto server = std::make_unique<Server>(std::move(worker), std::move(security));
   HEADROOM_RETURN_IF_ERROR(server->Listen(options));
   return server;
 }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -24,6 +25,7 @@ namespace {
 constexpr char kName[] = "headroom.test";
 // gRPC writes a line for each handshake that is refused; here they are meant to be.
 [[maybe_unused]] const int kQuiet = setenv("GRPC_VERBOSITY", "NONE", 0);
+constexpr char kLocal[] = "localhost";  // the name that a socket's address stands for
 constexpr char kToken[] = "a-token-of-many-characters";
 
 class SecurityTest : public ::testing::Test {
@@ -124,6 +126,7 @@ TEST_F(SecurityTest, TlsAndTokens) {
             0);
   const CommandResult clear = Run(with(generate, {"--auth-token-file", tokens}));
   EXPECT_EQ(clear.exit_code, 2) << "a token in the clear";
+  EXPECT_EQ(Run(with(generate, {"--tls-server-name", kName})).exit_code, 2) << "of no use";
 
   // Another token from now on.
   Write("tokens", "the-token-of-the-day-after\n");
@@ -148,9 +151,6 @@ TEST_F(SecurityTest, ClientCertificates) {
   EXPECT_FALSE(Call(cluster, Client(ca_, ca_.Issue("client", true))).ok()) << "expired";
 }
 
-// The name that a socket's address stands for.
-constexpr char kLocal[] = "localhost";
-
 TEST_F(SecurityTest, PeersThatShowNoCertificateAreRefused) {
   const auto peer = [&](const std::string& who, const TestCa& ca) {
     const TestCertificate own = ca.Issue(kLocal);
@@ -168,15 +168,14 @@ TEST_F(SecurityTest, PeersThatShowNoCertificateAreRefused) {
   EXPECT_TRUE(cluster.client().Generate(Ask(RandomPrompt(1, 100), 4)).status.ok());
   // A coordinator of somebody else finds nobody.
   for (const bool signed_by_another : {true, false}) {
-    ClusterOptions stranger = options;
-    stranger.coordinator_args =
+    const std::vector<std::string> stranger =
         signed_by_another ? peer("stranger", other_ca_) : std::vector<std::string>();
     const TestDir dir;
     std::vector<std::string> args = {HeadroomBinary(), "coordinator", "--listen",
                                      "unix:" + dir.File("api"), "--model", cluster.model_dir(),
                                      "--worker", cluster.worker_address(), "--kvstore",
                                      cluster.kvstore_address()};
-    args.insert(args.end(), stranger.coordinator_args.begin(), stranger.coordinator_args.end());
+    args.insert(args.end(), stranger.begin(), stranger.end());
     Process process(args, dir.File("log"));
     EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] {
       return absl::StrContains(process.Log(), "connecting: worker: failed");
@@ -269,14 +268,23 @@ TEST_F(SecurityTest, WhatIsWrongIsNamedBeforeAnythingIsServed) {
       {{"--peer-cert", cert, "--peer-key", key}, "--peer-ca is missing"},
       {{"--peer-ca", cert}, "--peer-cert is missing"},
   };
-  for (const Case& c : cases) {
-    std::vector<std::string> args = {"coordinator", "--listen", "unix:" + model.File("api"),
-                                     "--model", model.File("model")};
+  const auto expect = [](std::vector<std::string> args, const Case& c) {
     args.insert(args.end(), c.args.begin(), c.args.end());
     const CommandResult result = Run(args);
     EXPECT_EQ(result.exit_code, 2) << c.says << "\n" << result.err;
     EXPECT_TRUE(absl::StrContains(result.err, c.says)) << c.says << "\n" << result.err;
+  };
+  for (const Case& c : cases) {
+    expect({"coordinator", "--listen", "unix:" + model.File("api"), "--model", model.File("model")},
+           c);
   }
+  // These two tell before they read weights or take memory.
+  const Case half = {{"--peer-cert", cert, "--peer-key", key}, "--peer-ca is missing"};
+  expect({"worker", "--listen", "unix:" + model.File("api"), "--model", model.File("none")}, half);
+  expect({"kvstore", "--listen", "unix:" + model.File("api"), "--segment-dir", model.File("seg"),
+          "--host-memory", "1MiB"},
+         half);
+  EXPECT_FALSE(std::filesystem::exists(model.File("seg")));
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ class CpuStream {
   // The pusher's view of popped_, renewed only when the queue looks full: a push does not touch the
   // line that the stream's thread writes. (And it is no acquire, which would hide a missing event.)
   uint32_t popped_seen_ = 0;
-  std::atomic<uint32_t> pushed_{0};  // futex words, acquired by nobody else
+  std::atomic<uint32_t> pushed_{0};  // futex words; difference = operations waiting
   std::atomic<uint32_t> popped_{0};
   // Who sleeps says so here, so that nobody else pays for a system call: the stream while its queue
   // is empty, a pusher that found the queue full until popped_ has come to wake_at_. (One that is
