@@ -35,6 +35,10 @@ class MappedRegion {
 
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  // Backs a range with huge pages at once, if the system can (Linux 6.1): unlike the advice, which
+  // follows how the file system was mounted, this works on /dev/shm as systems mount it. What can't
+  // be had stays as it is.
+  void MakeHugePages(int64_t begin, int64_t bytes) const;
   void Reset();
 
  private:

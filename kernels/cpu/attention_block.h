@@ -91,16 +91,17 @@ struct BlockRows {
   int count = 0;  // rows that exist; others are never read
 };
 
-// 16 rows x 32 columns to 16 words of two columns: out[w][row], rows of `out` kBlock apart. Each
-// vector takes 4 words of every 4th row, so that 4 x 4 transposes within its 128-bit lanes are all
+// 16 rows x 32 columns to 16 words of two columns: out[w][row], rows of `out` `stride` apart; with
+// fewer `quads`, 4 of the words each. Each vector takes 4 words of every 4th row, so that 4 x 4 transposes within its 128-bit lanes are all
 // that is left to shuffle.
 #if defined(__AVX512F__)
 inline __m128i Load128(const BFloat16* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
-inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out,
+                          int64_t stride = kBlock, int quads = 4) {
 #pragma GCC unroll 4
-  for (int quad = 0; quad < 4; ++quad) {
+  for (int quad = 0; quad < quads; ++quad) {
     __m512i r[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -114,20 +115,21 @@ inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out
     const __m512i b = _mm512_unpacklo_epi32(r[2], r[3]);
     const __m512i c = _mm512_unpackhi_epi32(r[0], r[1]);
     const __m512i d = _mm512_unpackhi_epi32(r[2], r[3]);
-    uint32_t* const to = out + 4 * quad * kBlock;
+    uint32_t* const to = out + 4 * quad * stride;
     _mm512_storeu_si512(to, _mm512_unpacklo_epi64(a, b));
-    _mm512_storeu_si512(to + kBlock, _mm512_unpackhi_epi64(a, b));
-    _mm512_storeu_si512(to + 2 * kBlock, _mm512_unpacklo_epi64(c, d));
-    _mm512_storeu_si512(to + 3 * kBlock, _mm512_unpackhi_epi64(c, d));
+    _mm512_storeu_si512(to + stride, _mm512_unpackhi_epi64(a, b));
+    _mm512_storeu_si512(to + 2 * stride, _mm512_unpacklo_epi64(c, d));
+    _mm512_storeu_si512(to + 3 * stride, _mm512_unpackhi_epi64(c, d));
   }
 }
 #elif defined(__AVX2__)
-inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out,
+                          int64_t stride = kBlock, int quads = 4) {
   const auto store = [](uint32_t* to, __m256i words) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
   };
   for (int half = 0; half < 2; ++half) {
-    for (int quad = 0; quad < 4; ++quad) {
+    for (int quad = 0; quad < quads; ++quad) {
       __m256i r[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -140,20 +142,21 @@ inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out
       const __m256i b = _mm256_unpacklo_epi32(r[2], r[3]);
       const __m256i c = _mm256_unpackhi_epi32(r[0], r[1]);
       const __m256i d = _mm256_unpackhi_epi32(r[2], r[3]);
-      uint32_t* const to = out + 4 * quad * kBlock + 8 * half;
+      uint32_t* const to = out + 4 * quad * stride + 8 * half;
       store(to, _mm256_unpacklo_epi64(a, b));
-      store(to + kBlock, _mm256_unpackhi_epi64(a, b));
-      store(to + 2 * kBlock, _mm256_unpacklo_epi64(c, d));
-      store(to + 3 * kBlock, _mm256_unpackhi_epi64(c, d));
+      store(to + stride, _mm256_unpackhi_epi64(a, b));
+      store(to + 2 * stride, _mm256_unpacklo_epi64(c, d));
+      store(to + 3 * stride, _mm256_unpackhi_epi64(c, d));
     }
   }
 }
 #else
-inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out) {
+inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out,
+                          int64_t stride = kBlock, int quads = 4) {
   for (int r = 0; r < 16; ++r) {
     uint32_t words[16];
     std::memcpy(words, rows[r] + column, sizeof(words));
-    for (int w = 0; w < 16; ++w) out[w * kBlock + r] = words[w];
+    for (int w = 0; w < 4 * quads; ++w) out[w * stride + r] = words[w];
   }
 }
 #endif

@@ -1,7 +1,12 @@
 // The public CPU kernels: the best instruction set of this processor, chosen once.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/tile_attention.h"
 #include "kernels/fill_random.h"
 
 namespace headroom::kernels::cpu {
@@ -20,6 +25,23 @@ bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports
 bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool HasAmx() {
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!HasAvx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+    if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
+    // Linux keeps the tiles of those who have asked: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
+    constexpr long kRequest = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return has;
+}
+
+const TileAttention* BestTileAttention() {
+  return HasAmx() ? &kAmxAttention : nullptr;
 }
 
 void Attend(const AttendArgs& args, CpuTeam& team) { Best().attend(args, team); }

@@ -18,7 +18,9 @@
 
 #include "kernels/types.h"
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define HEADROOM_ISA_NAMESPACE amx
+#elif defined(__AVX512F__)
 #define HEADROOM_ISA_NAMESPACE avx512
 #elif defined(__AVX2__) && defined(__FMA__)
 #define HEADROOM_ISA_NAMESPACE avx2

@@ -12,6 +12,7 @@
 #include "common/device/touch_ranges.h"
 #include "common/futex.h"
 #include "common/trace.h"
+#include "kernels/cpu/tile_attention.h"
 
 namespace headroom::kvstore {
 namespace {
@@ -156,10 +157,21 @@ bool AttendPool::ServeSlot(Mailbox& mailbox, uint32_t slot) {
   const absl::Status status = reader_.Read(mailbox, slot);
   if (status.ok()) {
     TouchRanges(reader_.args());
-    kernels::cpu::Attend(reader_.args(), team_);
+    Attend(mailbox.shape().poster_wakes);
   }
   Answer(mailbox, slot, count, status, begun_ns);
   return true;
+}
+
+// A CPU device computes in float32, and gets the bits that it would compute itself. A GPU multiplies
+// bfloat16: for it the fast kernels round no more than it does.
+void AttendPool::Attend(bool for_cpu_device) {
+  const kernels::cpu::TileAttention* const tiles = kernels::cpu::BestTileAttention();
+  if (for_cpu_device || tiles == nullptr) {
+    kernels::cpu::Attend(reader_.args(), team_);
+  } else {
+    tiles->attend(reader_.args(), team_);
+  }
 }
 
 void AttendPool::Answer(Mailbox& mailbox, uint32_t slot, uint64_t count,

@@ -68,6 +68,8 @@ class AttendPool {
   Mailbox* Current();
   // Answers the slot's post, if there is one that is not answered.
   bool ServeSlot(Mailbox& mailbox, uint32_t slot);
+  // What reader_ has read.
+  void Attend(bool for_cpu_device);
   void Answer(Mailbox& mailbox, uint32_t slot, uint64_t count, const absl::Status& status,
               int64_t begun_ns);
   // Until there may be a post.

@@ -79,6 +79,7 @@ absl::StatusOr<Fd> MakeFile(int dir_fd, const char* name, int64_t bytes) {
 // are used if they were granted, else through the file. Both report a full file system or memory as an
 // error, where a plain write would end in SIGBUS.
 absl::Status BackWithMemory(const MappedRegion& region, int fd, int64_t begin, int64_t bytes) {
+  region.MakeHugePages(begin, bytes);
   int error = 0;
   do {
     error = madvise(region.data() + begin, static_cast<size_t>(bytes), MADV_POPULATE_WRITE) == 0

@@ -30,7 +30,7 @@ __attribute__((target("avx2"))) uint64_t ReadAll(const uint8_t* data, int64_t by
   for (__m256i& sum : sums) sum = _mm256_setzero_si256();
   for (int64_t at = 0; at < bytes; at += kChains * 32) {
     for (int line = 0; line < kChains / 2; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(data + at + 4096 + 64 * line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(data + at + 16384 + 64 * line), _MM_HINT_T0);
     }
     for (int i = 0; i < kChains; ++i) {
       sums[i] = _mm256_add_epi64(
@@ -61,8 +61,11 @@ absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view wh
   if (ftruncate(fd.get(), bytes) != 0) {
     return absl::ErrnoToStatus(errno, absl::StrCat(bytes, " bytes of shared memory for ", what));
   }
-  return MappedRegion::Map(fd.get(), bytes, MappedRegion::Access::kReadWrite, /*huge_pages=*/true,
-                           what);
+  HEADROOM_ASSIGN_OR_RETURN(MappedRegion region,
+                            MappedRegion::Map(fd.get(), bytes, MappedRegion::Access::kReadWrite,
+                                              /*huge_pages=*/true, what));
+  region.MakeHugePages(0, bytes);
+  return region;
 }
 
 void FillWithKeys(const MappedRegion& region, kernels::CpuTeam& team) {

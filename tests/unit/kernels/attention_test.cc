@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kernels/cpu/tile_attention.h"
 #include "tests/unit/kernels/kernel_test_util.h"
 
 namespace headroom::kernels {
@@ -134,8 +135,9 @@ class Batch {
     return args;
   }
 
-  void Launch(const cpu::KernelTable& kernels, CpuTeam& team) {
-    kernels.attend(Args(), team);
+  void Launch(const cpu::KernelTable& kernels, CpuTeam& team) { Launch(kernels.attend, team); }
+  void Launch(void (*attend)(const AttendArgs&, CpuTeam&), CpuTeam& team) {
+    attend(Args(), team);
     items_.clear();
     spans_.clear();
   }
@@ -208,6 +210,88 @@ TEST(Attend, MatchesTheReferenceWithManyRows) {
     }
   }
   ExpectMatchesReference(Sequence({3, 3, 64}, 700, 5), 700, 257);
+}
+
+std::vector<std::unique_ptr<Place>> CutPlaces(const Sequence& sequence, int64_t tokens,
+                                              std::vector<int64_t> cuts);
+
+// ---- With bfloat16 products ----------------------------------------------------------------------
+
+std::vector<const cpu::TileAttention*> AllTileAttention() {
+  std::vector<const cpu::TileAttention*> all = {&cpu::kPortableTileAttention};
+  if (cpu::HasAmx()) all.push_back(&cpu::kAmxAttention);
+  return all;
+}
+
+// Queries that bfloat16 holds, times a scale that is a power of two where head_dim is not 128: what
+// is left are the rounded weights.
+TEST(TileAttention, IsTheReferenceToWithinTheRoundingOfItsFactors) {
+  CpuTeam team(2);
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t group : {1, 3, 4}) {
+      Sequence sequence({2, group, head_dim}, 340, 31 * head_dim + group);
+      for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+      for (const auto& [tokens, rows] : std::vector<std::pair<int64_t, int64_t>>{
+               {1, 1}, {64, 1}, {65, 2}, {256, 1}, {257, 5}, {340, 1}, {340, 19}}) {
+        const Place place = Whole(sequence, tokens);
+        Batch oracle(sequence.shape, rows);
+        oracle.SetRows(sequence, 0, tokens - rows, rows);
+        oracle.Add(0, rows, tokens - rows, true, true, {&place});
+        oracle.LaunchReference();
+        for (const cpu::TileAttention* tiles : AllTileAttention()) {
+          Batch batch(sequence.shape, rows);
+          batch.SetRows(sequence, 0, tokens - rows, rows);
+          batch.Add(0, rows, tokens - rows, true, true, {&place});
+          batch.Launch(tiles->attend, team);
+          EXPECT_TRUE(Near(batch.out(), oracle.out(), head_dim == 128 ? 4e-2f : 8e-3f))
+              << tiles->name << ", group " << group << ", head_dim " << head_dim << ", " << rows
+              << " rows, " << tokens << " tokens";
+        }
+      }
+    }
+  }
+}
+
+// The same roundings in another order of sums.
+TEST(TileAttention, AgreesOnEveryInstructionSet) {
+  CpuTeam team(2);
+  const Sequence sequence({2, 4, 128}, 600, 41);
+  for (const int64_t rows : {1, 3, 4, 8, 40}) {
+    const Place place = Whole(sequence, 512);
+    std::vector<float> expected;
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      Batch batch(sequence.shape, rows);
+      batch.SetRows(sequence, 0, 512, rows);
+      batch.Add(0, rows, 512, true, true, {&place});
+      batch.Launch(tiles->attend, team);
+      if (expected.empty()) expected = batch.out();
+      EXPECT_TRUE(Near(batch.out(), expected, 4e-3f)) << tiles->name << ", " << rows << " rows";
+    }
+  }
+}
+
+TEST(TileAttention, GoesOnFromAnOpenUnitAndHangsOnNoThread) {
+  const Sequence sequence({2, 3, 64}, 761, 25);
+  for (const cpu::TileAttention* tiles : AllTileAttention()) {
+    std::vector<float> expected;
+    for (const int threads : {1, 2, 3}) {
+      CpuTeam team(threads);
+      for (const int64_t cut : {0, 64, 192, 256, 576}) {
+        Batch batch(sequence.shape, 2);
+        batch.SetRows(sequence, 0, 759, 2);
+        const auto places = CutPlaces(sequence, 761, {cut});
+        for (const auto& place : places) {
+          batch.Add(0, 2, 759, place == places.front(), place == places.back(), {place.get()});
+          batch.Launch(tiles->attend, team);
+        }
+        if (expected.empty()) expected = batch.out();
+        const bool whole_units = cut % kUnitTokens == 0;
+        EXPECT_TRUE(whole_units ? SameBits(batch.out(), expected)
+                                : Near(batch.out(), expected, 8e-3f))
+            << tiles->name << ", cut at " << cut << ", " << threads << " threads";
+      }
+    }
+  }
 }
 
 // ---- The same bits -------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+// Attention over keys in host memory with bfloat16 products, for the speed of the memory.
+//
+// The same states as cpu::Attend (kernels/attention.h) to within rounding: q * scale and the weights
+// exp(score - m) are rounded to bfloat16 before they are multiplied, as a GPU does; sums are float32.
+// The bits depend on no thread, but on the instruction set.
+#ifndef HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
+#define HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
+
+#include "kernels/attention.h"
+#include "kernels/cpu/team.h"
+
+namespace headroom::kernels::cpu {
+
+struct TileAttention {
+  const char* name;
+  void (*attend)(const AttendArgs&, CpuTeam&);
+};
+
+extern const TileAttention kAmxAttention;           // HasAmx()
+extern const TileAttention kPortableTileAttention;  // any processor; to test the others against
+
+// Asks the kernel for the tiles' state, once a process.
+bool HasAmx();
+
+// The best of this processor; null: it multiplies no bfloat16.
+const TileAttention* BestTileAttention();
+
+}  // namespace headroom::kernels::cpu
+
+#endif  // HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
