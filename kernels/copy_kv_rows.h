@@ -21,7 +21,7 @@ struct CopyKvRowsArgs {
   int32_t head_dim = 0;
   // On a GPU, of its multiprocessors' work: 0, or the most blocks of threads that may copy at once. What
   // goes to host memory waits for PCIe, which 16 blocks keep busy, and should not fill the card with
-  // blocks that wait.
+  // blocks that wait; then long runs go by copy engines, which take no blocks at all.
   int32_t max_blocks = 0;
 };
 

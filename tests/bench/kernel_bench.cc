@@ -1,5 +1,5 @@
 // Rates of the CPU kernels beside the machine's ceilings, measured in the same run:
-//   kernel_bench [threads [in_place]]
+//   kernel_bench [threads [in_place [GiB]]]
 // GEMM at the shapes of SmolLM2-135M (and OpenBLAS sgemm where it was found), attention as prefill
 // and as decode. Each figure is the best of several runs.
 #include <sys/mman.h>
@@ -363,9 +363,9 @@ void BenchTeam(CpuTeam& team) {
   std::printf("team of %d: %.2f us a run\n", team.size(), seconds * 1e3);
 }
 
-int Main(int threads, bool in_place_alone) {
+int Main(int threads, bool in_place_alone, int64_t in_place_bytes) {
   CpuTeam team(threads);
-  BenchInPlace(team, int64_t{2} << 30);
+  BenchInPlace(team, in_place_bytes);
   if (in_place_alone) return 0;
   const double peak = PeakFlops(team);
   const double read = ReadBytesPerSecond(team);
@@ -395,5 +395,7 @@ int Main(int threads, bool in_place_alone) {
 
 int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : static_cast<int>(std::thread::hardware_concurrency());
-  return headroom::kernels::Main(threads, argc > 2 && std::strcmp(argv[2], "in_place") == 0);
+  const bool in_place_alone = argc > 2 && std::strcmp(argv[2], "in_place") == 0;
+  const int64_t gib = argc > 3 ? std::atoi(argv[3]) : 2;
+  return headroom::kernels::Main(threads, in_place_alone, gib << 30);
 }

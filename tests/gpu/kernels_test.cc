@@ -376,6 +376,44 @@ TEST_F(KernelTest, CopyKvRowsSealsToHostMemoryAndToResidentCopies) {
   }
 }
 
+// A chunk's heads 1 and 2 to extents: two long items with a short one between them.
+TEST_F(KernelTest, CopyKvRowsMovesLongRunsByCopyEngines) {
+  Random random(17);
+  for (const int32_t d : {64, 128}) {
+    constexpr int32_t kChunk = 4096, kRows = 1024;
+    const int64_t extent_bytes = KvLayout{kRows, d}.BytesFor(2);
+    std::vector<uint8_t> chunk(static_cast<size_t>(KvLayout{kChunk, d}.BytesFor(3)));
+    for (uint8_t& byte : chunk) byte = static_cast<uint8_t>(random.Below(256));
+    HostMemory extents(3 * extent_bytes);
+    ASSERT_OK(device_.RegisterHost(extents.data(), 3 * extent_bytes));
+    std::vector<uint8_t> expected(static_cast<size_t>(3 * extent_bytes), 0);
+    std::memset(extents.data(), 0, expected.size());
+    const auto items = [&](uint8_t* from, uint8_t* to) {
+      const KvSpan source = {from, 2048, 2048, 3000, kChunk, 0, 3};
+      return std::vector<CopyKvItem>{
+          {source, {to, 2048, 2048, kRows, kRows, 1, 3}},
+          {source, {to + extent_bytes, 3072, 3136, 64, kRows, 1, 3}},
+          {source, {to + 2 * extent_bytes, 4096, 4100, 900 + 20 * (d / 128), kRows, 1, 3}}};
+    };
+    const auto host_items = items(chunk.data(), expected.data());
+    CopyKvRowsArgs args;
+    args.head_dim = d;
+    args.max_blocks = kHostCopyBlocks;
+    args.items = DeviceTable(host_items);
+    reference::CopyKvRows(args);
+    uint8_t* const there = gpu_.Put(chunk);
+    const auto gpu_items = items(there, extents.data());
+    args.items = gpu_.PutTable(gpu_items);
+    OpAccount account;
+    ASSERT_OK(device_.CopyKvRows(gpu_.stream(), args, &account));
+    EXPECT_EQ(gpu_.Fetch(there, static_cast<int64_t>(chunk.size())), chunk) << d;  // and waits
+    EXPECT_EQ(std::memcmp(extents.data(), expected.data(), expected.size()), 0) << d;
+    EXPECT_EQ(account.bytes.load(), (kRows + 64 + 900 + 20 * (d / 128)) * 2 * 2 * d * 2);
+    EXPECT_OK(device_.UnregisterHost(extents.data()));
+    gpu_.Reset();
+  }
+}
+
 // ---- Sampling
 // ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@
 #include "absl/time/clock.h"
 #include "common/checked_math.h"
 #include "common/device/arena.h"
+#include "common/device/cuda/copy_kv_rows.h"
 #include "common/device/cuda/cuda_handles.h"
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/host_registrations.h"
@@ -332,8 +333,7 @@ class CudaDevice : public Device {
   }
   absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
                           OpAccount* account) override {
-    return Launch<&kernels::cuda::LaunchCopyKvRows>(s, "CopyKvRows", a, account,
-                                                    /*host_too=*/true);
+    return Launch<&EnqueueCopyKvRows>(s, "CopyKvRows", a, account, /*host_too=*/true);
   }
   absl::Status Sample(StreamId s, const kernels::SampleArgs& a) override {
     return Launch<&kernels::cuda::LaunchSample>(s, "Sample", a);
