@@ -9,6 +9,9 @@
 // classes, and for Llama-3-8B (8 MiB of queries, as much for each partial) they mostly stay in its
 // 50 MB of cache.
 //
+// A square, whose rows see more and more keys, keeps multiprocessors waiting for its last blocks: one
+// head of 8,192 rows ran at 330 TFLOP/s where pieces ran at 660. So its call takes more heads.
+//
 // Keys are cut at multiples of kWidePieceTokens absolute positions, wherever they lie.
 #ifndef HEADROOM_KERNELS_WIDE_SHAPE_H_
 #define HEADROOM_KERNELS_WIDE_SHAPE_H_
@@ -30,6 +33,8 @@ inline constexpr int64_t kWidePieceTokens = 4096;
 inline constexpr int32_t kWidePartials = 4;
 inline constexpr int64_t kWideQueries = 32768;
 inline constexpr int32_t kMaxWideHeads = 16;
+// Times the heads of a piece's call, if there are as many: the heads of a square's.
+inline constexpr int32_t kWideSquare = 8;
 // What a planned call may take for itself (cuDNN 9.14 takes 256 bytes on an H100).
 inline constexpr int64_t kWideWorkspaceBytes = int64_t{1} << 20;
 
@@ -45,7 +50,8 @@ struct WideShape {
 
 struct WideClass {
   int64_t rows = 0;
-  int32_t heads = 0;  // KV heads
+  int32_t heads = 0;         // KV heads of a piece's call
+  int32_t square_heads = 0;  // of a square's, a multiple of `heads`
 };
 
 // The classes of a shape: `heads` is a power of two from least_heads to most_heads, and
@@ -54,21 +60,30 @@ struct WideClasses {
   int64_t volume = 0;
   int32_t least_heads = 0;
   int32_t most_heads = 0;
+  int32_t all_heads = 0;  // the model's, down to a power of two
 
   constexpr explicit WideClasses(const WideShape& shape) {
     const auto ceil = [](int64_t n) {
       return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)));
     };
-    const auto heads = static_cast<int32_t>(std::bit_floor(static_cast<uint32_t>(
+    all_heads = static_cast<int32_t>(std::bit_floor(static_cast<uint32_t>(
         shape.num_kv_heads < kMaxWideHeads ? shape.num_kv_heads : kMaxWideHeads)));
     const int64_t most_rows = ceil(shape.max_rows < kWideRows ? kWideRows : shape.max_rows);
     volume = ceil((kWideQueries + shape.group() - 1) / shape.group());
-    if (volume > most_rows * heads) volume = most_rows * heads;
+    if (volume > most_rows * all_heads) volume = most_rows * all_heads;
     least_heads = static_cast<int32_t>(volume > most_rows ? volume / most_rows : 1);
-    most_heads = heads;
+    most_heads = all_heads;
     while (most_heads > least_heads && volume / most_heads < kWideRows) most_heads /= 2;
   }
-  constexpr WideClass Of(int32_t heads) const { return {volume / heads, heads}; }
+  constexpr WideClass Of(int32_t heads) const {
+    const int32_t square = heads * kWideSquare;
+    return {volume / heads, heads, square < all_heads ? square : all_heads};
+  }
+  // Rows x heads of the largest square.
+  constexpr int64_t SquareVolume() const {
+    const WideClass of = Of(least_heads);
+    return of.rows * of.square_heads;
+  }
 
   // The class for items of `rows` rows: the one with the fewest that has them all, else that with
   // the most. Their heads have no say, so that rows are cut alike in all lanes: where an item has
@@ -84,10 +99,12 @@ struct WideClasses {
 struct WideLayout {
   int64_t partial_bytes = 0;  // o of one partial: [query heads of a class][rows][head_dim] bfloat16
   int64_t lse_bytes = 0;      // [query heads of a class][rows] float32
-  int64_t q = 0;              // as a partial
+  int64_t q = 0;              // [query heads of a square][rows][head_dim] bfloat16
   int64_t o = 0;              // [kWidePartials] partials
   int64_t lse = 0;            // [kWidePartials]
-  int64_t keys = 0;           // [heads][kWidePieceTokens, or the rows of the class][head_dim]
+  int64_t square_o = 0;       // as q
+  int64_t square_lse = 0;     // [query heads of a square][rows]
+  int64_t keys = 0;           // [heads][kWidePieceTokens, or the rows of a square][head_dim]
   int64_t values = 0;
   int64_t lengths = 0;  // two int32
   int64_t workspace = 0;
@@ -102,13 +119,17 @@ struct WideLayout {
       return at;
     };
     const int64_t queries = classes.volume * shape.group();
+    const int64_t squares = classes.SquareVolume() * shape.group();
     const int64_t piece_rows = kWidePieceTokens * classes.most_heads;
-    const int64_t key_rows = piece_rows > classes.volume ? piece_rows : classes.volume;
+    const int64_t key_rows =
+        piece_rows > classes.SquareVolume() ? piece_rows : classes.SquareVolume();
     partial_bytes = queries * shape.head_dim * kElement;
     lse_bytes = queries * static_cast<int64_t>(sizeof(float));
-    q = take(partial_bytes);
+    q = take(squares * shape.head_dim * kElement);
     o = take(kWidePartials * partial_bytes);
     lse = take(kWidePartials * lse_bytes);
+    square_o = take(squares * shape.head_dim * kElement);
+    square_lse = take(squares * static_cast<int64_t>(sizeof(float)));
     keys = take(key_rows * shape.head_dim * kElement);
     values = take(key_rows * shape.head_dim * kElement);
     lengths = take(2 * static_cast<int64_t>(sizeof(int32_t)));

@@ -107,12 +107,13 @@ struct WideKeysArgs {
 // Folds partials, each the normalised result `o` of some keys and the logarithm of their sum, into
 // the states of the rows, in their order; after which U is empty.
 struct WideFoldArgs {
-  const BFloat16* o = nullptr;  // partial p, head h, row r at ((p * head_capacity + h) *
-                                // row_capacity + r) * head_dim
-  const float* lse = nullptr;   // likewise, without head_dim
-  int32_t partials = 0;         // at most kWidePartials
+  struct Partial {
+    const BFloat16* o = nullptr;  // [heads, row_capacity, head_dim]
+    const float* lse = nullptr;   // [heads, row_capacity]
+  };
+  Partial partials[kWidePartials];
+  int32_t num_partials = 0;
   int32_t heads = 0;
-  int32_t head_capacity = 0;
   int32_t head_dim = 0;
   int32_t num_q_heads = 0;
   int64_t rows = 0;

@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kThreads) WideKeysKernel(const __grid_constant
 // Block (rows, query head): kD / 8 threads for each query. Everything that a thread reads is asked
 // for before anything is used.
 template <int kD>
-__global__ void __launch_bounds__(kThreads) WideFoldKernel(WideFoldArgs a) {
+__global__ void __launch_bounds__(kThreads)
+    WideFoldKernel(const __grid_constant__ WideFoldArgs a) {
   constexpr int kLanes = kD / kColumns;
   constexpr int kRows = kThreads / kLanes;
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kLanes;
@@ -121,17 +122,15 @@ __global__ void __launch_bounds__(kThreads) WideFoldKernel(WideFoldArgs a) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int column = lane * kColumns;
   const int64_t head = blockIdx.y;
-  const int64_t partial_queries = a.head_capacity * a.row_capacity;
   const int64_t query = head * a.row_capacity + row;
 
   uint4 word[kWidePartials];
   float lse[kWidePartials];
 #pragma unroll
   for (int p = 0; p < kWidePartials; ++p) {
-    if (p >= a.partials) break;
-    const int64_t at = p * partial_queries + query;
-    word[p] = *reinterpret_cast<const uint4*>(a.o + at * kD + column);
-    lse[p] = a.lse[at];
+    if (p >= a.num_partials) break;
+    word[p] = *reinterpret_cast<const uint4*>(a.partials[p].o + query * kD + column);
+    lse[p] = a.partials[p].lse[query];
   }
   const int64_t q_head = row * a.num_q_heads + head;
   float* const r = a.state + q_head * (2 * (kD + 2));  // AttentionStateFloats()
@@ -156,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) WideFoldKernel(WideFoldArgs a) {
   if (u_sums.y != 0) fold(u_sums.x, u_sums.y, LoadU(u + column));
 #pragma unroll
   for (int p = 0; p < kWidePartials; ++p) {
-    if (p >= a.partials) break;
+    if (p >= a.num_partials) break;
     fold(lse[p], 1.0f, WidenAll(word[p]));
   }
   if (a.finish) {

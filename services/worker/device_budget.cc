@@ -60,12 +60,16 @@ int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudg
                                                       kernels::AttentionStateFloats(config.head_dim);
   const int64_t logit_floats = kLogitSliceRows * config.vocab +
                                kSampleSliceRows * kernels::SampleScratchFloats(config.vocab);
-  // What goes through products: normed rows, attention's result, the MLP's two buffers, sampled rows.
-  const int64_t activations = rows * (config.hidden + q_width) +
-                              std::min(rows, budget.mlp_slice_rows) * 3 * config.intermediate +
-                              kLogitSliceRows * config.hidden;
-  return (rows * row_floats + logit_floats + budget.attend_scratch_floats) * kFloat +
+  // What goes through products: normed rows, attention's result, sampled rows.
+  const int64_t activations = rows * (config.hidden + q_width) + kLogitSliceRows * config.hidden;
+  return (rows * row_floats + logit_floats) * kFloat + SharedScratchBytes(config, rows, budget) +
          activations * kernels::ElementBytes(budget.product_type) + kAlignSlack;
+}
+
+int64_t SharedScratchBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget) {
+  return std::max(budget.attend_scratch_floats * kFloat,
+                  std::min(rows, budget.mlp_slice_rows) * 3 * config.intermediate *
+                      kernels::ElementBytes(budget.product_type));
 }
 
 int64_t ContextBytes(const ModelConfig& config, int64_t rows) {

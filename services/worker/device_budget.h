@@ -43,6 +43,8 @@ struct DeviceBudget {
 // Buffers that live within one layer of one step, shared by the contexts: they take turns at layer
 // borders on one stream. Uses of `budget`: mlp_slice_rows, attend_scratch_floats, product_type.
 int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget);
+// Of it: attention's scratch, in the place of which the MLP's two buffers come after it.
+int64_t SharedScratchBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget);
 // What one context keeps over a step: residual stream, RoPE table, results; without tables.
 int64_t ContextBytes(const ModelConfig& config, int64_t rows);
 // The chunk buffers (two, used by turns) for chunks of `rows` tokens.

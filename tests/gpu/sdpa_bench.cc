@@ -106,14 +106,21 @@ void BenchSdpa(const WideShape& shape, uint8_t* scratch) {
   buffers.lengths = scratch + layout.lengths;
   for (int32_t heads = classes.least_heads; heads <= classes.most_heads; heads *= 2) {
     const WideClass of = classes.Of(heads);
-    const auto bench = [&](int64_t keys, Mask mask, int64_t keys_seen) {
-      BenchPlan(**cudnn, {of.rows, keys, heads * shape.group(), heads, shape.head_dim, mask},
-                buffers, scratch + layout.workspace, keys_seen, stream.get());
+    const auto bench = [&](int32_t its_heads, int64_t keys, Mask mask, int64_t keys_seen) {
+      SdpaBuffers its = buffers;
+      if (mask == Mask::kCausal) {
+        its.o = scratch + layout.square_o;
+        its.lse = scratch + layout.square_lse;
+      }
+      BenchPlan(**cudnn,
+                {of.rows, keys, its_heads * shape.group(), its_heads, shape.head_dim, mask}, its,
+                scratch + layout.workspace, keys_seen, stream.get());
     };
-    bench(kWidePieceTokens, Mask::kNone, kWidePieceTokens);
-    bench(kWidePieceTokens, Mask::kLengths, kWidePieceTokens);
-    bench(kWidePieceTokens, Mask::kLengths, kWidePieceTokens / 4);
-    bench(of.rows, Mask::kCausal, of.rows);
+    bench(heads, kWidePieceTokens, Mask::kNone, kWidePieceTokens);
+    bench(heads, kWidePieceTokens, Mask::kLengths, kWidePieceTokens);
+    bench(heads, kWidePieceTokens, Mask::kLengths, kWidePieceTokens / 4);
+    bench(heads, of.rows, Mask::kCausal, of.rows);
+    bench(of.square_heads, of.rows, Mask::kCausal, of.rows);
   }
 }
 

@@ -29,6 +29,7 @@ AttendArgs Slice(AttendArgs a, int32_t begin, int32_t end) {
   return a;
 }
 
+// Of a piece's call; `partial` says where its result goes.
 SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32_t partial) {
   SdpaBuffers b;
   b.q = scratch + layout.q;
@@ -37,6 +38,12 @@ SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32
   b.o = scratch + layout.o + partial * layout.partial_bytes;
   b.lse = scratch + layout.lse + partial * layout.lse_bytes;
   b.lengths = scratch + layout.lengths;
+  return b;
+}
+SdpaBuffers SquareBuffersIn(const kernels::WideLayout& layout, uint8_t* scratch) {
+  SdpaBuffers b = BuffersIn(layout, scratch, 0);
+  b.o = scratch + layout.square_o;
+  b.lse = scratch + layout.square_lse;
   return b;
 }
 
@@ -58,7 +65,7 @@ SpanRange SpansOf(const AttendArgs& a, const AttendItem& item, int64_t begin, in
 
 }  // namespace
 
-// Some heads of a job: what all its blocks share.
+// Heads of a job, as many as a square takes: what all its blocks share.
 struct WideAttend::Pass {
   const AttendArgs& a;
   const Prepared& prepared;
@@ -123,13 +130,14 @@ absl::Status WideAttend::BuildPlans(Prepared& prepared) {
     const struct {
       int* plan;
       int64_t keys;
+      int32_t heads;
       SdpaShape::Mask mask;
-    } wanted[] = {{&plans.piece, kWidePieceTokens, SdpaShape::Mask::kNone},
-                  {&plans.lengths, kWidePieceTokens, SdpaShape::Mask::kLengths},
-                  {&plans.square, plans.of.rows, SdpaShape::Mask::kCausal}};
-    for (const auto& [plan, keys, mask] : wanted) {
-      const SdpaShape its = {plans.of.rows, keys,           heads * shape.group(),
-                             heads,         shape.head_dim, mask};
+    } wanted[] = {{&plans.piece, kWidePieceTokens, heads, SdpaShape::Mask::kNone},
+                  {&plans.lengths, kWidePieceTokens, heads, SdpaShape::Mask::kLengths},
+                  {&plans.square, plans.of.rows, plans.of.square_heads, SdpaShape::Mask::kCausal}};
+    for (const auto& [plan, keys, its_heads, mask] : wanted) {
+      const SdpaShape its = {plans.of.rows, keys,           its_heads * shape.group(),
+                             its_heads,     shape.head_dim, mask};
       HEADROOM_ASSIGN_OR_RETURN(*plan, cudnn_->Build(its, kernels::kWideWorkspaceBytes));
     }
     prepared.plans.push_back(plans);
@@ -147,11 +155,12 @@ absl::Status WideAttend::WarmUp(const Prepared& prepared, uint8_t* scratch, cuda
   lengths.count = lengths.row_capacity = lengths.query_rows = 1;
   lengths.lengths = static_cast<int32_t*>(buffers.lengths);
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(lengths, stream)));
+  const SdpaBuffers square = SquareBuffersIn(prepared.layout, scratch);
+  uint8_t* const workspace = scratch + prepared.layout.workspace;
   for (const Plans& plans : prepared.plans) {
-    for (const int plan : {plans.piece, plans.lengths, plans.square}) {
-      HEADROOM_RETURN_IF_ERROR(
-          cudnn_->Run(plan, buffers, scratch + prepared.layout.workspace, stream));
-    }
+    HEADROOM_RETURN_IF_ERROR(cudnn_->Run(plans.piece, buffers, workspace, stream));
+    HEADROOM_RETURN_IF_ERROR(cudnn_->Run(plans.lengths, buffers, workspace, stream));
+    HEADROOM_RETURN_IF_ERROR(cudnn_->Run(plans.square, square, workspace, stream));
   }
   return absl::OkStatus();
 }
@@ -200,8 +209,9 @@ absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
       begin += job.num_items;
       const AttendItem& item = a.items.host[job.first_item];
       const Plans& plans = prepared->For(item.row_count);
-      for (int32_t head = job.kv_head_begin; head < job.kv_head_end; head += plans.of.heads) {
-        const int32_t heads = std::min(plans.of.heads, job.kv_head_end - head);
+      for (int32_t head = job.kv_head_begin; head < job.kv_head_end;
+           head += plans.of.square_heads) {
+        const int32_t heads = std::min(plans.of.square_heads, job.kv_head_end - head);
         const Pass pass = {a, *prepared, plans, job, head, heads, stream};
         HEADROOM_RETURN_IF_ERROR(
             ForEachBlock(item, job, plans.of.rows,
@@ -215,6 +225,7 @@ absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
 absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
   const AttendItem& item = pass.item();
   const WideShape& shape = pass.prepared.shape;
+  const WideClass& of = pass.plans.of;
   if (block.seen_end > pass.job.keys_begin || block.square) {
     kernels::cuda::WideQueriesArgs q;
     q.q = pass.a.q + (item.row_begin + block.row) * pass.a.q_stride +
@@ -222,94 +233,128 @@ absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
     q.q_stride = pass.a.q_stride;
     q.to = reinterpret_cast<kernels::BFloat16*>(pass.scratch() + pass.prepared.layout.q);
     q.rows = block.rows;
-    q.row_capacity = pass.plans.of.rows;
+    q.row_capacity = of.rows;
     q.heads = pass.heads * shape.group();
-    q.head_capacity = pass.plans.of.heads * shape.group();
+    // What calls take and is not there is computed for nothing, but with numbers.
+    q.head_capacity =
+        (block.square ? of.square_heads : (pass.heads + of.heads - 1) / of.heads * of.heads) *
+        shape.group();
     q.head_dim = shape.head_dim;
     q.scale = pass.a.scale;
     HEADROOM_RETURN_IF_ERROR(
         HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideQueries(q, pass.stream)));
   }
-  int32_t partials = 0;  // not folded yet
-  bool first = true;
-  HEADROOM_RETURN_IF_ERROR(
-      ForEachPiece(pass.job, block, [&](const WidePiece& piece) -> absl::Status {
-        if (partials == kWidePartials) {
-          HEADROOM_RETURN_IF_ERROR(Fold(pass, block, partials, first, /*last=*/false));
-          partials = 0;
-          first = false;
-        }
-        return AttendPiece(pass, block, piece, partials++);
-      }));
-  if (partials == 0 && item.reset == 0 && item.finish == 0) return absl::OkStatus();
-  return Fold(pass, block, partials, first, /*last=*/true);
-}
-
-absl::Status WideAttend::AttendPiece(const Pass& pass, const WideBlock& block,
-                                     const WidePiece& piece, int32_t partial) {
-  const AttendArgs& a = pass.a;
-  const kernels::WideLayout& layout = pass.prepared.layout;
-  const WideClass& of = pass.plans.of;
-  const int64_t capacity = piece.square ? of.rows : kWidePieceTokens;
-  const bool whole = piece.count == capacity;
-  SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), partial);
-
-  kernels::cuda::WideKeysArgs keys;
-  keys.num_heads = pass.heads;
-  for (int32_t h = 0; h < pass.heads; ++h) {
-    const int32_t kv_head = pass.kv_head_begin + h;
-    const SpanRange spans =
-        SpansOf(a, pass.ItemOf(kv_head), piece.begin, piece.begin + piece.count);
-    keys.heads[h] = {spans.begin, spans.count, kv_head};
-  }
-  const KvSpan& span = a.spans.host[keys.heads[0].span_begin];
-  const int64_t row = (piece.begin - span.origin_pos) % span.capacity;
-  if (of.heads == 1 && whole && keys.heads[0].span_count == 1 &&
-      row + piece.count <= span.capacity && Aligned(span.base)) {
-    const KvLayout where = {span.capacity, a.head_dim};
-    const int32_t head = pass.kv_head_begin - span.kv_head_begin;
-    buffers.k = span.base + where.KeyOffset(head, row);
-    buffers.v = span.base + where.ValueOffset(head, row);
-  } else {
-    keys.spans = a.spans.device;
-    keys.head_dim = a.head_dim;
-    keys.begin = piece.begin;
-    keys.count = piece.count;
-    keys.row_capacity = capacity;
-    keys.keys = static_cast<kernels::BFloat16*>(buffers.k);
-    keys.values = static_cast<kernels::BFloat16*>(buffers.v);
-    keys.lengths = static_cast<int32_t*>(buffers.lengths);
-    keys.query_rows = static_cast<int32_t>(block.rows);
+  if (block.square) HEADROOM_RETURN_IF_ERROR(AttendSquare(pass, block));
+  for (int32_t head = 0; head < pass.heads; head += of.heads) {
     HEADROOM_RETURN_IF_ERROR(
-        HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, pass.stream)));
+        AttendPieces(pass, block, head, std::min(of.heads, pass.heads - head)));
   }
-  ++calls_;
-  const int plan = piece.square ? pass.plans.square : whole ? pass.plans.piece : pass.plans.lengths;
-  return cudnn_->Run(plan, buffers, pass.scratch() + layout.workspace, pass.stream);
+  return absl::OkStatus();
 }
 
-absl::Status WideAttend::Fold(const Pass& pass, const WideBlock& block, int32_t partials,
-                              bool first, bool last) {
+absl::Status WideAttend::AttendSquare(const Pass& pass, const WideBlock& block) {
+  const kernels::WideLayout& layout = pass.prepared.layout;
+  const SdpaBuffers buffers = SquareBuffersIn(layout, pass.scratch());
+  HEADROOM_RETURN_IF_ERROR(Gather(pass, block, {block.seen_end, block.rows, true}, 0, pass.heads,
+                                  pass.plans.of.rows, buffers));
+  ++calls_;
+  return cudnn_->Run(pass.plans.square, buffers, pass.scratch() + layout.workspace, pass.stream);
+}
+
+absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, int32_t head,
+                                      int32_t heads) {
   const AttendItem& item = pass.item();
   const WideShape& shape = pass.prepared.shape;
-  const int64_t query = (item.row_begin + block.row) * shape.num_q_heads +
-                        int64_t{pass.kv_head_begin} * shape.group();
-  const SdpaBuffers buffers = BuffersIn(pass.prepared.layout, pass.scratch(), 0);
+  const kernels::WideLayout& layout = pass.prepared.layout;
+  const int64_t first_query =
+      (item.row_begin + block.row) * shape.num_q_heads +
+      int64_t{pass.kv_head_begin + head} * shape.group();
+  // Where the heads begin in what holds those of a square.
+  const int64_t at = head * shape.group() * pass.plans.of.rows;
+
   kernels::cuda::WideFoldArgs fold;
-  fold.o = static_cast<const kernels::BFloat16*>(buffers.o);
-  fold.lse = static_cast<const float*>(buffers.lse);
-  fold.partials = partials;
-  fold.heads = pass.heads * shape.group();
-  fold.head_capacity = pass.plans.of.heads * shape.group();
+  fold.heads = heads * shape.group();
   fold.head_dim = shape.head_dim;
   fold.num_q_heads = shape.num_q_heads;
   fold.rows = block.rows;
   fold.row_capacity = pass.plans.of.rows;
-  fold.state = pass.a.state + query * kernels::AttentionStateFloats(shape.head_dim);
-  fold.out = pass.a.out + query * shape.head_dim;  // read if it finishes
-  fold.reset = first && item.reset != 0;
-  fold.finish = last && item.finish != 0;
+  fold.state = pass.a.state + first_query * kernels::AttentionStateFloats(shape.head_dim);
+  fold.out = pass.a.out + first_query * shape.head_dim;  // read if it finishes
+  fold.reset = item.reset != 0;
+  const auto add = [&fold](const SdpaBuffers& result, int64_t query) {
+    fold.partials[fold.num_partials++] = {
+        static_cast<const kernels::BFloat16*>(result.o) + query * fold.head_dim,
+        static_cast<const float*>(result.lse) + query};
+  };
+  HEADROOM_RETURN_IF_ERROR(
+      ForEachPiece(pass.job, block, [&](const WidePiece& piece) -> absl::Status {
+        if (fold.num_partials == kWidePartials) {
+          HEADROOM_RETURN_IF_ERROR(
+              HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, pass.stream)));
+          fold.num_partials = 0;
+          fold.reset = false;
+        }
+        if (piece.square) {
+          add(SquareBuffersIn(layout, pass.scratch()), at);
+          return absl::OkStatus();
+        }
+        SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), fold.num_partials);
+        buffers.q = static_cast<kernels::BFloat16*>(buffers.q) + at * shape.head_dim;
+        add(buffers, 0);
+        return AttendPiece(pass, block, piece, head, heads, buffers);
+      }));
+  fold.finish = item.finish != 0;
+  if (fold.num_partials == 0 && !fold.reset && !fold.finish) return absl::OkStatus();
   return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, pass.stream));
+}
+
+absl::Status WideAttend::AttendPiece(const Pass& pass, const WideBlock& block,
+                                     const WidePiece& piece, int32_t head, int32_t heads,
+                                     const SdpaBuffers& scratch) {
+  const AttendArgs& a = pass.a;
+  const int32_t kv_head = pass.kv_head_begin + head;
+  const SpanRange spans =
+      SpansOf(a, pass.ItemOf(kv_head), piece.begin, piece.begin + piece.count);
+  const KvSpan& span = a.spans.host[spans.begin];
+  const int64_t row = (piece.begin - span.origin_pos) % span.capacity;
+  const bool whole = piece.count == kWidePieceTokens;
+  SdpaBuffers buffers = scratch;
+  if (pass.plans.of.heads == 1 && whole && spans.count == 1 &&
+      row + piece.count <= span.capacity && Aligned(span.base)) {
+    const KvLayout where = {span.capacity, a.head_dim};
+    buffers.k = span.base + where.KeyOffset(kv_head - span.kv_head_begin, row);
+    buffers.v = span.base + where.ValueOffset(kv_head - span.kv_head_begin, row);
+  } else {
+    HEADROOM_RETURN_IF_ERROR(
+        Gather(pass, block, piece, head, heads, kWidePieceTokens, buffers));
+  }
+  ++calls_;
+  return cudnn_->Run(whole ? pass.plans.piece : pass.plans.lengths, buffers,
+                     pass.scratch() + pass.prepared.layout.workspace, pass.stream);
+}
+
+// The piece's keys of heads [head, head + heads) of the pass's, `capacity` rows each.
+absl::Status WideAttend::Gather(const Pass& pass, const WideBlock& block, const WidePiece& piece,
+                                int32_t head, int32_t heads, int64_t capacity,
+                                const SdpaBuffers& to) {
+  kernels::cuda::WideKeysArgs keys;
+  keys.num_heads = heads;
+  for (int32_t h = 0; h < heads; ++h) {
+    const int32_t kv_head = pass.kv_head_begin + head + h;
+    const SpanRange spans =
+        SpansOf(pass.a, pass.ItemOf(kv_head), piece.begin, piece.begin + piece.count);
+    keys.heads[h] = {spans.begin, spans.count, kv_head};
+  }
+  keys.spans = pass.a.spans.device;
+  keys.head_dim = pass.a.head_dim;
+  keys.begin = piece.begin;
+  keys.count = piece.count;
+  keys.row_capacity = capacity;
+  keys.keys = static_cast<kernels::BFloat16*>(to.k);
+  keys.values = static_cast<kernels::BFloat16*>(to.v);
+  keys.lengths = static_cast<int32_t*>(to.lengths);
+  keys.query_rows = static_cast<int32_t>(block.rows);
+  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, pass.stream));
 }
 
 }  // namespace headroom

@@ -2,11 +2,12 @@
 // kernels. Not thread-safe: cuDNN's handle is one thread's at a time. What is enqueued on several
 // streams at once must come with scratch of its own.
 //
-// A job's rows (wide_jobs.h) go through block by block: q becomes bfloat16; each piece of keys that
-// the block sees is attended to, read in place where it is all that a call of one head takes and
-// lies in one run, else gathered, with zeros behind; partials are folded into the states,
-// kWidePartials at once, the last time into the result. All is in scratch, in the order of the
-// stream.
+// A job's rows (wide_jobs.h) go through block by block, with as many heads as a square takes: q
+// becomes bfloat16, and the square is attended to. Then with as many heads as a piece takes: each
+// piece of keys that the block sees is attended to, read in place where it is all that a call of one
+// head takes and lies in one run, else gathered, with zeros behind; partials are folded into the
+// states in the order of positions, the square's last, kWidePartials at once, the last time into the
+// result. All is in scratch, in the order of the stream.
 #ifndef HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
 #define HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
 
@@ -39,7 +40,7 @@ class WideAttend {
     kernels::WideClass of;
     int piece = -1;    // kWidePieceTokens keys
     int lengths = -1;  // up to as many
-    int square = -1;   // as many keys as rows
+    int square = -1;   // as many keys as rows, with square_heads
   };
   struct Prepared {
     kernels::WideShape shape;
@@ -57,10 +58,13 @@ class WideAttend {
   absl::Status WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream);
   const Prepared* Find(const kernels::AttendArgs& args) const;
   absl::Status AttendBlock(const Pass& pass, const WideBlock& block);
+  absl::Status AttendSquare(const Pass& pass, const WideBlock& block);
+  // Heads [head, head + heads) of the pass's.
+  absl::Status AttendPieces(const Pass& pass, const WideBlock& block, int32_t head, int32_t heads);
   absl::Status AttendPiece(const Pass& pass, const WideBlock& block, const WidePiece& piece,
-                           int32_t partial);
-  absl::Status Fold(const Pass& pass, const WideBlock& block, int32_t partials, bool first,
-                    bool last);
+                           int32_t head, int32_t heads, const SdpaBuffers& buffers);
+  absl::Status Gather(const Pass& pass, const WideBlock& block, const WidePiece& piece,
+                      int32_t head, int32_t heads, int64_t capacity, const SdpaBuffers& to);
 
   bool opened_ = false;
   absl::Status open_status_;

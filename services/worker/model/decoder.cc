@@ -32,7 +32,6 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
       {&decoder.qkv_, rows * config.qkv_width()},
       {&decoder.attention_state_,
        rows * config.num_q_heads * kernels::AttentionStateFloats(config.head_dim)},
-      {&decoder.attend_scratch_, decoder.attend_scratch_floats_},
       {&decoder.logits_, kLogitSliceRows * config.vocab},
       {&decoder.sample_scratch_, kSampleSliceRows * kernels::SampleScratchFloats(config.vocab)},
   };
@@ -48,8 +47,6 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
   } buffers[] = {
       {&decoder.normed_, rows * config.hidden},
       {&decoder.attention_, rows * q_width},
-      {&decoder.gate_up_, decoder.mlp_slice_rows_ * 2 * config.intermediate},
-      {&decoder.activated_, decoder.mlp_slice_rows_ * config.intermediate},
       {&decoder.sampled_, kLogitSliceRows * config.hidden},
   };
   const kernels::ElementType type = device.product_type();
@@ -59,6 +56,13 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
         device.Allocate(elements * kernels::ElementBytes(type), "activations"));
     *buffer = {data, type};
   }
+  HEADROOM_ASSIGN_OR_RETURN(
+      uint8_t* const shared,
+      device.Allocate(SharedScratchBytes(config, rows, budget), "activations"));
+  decoder.attend_scratch_ = reinterpret_cast<float*>(shared);
+  decoder.gate_up_ = {shared, type};
+  decoder.activated_ =
+      decoder.gate_up_ + decoder.mlp_slice_rows_ * 2 * int64_t{config.intermediate};
   // What cannot be had is done by the kernels that take any number of rows.
   if (type != kernels::ElementType::kFloat32) {
     const absl::Status wide = device.PrepareWideAttend(

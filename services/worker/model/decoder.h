@@ -65,7 +65,7 @@ class Decoder {
   float* qkv_ = nullptr;             // [rows, qkv_width]
   kernels::Activations attention_;   // [rows, q heads * head_dim]
   float* attention_state_ = nullptr; // [rows, q heads, AttentionStateFloats]
-  float* attend_scratch_ = nullptr;  // [attend_scratch_floats_]
+  float* attend_scratch_ = nullptr;  // [attend_scratch_floats_], where the next two lie
   int64_t attend_scratch_floats_ = 0;
   kernels::Activations gate_up_;     // [mlp_slice_rows, 2 * intermediate]
   kernels::Activations activated_;   // [mlp_slice_rows, intermediate]

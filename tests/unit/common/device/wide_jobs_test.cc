@@ -147,6 +147,10 @@ TEST(WideShape, ClassesHaveOneVolumeAndTakeRowsOfAnyNumber) {
         for (const int64_t rows : {int64_t{128}, int64_t{129}, max_rows, 2 * max_rows}) {
           const kernels::WideClass its = classes.For(rows);
           EXPECT_EQ(its.rows * its.heads, classes.volume);
+          EXPECT_EQ(its.square_heads % its.heads, 0);
+          EXPECT_LE(its.square_heads, kv_heads);
+          EXPECT_LE(its.square_heads, kernels::kMaxWideHeads);
+          EXPECT_LE(its.rows * its.square_heads, classes.SquareVolume());
           EXPECT_GE(its.rows, std::min(rows, classes.Of(classes.least_heads).rows));
         }
         EXPECT_GT(kernels::WideAttendScratchFloats(max_rows, shape.num_q_heads, kv_heads, 128), 0);
@@ -158,6 +162,9 @@ TEST(WideShape, ClassesHaveOneVolumeAndTakeRowsOfAnyNumber) {
   const WideClasses llama(WideShape{8192, 32, 8, 128});
   EXPECT_EQ(llama.For(8192).heads, 1);
   EXPECT_EQ(llama.For(1024).heads, 8);
+  // Its square always with all heads.
+  EXPECT_EQ(llama.For(8192).square_heads, 8);
+  EXPECT_EQ(llama.For(1024).square_heads, 8);
 }
 
 }  // namespace
