@@ -29,22 +29,32 @@ AttendArgs Slice(AttendArgs a, int32_t begin, int32_t end) {
   return a;
 }
 
+static_assert(kernels::kWideLanes == 2);
+
 // Of a piece's call; `partial` says where its result goes.
-SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32_t partial) {
+SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32_t lane,
+                      int32_t partial) {
+  const int64_t result = int64_t{lane} * kWidePartials + partial;
   SdpaBuffers b;
   b.q = scratch + layout.q;
-  b.k = scratch + layout.keys;
-  b.v = scratch + layout.values;
-  b.o = scratch + layout.o + partial * layout.partial_bytes;
-  b.lse = scratch + layout.lse + partial * layout.lse_bytes;
-  b.lengths = scratch + layout.lengths;
+  b.k = scratch + layout.keys + lane * layout.piece_bytes;
+  b.v = scratch + layout.values + lane * layout.piece_bytes;
+  b.o = scratch + layout.o + result * layout.partial_bytes;
+  b.lse = scratch + layout.lse + result * layout.lse_bytes;
+  b.lengths = scratch + layout.lengths + lane * kernels::kWideLengthsBytes;
   return b;
 }
 SdpaBuffers SquareBuffersIn(const kernels::WideLayout& layout, uint8_t* scratch) {
-  SdpaBuffers b = BuffersIn(layout, scratch, 0);
+  SdpaBuffers b = BuffersIn(layout, scratch, 0, 0);
   b.o = scratch + layout.square_o;
   b.lse = scratch + layout.square_lse;
   return b;
+}
+
+// What `stream` gets from now on waits for what `first` has been given.
+absl::Status Follow(cudaStream_t stream, cudaEvent_t event, cudaStream_t first) {
+  HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaEventRecord(event, first)));
+  return HEADROOM_CUDA_STATUS(cudaStreamWaitEvent(stream, event, 0));
 }
 
 // The spans of an item that hold keys of [begin, end).
@@ -94,6 +104,21 @@ const WideAttend::Plans& WideAttend::Prepared::For(int64_t rows) const {
 
 // ---- Start-up
 
+absl::Status WideAttend::Open() {
+  cudaStream_t stream = nullptr;
+  HEADROOM_RETURN_IF_ERROR(
+      HEADROOM_CUDA_STATUS(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)));
+  aside_ = CudaStream(stream);
+  for (CudaEvent* const its : {&forked_, &joined_}) {
+    cudaEvent_t event = nullptr;
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(cudaEventCreateWithFlags(&event, cudaEventDisableTiming)));
+    *its = CudaEvent(event);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(cudnn_, CudnnSdpa::Open());
+  return absl::OkStatus();
+}
+
 absl::Status WideAttend::Prepare(const WideShape& shape, float* scratch, int64_t scratch_floats,
                                  cudaStream_t stream) {
   if (shape.max_rows < kernels::kWideRows) {
@@ -110,9 +135,7 @@ absl::Status WideAttend::Prepare(const WideShape& shape, float* scratch, int64_t
   }
   if (!opened_) {
     opened_ = true;
-    auto cudnn = CudnnSdpa::Open();
-    open_status_ = cudnn.status();
-    if (cudnn.ok()) cudnn_ = *std::move(cudnn);
+    open_status_ = Open();
   }
   HEADROOM_RETURN_IF_ERROR(open_status_);
   HEADROOM_RETURN_IF_ERROR(BuildPlans(*prepared));
@@ -147,7 +170,7 @@ absl::Status WideAttend::BuildPlans(Prepared& prepared) {
 
 // A kernel that is loaded at its first launch waits for the device to be idle.
 absl::Status WideAttend::WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream) {
-  const SdpaBuffers buffers = BuffersIn(prepared.layout, scratch, 0);
+  const SdpaBuffers buffers = BuffersIn(prepared.layout, scratch, 0, 0);
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaMemsetAsync(
       scratch, 0, static_cast<size_t>(prepared.layout.workspace), stream)));
   kernels::cuda::WideKeysArgs lengths;
@@ -245,30 +268,39 @@ absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
         HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideQueries(q, pass.stream)));
   }
   if (block.square) HEADROOM_RETURN_IF_ERROR(AttendSquare(pass, block));
-  for (int32_t head = 0; head < pass.heads; head += of.heads) {
-    HEADROOM_RETURN_IF_ERROR(
-        AttendPieces(pass, block, head, std::min(of.heads, pass.heads - head)));
+  const bool lanes = pass.heads > of.heads;
+  if (lanes) HEADROOM_RETURN_IF_ERROR(Follow(aside_.get(), forked_.get(), pass.stream));
+  absl::Status status;
+  for (int32_t head = 0; head < pass.heads && status.ok(); head += of.heads) {
+    status = AttendPieces(pass, block, head, std::min(of.heads, pass.heads - head),
+                          head / of.heads % kernels::kWideLanes);
   }
-  return absl::OkStatus();
+  // Also after an error: what lane 1 has been given ends before the stream goes on.
+  if (lanes) {
+    const absl::Status joined = Follow(pass.stream, joined_.get(), aside_.get());
+    if (status.ok()) status = joined;
+  }
+  return status;
 }
 
 absl::Status WideAttend::AttendSquare(const Pass& pass, const WideBlock& block) {
   const kernels::WideLayout& layout = pass.prepared.layout;
   const SdpaBuffers buffers = SquareBuffersIn(layout, pass.scratch());
   HEADROOM_RETURN_IF_ERROR(Gather(pass, block, {block.seen_end, block.rows, true}, 0, pass.heads,
-                                  pass.plans.of.rows, buffers));
+                                  pass.plans.of.rows, buffers, pass.stream));
   ++calls_;
   return cudnn_->Run(pass.plans.square, buffers, pass.scratch() + layout.workspace, pass.stream);
 }
 
 absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, int32_t head,
-                                      int32_t heads) {
+                                      int32_t heads, int32_t lane) {
   const AttendItem& item = pass.item();
   const WideShape& shape = pass.prepared.shape;
   const kernels::WideLayout& layout = pass.prepared.layout;
   const int64_t first_query =
       (item.row_begin + block.row) * shape.num_q_heads +
       int64_t{pass.kv_head_begin + head} * shape.group();
+  const cudaStream_t stream = lane == 0 ? pass.stream : aside_.get();
   // Where the heads begin in what holds those of a square.
   const int64_t at = head * shape.group() * pass.plans.of.rows;
 
@@ -290,7 +322,7 @@ absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, 
       ForEachPiece(pass.job, block, [&](const WidePiece& piece) -> absl::Status {
         if (fold.num_partials == kWidePartials) {
           HEADROOM_RETURN_IF_ERROR(
-              HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, pass.stream)));
+              HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, stream)));
           fold.num_partials = 0;
           fold.reset = false;
         }
@@ -298,20 +330,21 @@ absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, 
           add(SquareBuffersIn(layout, pass.scratch()), at);
           return absl::OkStatus();
         }
-        SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), fold.num_partials);
+        SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), lane, fold.num_partials);
         buffers.q = static_cast<kernels::BFloat16*>(buffers.q) + at * shape.head_dim;
         add(buffers, 0);
-        return AttendPiece(pass, block, piece, head, heads, buffers);
+        return AttendPiece(pass, block, piece, head, heads, lane, buffers);
       }));
   fold.finish = item.finish != 0;
   if (fold.num_partials == 0 && !fold.reset && !fold.finish) return absl::OkStatus();
-  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, pass.stream));
+  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideFold(fold, stream));
 }
 
 absl::Status WideAttend::AttendPiece(const Pass& pass, const WideBlock& block,
                                      const WidePiece& piece, int32_t head, int32_t heads,
-                                     const SdpaBuffers& scratch) {
+                                     int32_t lane, const SdpaBuffers& scratch) {
   const AttendArgs& a = pass.a;
+  const cudaStream_t stream = lane == 0 ? pass.stream : aside_.get();
   const int32_t kv_head = pass.kv_head_begin + head;
   const SpanRange spans =
       SpansOf(a, pass.ItemOf(kv_head), piece.begin, piece.begin + piece.count);
@@ -326,17 +359,19 @@ absl::Status WideAttend::AttendPiece(const Pass& pass, const WideBlock& block,
     buffers.v = span.base + where.ValueOffset(kv_head - span.kv_head_begin, row);
   } else {
     HEADROOM_RETURN_IF_ERROR(
-        Gather(pass, block, piece, head, heads, kWidePieceTokens, buffers));
+        Gather(pass, block, piece, head, heads, kWidePieceTokens, buffers, stream));
   }
   ++calls_;
   return cudnn_->Run(whole ? pass.plans.piece : pass.plans.lengths, buffers,
-                     pass.scratch() + pass.prepared.layout.workspace, pass.stream);
+                     pass.scratch() + pass.prepared.layout.workspace +
+                         lane * kernels::kWideWorkspaceBytes,
+                     stream);
 }
 
 // The piece's keys of heads [head, head + heads) of the pass's, `capacity` rows each.
 absl::Status WideAttend::Gather(const Pass& pass, const WideBlock& block, const WidePiece& piece,
                                 int32_t head, int32_t heads, int64_t capacity,
-                                const SdpaBuffers& to) {
+                                const SdpaBuffers& to, cudaStream_t stream) {
   kernels::cuda::WideKeysArgs keys;
   keys.num_heads = heads;
   for (int32_t h = 0; h < heads; ++h) {
@@ -354,7 +389,7 @@ absl::Status WideAttend::Gather(const Pass& pass, const WideBlock& block, const 
   keys.values = static_cast<kernels::BFloat16*>(to.v);
   keys.lengths = static_cast<int32_t*>(to.lengths);
   keys.query_rows = static_cast<int32_t>(block.rows);
-  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, pass.stream));
+  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, stream));
 }
 
 }  // namespace headroom

@@ -7,7 +7,7 @@
 // piece of keys that the block sees is attended to, read in place where it is all that a call of one
 // head takes and lies in one run, else gathered, with zeros behind; partials are folded into the
 // states in the order of positions, the square's last, kWidePartials at once, the last time into the
-// result. All is in scratch, in the order of the stream.
+// result. Pieces go in two lanes (wide_shape.h), which begin and end with the block. All is in scratch.
 #ifndef HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
 #define HEADROOM_COMMON_DEVICE_CUDA_WIDE_ATTEND_H_
 
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "common/device/cuda/cuda_handles.h"
 #include "common/device/cuda/cudnn_sdpa.h"
 #include "common/device/cuda/wide_jobs.h"
 #include "common/device/device.h"
@@ -54,18 +55,24 @@ class WideAttend {
   };
   struct Pass;
 
+  absl::Status Open();
   absl::Status BuildPlans(Prepared& prepared);
   absl::Status WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream);
   const Prepared* Find(const kernels::AttendArgs& args) const;
   absl::Status AttendBlock(const Pass& pass, const WideBlock& block);
   absl::Status AttendSquare(const Pass& pass, const WideBlock& block);
-  // Heads [head, head + heads) of the pass's.
-  absl::Status AttendPieces(const Pass& pass, const WideBlock& block, int32_t head, int32_t heads);
+  // Heads [head, head + heads) of the pass's, in a lane: lane 0 is the pass's stream.
+  absl::Status AttendPieces(const Pass& pass, const WideBlock& block, int32_t head, int32_t heads,
+                            int32_t lane);
   absl::Status AttendPiece(const Pass& pass, const WideBlock& block, const WidePiece& piece,
-                           int32_t head, int32_t heads, const SdpaBuffers& buffers);
+                           int32_t head, int32_t heads, int32_t lane, const SdpaBuffers& buffers);
   absl::Status Gather(const Pass& pass, const WideBlock& block, const WidePiece& piece,
-                      int32_t head, int32_t heads, int64_t capacity, const SdpaBuffers& to);
+                      int32_t head, int32_t heads, int64_t capacity, const SdpaBuffers& to,
+                      cudaStream_t stream);
 
+  CudaStream aside_;  // lane 1
+  CudaEvent forked_;
+  CudaEvent joined_;
   bool opened_ = false;
   absl::Status open_status_;
   std::unique_ptr<CudnnSdpa> cudnn_;
