@@ -19,7 +19,9 @@ namespace headroom::coordinator {
 struct Request {
   std::string id;
   std::vector<int32_t> prompt;  // at least one token
-  v1::SamplingParams sampling;  // every field set
+  v1::SamplingParams sampling;  // every field set, but for logit_bias
+  google::protobuf::Map<int32_t, float> logit_bias;
+  std::vector<int32_t> held_back_token_ids;  // not among the first min_tokens
   int64_t max_tokens = 0;       // prompt.size() + max_tokens is within the context limit
   int64_t min_tokens = 0;
   std::vector<std::string> stop_strings;
@@ -40,6 +42,14 @@ struct Request {
   int64_t chunk_tokens = 0;  // at least 1
   bool explain = false;
 
+  // Whether its draws go by more than the logits.
+  bool has_history() const {
+    return max_tokens > 0 &&
+           ((sampling.has_repetition_penalty() && sampling.repetition_penalty() != 1) ||
+            sampling.frequency_penalty() != 0 || sampling.presence_penalty() != 0 ||
+            !logit_bias.empty() ||
+            (min_tokens > 0 && !held_back_token_ids.empty()));
+  }
   // Positions whose keys are computed at most: the last token drawn needs none.
   int64_t end_pos() const {
     return static_cast<int64_t>(prompt.size()) + (max_tokens > 0 ? max_tokens - 1 : 0);

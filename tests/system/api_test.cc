@@ -5,6 +5,7 @@
 #include <bit>
 #include <limits>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -194,6 +195,35 @@ TEST_F(Api, StopsAtStringsAndTokens) {
   EXPECT_LE(stopped.tokens.size(), 11u);
 }
 
+TEST_F(Api, PenaltiesAndBiasChangeWhatIsDrawn) {
+  v1::GenerateRequest request = Ask(RandomPrompt(6, 80), 60);
+  const Generation plain = client().Generate(request);
+  ASSERT_EQ(plain.tokens.size(), 60u) << plain.status;
+  const auto distinct = [](const Generation& generation) {
+    const std::vector<int32_t> ids = generation.ids();
+    return std::set<int32_t>(ids.begin(), ids.end()).size();
+  };
+  v1::GenerateRequest penalised = request;
+  penalised.mutable_sampling()->set_presence_penalty(2);
+  penalised.mutable_sampling()->set_frequency_penalty(2);
+  EXPECT_GT(distinct(client().Generate(penalised)), distinct(plain));
+  // Bias alone: one token always; the log-probabilities are still the model's.
+  v1::GenerateRequest biased = request;
+  (*biased.mutable_sampling()->mutable_logit_bias())[77] = 100;
+  const Generation only = client().Generate(biased);
+  EXPECT_EQ(only.ids(), std::vector<int32_t>(60, 77));
+  EXPECT_EQ(only.tokens[0].top(0).logprob(), plain.tokens[0].top(0).logprob());
+  // What would end the answer is held back.
+  v1::GenerateRequest longer = request;
+  const int32_t third = plain.tokens[2].token_id();
+  longer.mutable_stopping()->add_stop_token_ids(third);
+  EXPECT_LE(client().Generate(longer).tokens.size(), 3u);
+  longer.mutable_stopping()->set_min_tokens(20);
+  const Generation held = client().Generate(longer);
+  ASSERT_GE(held.tokens.size(), 20u) << held.status;
+  for (size_t i = 0; i < 20; ++i) EXPECT_NE(held.tokens[i].token_id(), third) << i;
+}
+
 TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
   v1::ForkSessionRequest fork;
   fork.set_session_id("a");
@@ -235,6 +265,10 @@ TEST_F(Api, NamesTheFieldThatIsWrong) {
             "sampling.temperature");
   EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_top_p(nan); }), "sampling.top_p");
   EXPECT_EQ(complaint([](R& r) { r.mutable_sampling()->set_top_k(-5); }), "sampling.top_k");
+  EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_presence_penalty(nan); }),
+            "sampling.presence_penalty");
+  EXPECT_EQ(complaint([](R& r) { (*r.mutable_sampling()->mutable_logit_bias())[kTestVocab] = 1; }),
+            absl::StrCat("sampling.logit_bias[", kTestVocab, "]"));
   EXPECT_EQ(complaint([](R& r) {
               for (int i = 0; i < 17; ++i) r.mutable_stopping()->add_stop_strings("x");
             }),
