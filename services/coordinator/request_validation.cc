@@ -331,7 +331,10 @@ absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateReque
   TakeLogprobs(proto.logprobs(), checker, *request);
   TakePlacement(proto.placement(), limits, checker, *request);
   TakeSession(proto, checker, *request);
-  if (proto.has_n()) checker.InRange<int64_t>("n", proto.n(), 1, 1);
+  if (proto.has_n()) {
+    checker.InRange<int64_t>("n", proto.n(), 1, kMaxAnswers);
+    request->n = proto.n();
+  }
   request->explain = proto.explain();
   // Tokenizing is dear: only for a request that is right otherwise.
   HEADROOM_RETURN_IF_ERROR(checker.status());

@@ -172,6 +172,7 @@ void RunningRequest::TakeToken(const v1::TokenRecord& token, absl::Time now) {
   sequence_.token_ids.push_back(token.token_id());
   progress_.known_tokens = static_cast<int64_t>(sequence_.token_ids.size());
   v1::Delta delta;
+  delta.set_index(request_->index);
   v1::TokenRecord* const record = delta.add_tokens();
   if (request_->want_logprobs) {
     *record = token;
@@ -244,6 +245,7 @@ void RunningRequest::End(const absl::Status& status, v1::FinishReason reason) {
     std::string text = stop_finder_.Push(decoder_->Finish()).text + stop_finder_.Finish();
     if (!text.empty()) {
       v1::Delta delta;
+      delta.set_index(request_->index);
       delta.set_text(std::move(text));
       sink_->OnDelta(std::move(delta));
     }
@@ -253,6 +255,8 @@ void RunningRequest::End(const absl::Status& status, v1::FinishReason reason) {
 
 v1::Finished RunningRequest::Summary(v1::FinishReason reason) const {
   v1::Finished finished;
+  finished.set_index(request_->index);
+  finished.set_seed(request_->sampling.seed());
   finished.set_reason(reason);
   if (stop_.has_value()) *finished.mutable_stop() = *stop_;
   finished.mutable_usage()->set_prompt_tokens(prompt_tokens());

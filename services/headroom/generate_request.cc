@@ -196,6 +196,9 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                  "Added to the logit of this token; several with commas between. May be given "
                  "several times.");
   flags.Seed("seed", &options->seed, "Fixes what is drawn.");
+  flags.Integer("n", &options->n, 1, kMost32,
+                "Answers to draw, each with a seed of its own that follows from --seed; several "
+                "are printed when all have ended. The server says how many are too many.");
   flags.Group("Placement");
   flags.Text("placement", "WHERE", &options->placement,
              "Where keys are attended: auto, resident, fetched, in-place, or shares of the KV "
@@ -224,6 +227,7 @@ absl::StatusOr<v1::GenerateRequest> BuildRequest(const GenerateOptions& options)
   HEADROOM_RETURN_IF_ERROR(SetSampling(options, &request));
   HEADROOM_RETURN_IF_ERROR(SetStopping(options, &request));
   HEADROOM_RETURN_IF_ERROR(SetPlacement(options, &request));
+  if (options.n.has_value()) request.set_n(*options.n);
   if (options.logprobs.has_value()) request.mutable_logprobs()->set_num_top(*options.logprobs);
   if (options.prompt_logprobs != 0) request.mutable_logprobs()->set_prompt(true);
   if (!options.session.empty()) {

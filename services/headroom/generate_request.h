@@ -37,6 +37,7 @@ struct GenerateOptions {
   std::optional<float> presence_penalty;
   std::vector<std::string> logit_bias;  // "ID:BIAS" each
   std::optional<uint64_t> seed;
+  std::optional<int32_t> n;
 
   std::string placement = "auto";
   bool deterministic = false;

@@ -294,6 +294,20 @@ TEST_F(Serve, GenerateTakesTextFilesAndSessions) {
   const CommandResult text = Headroom(plain);
   EXPECT_EQ(text.exit_code, 0) << text.err;
   EXPECT_TRUE(absl::StrContains(text.out, ask({"--prompt", "hello"})["text"].get<std::string>()));
+  const std::vector<std::string> three = {"--n", "3", "--temperature", "1", "--seed", "7"};
+  std::vector<std::string> as_json = {"--prompt", "hello"};
+  as_json.insert(as_json.end(), common.begin(), common.end());
+  as_json.insert(as_json.end(), three.begin(), three.end());
+  const json several = GenerateJson(as_json);
+  ASSERT_EQ(several["answers"].size(), 3u) << several;
+  plain.insert(plain.end(), three.begin(), three.end());
+  const CommandResult texts = Headroom(plain);
+  std::string expected;
+  for (int i = 0; i < 3; ++i) {
+    absl::StrAppend(&expected, "--- answer ", i, "\n",
+                    several["answers"][i]["text"].get<std::string>(), "\n");
+  }
+  EXPECT_EQ(texts.out, expected);
 }
 
 TEST_F(Serve, GenerateRefusesWhatIsWrongWithExitCode2) {

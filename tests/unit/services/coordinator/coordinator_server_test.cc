@@ -293,7 +293,9 @@ TEST_F(CoordinatorServerTest, NamesTheFieldThatIsWrong) {
   EXPECT_EQ(wrong([](R& r) { r.set_session_id("a b"); }), "session_id");
   EXPECT_EQ(wrong([](R& r) { r.set_session_id(""); }), "session_id");
   EXPECT_EQ(wrong([](R& r) { r.set_cache_salt(std::string(200, 'x')); }), "cache_salt");
-  EXPECT_EQ(wrong([](R& r) { r.set_n(2); }), "n");
+  for (const int32_t n : {-1, 0, 17, std::numeric_limits<int32_t>::max()}) {
+    EXPECT_EQ(wrong([n](R& r) { r.set_n(n); }), "n");
+  }
   EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->set_chunk_tokens(0); }),
             "placement.chunk_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->add_shares(); }), "placement.shares");
