@@ -65,7 +65,8 @@ absl::Status Server::Listen(const KvStoreOptions& options) {
   grpc::EnableDefaultHealthCheckService(true);
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(&service_, options.listen_address, security_->credentials(),
-                                       options.max_message_bytes, &listen_address_));
+                                       options.max_message_bytes, Reflection::kNo,
+                                       &listen_address_));
   server_->GetHealthCheckService()->SetServingStatus("", true);
   server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
   LogInfo(absl::StrCat("kvstore serves on ", listen_address_));

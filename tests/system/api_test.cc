@@ -364,6 +364,26 @@ TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
             grpc::StatusCode::UNIMPLEMENTED);
 }
 
+TEST_F(Api, ReflectsOnlyIfAskedTo) {
+  const auto reflects = [](const std::string& address) {
+    std::string response;
+    return TestClient(address, address)
+        .Call("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "", &response)
+        .error_code();
+  };
+  for (const std::string& address : {cluster_->api_address(), cluster_->admin_address(),
+                                     cluster_->worker_address(), cluster_->kvstore_address()}) {
+    EXPECT_EQ(reflects(address), grpc::StatusCode::UNIMPLEMENTED) << address;
+  }
+  ClusterOptions options;
+  options.coordinator_args = {"--reflection"};
+  Cluster asked(options);
+  ASSERT_NO_FATAL_FAILURE(asked.AwaitServing());
+  EXPECT_EQ(reflects(asked.api_address()), grpc::StatusCode::OK);
+  EXPECT_EQ(reflects(asked.admin_address()), grpc::StatusCode::OK);
+  EXPECT_EQ(reflects(asked.worker_address()), grpc::StatusCode::UNIMPLEMENTED);
+}
+
 // ---------------------------------------------------------------- what it refuses
 
 TEST_F(Api, NamesTheFieldThatIsWrong) {
