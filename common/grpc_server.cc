@@ -1,9 +1,30 @@
 #include "common/grpc_server.h"
 
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
 namespace headroom {
+namespace {
+
+// A program that links the plugin has it in every server that it builds, asked for or not.
+class WithoutReflection : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    const auto reflects = [](const auto& plugin) {
+      return dynamic_cast<grpc::reflection::ProtoServerReflectionPlugin*>(plugin.get()) != nullptr;
+    };
+    plugins->erase(std::remove_if(plugins->begin(), plugins->end(), reflects), plugins->end());
+  }
+};
+
+}  // namespace
 
 absl::Status CheckMaxMessageBytes(int64_t bytes) {
   if (bytes >= 1024 && bytes <= INT32_MAX) return absl::OkStatus();
@@ -14,8 +35,9 @@ absl::Status CheckMaxMessageBytes(int64_t bytes) {
 absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
     grpc::Service* service, const std::string& address,
     const std::shared_ptr<grpc::ServerCredentials>& credentials, int64_t max_message_bytes,
-    std::string* listened) {
+    Reflection reflection, std::string* listened) {
   grpc::ServerBuilder builder;
+  if (reflection == Reflection::kNo) builder.SetOption(std::make_unique<WithoutReflection>());
   int port = 0;
   builder.AddListeningPort(address, credentials, &port);
   builder.RegisterService(service);

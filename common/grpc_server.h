@@ -16,7 +16,10 @@ namespace headroom {
 // INVALID_ARGUMENT naming --max-message-bytes if gRPC cannot have that limit.
 absl::Status CheckMaxMessageBytes(int64_t bytes);
 
-// Serves on return, with the health service if grpc::EnableDefaultHealthCheckService() came before.
+enum class Reflection { kNo, kYes };
+
+// Serves on return, with the health service if grpc::EnableDefaultHealthCheckService() came before,
+// and with server reflection only if it is asked for.
 // A peer that is gone without a word is noticed within some 20 s; its own pings are welcome, or a
 // long prefill, or an hour without a call, would end in GOAWAY. `*listened` receives the address,
 // with the port that was picked where it was 0. UNAVAILABLE: it cannot be listened on.
@@ -24,7 +27,7 @@ absl::Status CheckMaxMessageBytes(int64_t bytes);
 absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
     grpc::Service* service, const std::string& address,
     const std::shared_ptr<grpc::ServerCredentials>& credentials, int64_t max_message_bytes,
-    std::string* listened);
+    Reflection reflection, std::string* listened);
 
 }  // namespace headroom
 

@@ -1,6 +1,7 @@
 // Log-probabilities and the draw of a token; sample.h states the distribution.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/kernels.h"
 
@@ -161,6 +162,41 @@ int32_t Draw(const float* logits, int64_t vocab, const SampleRow& row, float max
   return candidates[Select(kept, uniform * total, weight)].id;
 }
 
+int32_t& Recent(DrawState& state, uint64_t pos) { return state.recent[pos % kRecentTokens]; }
+
+// Counts what has been settled; adjusted[vocab] = the logits that the row is drawn by.
+void Adjust(const SampleRow& row, const float* logits, int64_t vocab, float* adjusted) {
+  DrawState& state = *row.state;
+  uint32_t* const counts = DrawCounts(&state);
+  const uint64_t recent_begin = row.counter - static_cast<uint64_t>(row.num_recent);
+  for (int32_t i = 1; i <= row.num_settled; ++i) ++counts[Recent(state, recent_begin - i)];
+  const auto penalise = [&](int64_t id, uint32_t seen) {
+    float x = logits[id];
+    if (seen != 0) x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
+    const uint32_t count = seen & ~kInPrompt;
+    if (count > 0) {
+      x -= static_cast<float>(count) * row.frequency_penalty + row.presence_penalty;
+    }
+    return x;
+  };
+  for (int64_t id = 0; id < vocab; ++id) adjusted[id] = penalise(id, counts[id]);
+  for (uint64_t pos = recent_begin; pos < row.counter; ++pos) {
+    const int32_t id = Recent(state, pos);
+    uint32_t seen = counts[id];
+    for (uint64_t other = recent_begin; other < row.counter; ++other) {
+      if (Recent(state, other) == id) ++seen;
+    }
+    adjusted[id] = penalise(id, seen);
+  }
+  for (int32_t i = 0; i < state.num_bias; ++i) {
+    adjusted[state.bias[i].token_id] += state.bias[i].bias;
+  }
+  if (row.counter >= state.held_back_end) return;
+  for (int32_t i = 0; i < state.num_held_back; ++i) {
+    adjusted[state.held_back[i]] = std::numeric_limits<float>::lowest();
+  }
+}
+
 }  // namespace
 
 void Sample(const SampleArgs& args, CpuTeam& team) {
@@ -175,12 +211,20 @@ void Sample(const SampleArgs& args, CpuTeam& team) {
       result.token_id = 0;
       result.logprob = 0;
     } else {
+      float* const scratch = args.scratch + i * SampleScratchFloats(args.vocab);
+      const float* drawn_by = logits;
+      float likeliest = maximum;
+      if (row.state != nullptr) {  // in the half of the scratch that Draw() writes to last
+        Adjust(row, logits, args.vocab, scratch);
+        drawn_by = scratch;
+        Maximum(drawn_by, args.vocab, likeliest, result.token_id);
+      }
       if (row.forced_token >= 0) {
         result.token_id = row.forced_token;
       } else if (row.temperature > 0) {
-        result.token_id = Draw(logits, args.vocab, row, maximum,
-                               args.scratch + i * SampleScratchFloats(args.vocab));
+        result.token_id = Draw(drawn_by, args.vocab, row, likeliest, scratch);
       }
+      if (row.state != nullptr) Recent(*row.state, row.counter) = result.token_id;
       const float lse = LogSumExp(logits, args.vocab, maximum);
       result.logprob = logits[result.token_id] - maximum - lse;
       if (row.num_top_logprobs > 0) {

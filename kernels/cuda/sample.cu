@@ -167,6 +167,47 @@ struct Row {
   }
 };
 
+// Counts what has been settled; adjusted[vocab] = the logits that the row is drawn by. All threads
+// of the block together.
+__device__ void Adjust(const SampleRow& row, const float* logits, int64_t vocab, float* adjusted) {
+  DrawState& state = *row.state;
+  uint32_t* const counts = DrawCounts(&state);
+  const uint64_t recent_begin = row.counter - static_cast<uint64_t>(row.num_recent);
+  if (threadIdx.x == 0) {
+    for (int32_t i = 1; i <= row.num_settled; ++i) {
+      ++counts[state.recent[(recent_begin - i) % kRecentTokens]];
+    }
+  }
+  __syncthreads();
+  for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
+    uint32_t seen = counts[id];
+    for (uint64_t pos = recent_begin; pos < row.counter; ++pos) {
+      if (state.recent[pos % kRecentTokens] == id) ++seen;
+    }
+    float x = logits[id];
+    if (seen != 0) {
+      x = x > 0 ? __fdiv_rn(x, row.repetition_penalty) : __fmul_rn(x, row.repetition_penalty);
+    }
+    const uint32_t count = seen & ~kInPrompt;
+    if (count > 0) {
+      const float frequency = __fmul_rn(static_cast<float>(count), row.frequency_penalty);
+      x = __fsub_rn(x, __fadd_rn(frequency, row.presence_penalty));
+    }
+    adjusted[id] = x;
+  }
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < state.num_bias; i += kThreads) {
+    adjusted[state.bias[i].token_id] += state.bias[i].bias;
+  }
+  __syncthreads();
+  if (row.counter < state.held_back_end) {
+    for (int32_t i = threadIdx.x; i < state.num_held_back; i += kThreads) {
+      adjusted[state.held_back[i]] = -CUDART_MAX_NORMAL_F;
+    }
+  }
+  __syncthreads();
+}
+
 __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
   __shared__ uint64_t shared64[kWarp];
   __shared__ float shared32[kWarp];
@@ -187,11 +228,21 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
     uint64_t key = row.Next(~uint64_t{0});
     token = IdOf(key);
     const float maximum = row.logits[token];
+    Row drawn_by = row;
+    float likeliest = maximum;
+    if (what.state != nullptr) {
+      float* const adjusted = row.weights + a.vocab;
+      Adjust(what, row.logits, a.vocab, adjusted);
+      drawn_by.logits = adjusted;
+      token = IdOf(drawn_by.Next(~uint64_t{0}));
+      likeliest = adjusted[token];
+    }
     if (what.forced_token >= 0) {
       token = what.forced_token;
     } else if (what.temperature > 0) {
-      token = row.Draw(what, maximum);
+      token = drawn_by.Draw(what, likeliest);
     }
+    if (what.state != nullptr && writes) what.state->recent[what.counter % kRecentTokens] = token;
     const float lse = row.LogSumExp(maximum);
     const int64_t wanted =
         what.num_top_logprobs < kMaxTopLogprobs ? what.num_top_logprobs : kMaxTopLogprobs;

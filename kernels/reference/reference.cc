@@ -242,6 +242,38 @@ void MergePartials(const MergePartialsArgs& args) {
   }
 }
 
+namespace {
+
+// The logits that a row is drawn by, after what has been settled is counted.
+std::vector<double> Adjusted(const SampleRow& row, const float* logits, int64_t vocab) {
+  DrawState& state = *row.state;
+  uint32_t* const counts = DrawCounts(&state);
+  const auto recent = [&](int64_t pos) { return state.recent[pos % kRecentTokens]; };
+  const auto end = static_cast<int64_t>(row.counter);
+  for (int64_t pos = end - row.num_recent - row.num_settled; pos < end - row.num_recent; ++pos) {
+    ++counts[recent(pos)];
+  }
+  std::vector<uint32_t> seen(counts, counts + vocab);
+  for (int64_t pos = end - row.num_recent; pos < end; ++pos) ++seen[recent(pos)];
+  std::vector<double> adjusted(logits, logits + vocab);
+  for (int64_t id = 0; id < vocab; ++id) {
+    double& x = adjusted[id];
+    const uint32_t count = seen[id] & ~kInPrompt;
+    if (seen[id] != 0) x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
+    x -= static_cast<double>(count) * row.frequency_penalty;
+    if (count > 0) x -= row.presence_penalty;
+  }
+  for (int32_t i = 0; i < state.num_bias; ++i) {
+    adjusted[state.bias[i].token_id] += state.bias[i].bias;
+  }
+  for (int32_t i = 0; i < state.num_held_back && row.counter < state.held_back_end; ++i) {
+    adjusted[state.held_back[i]] = -std::numeric_limits<double>::infinity();
+  }
+  return adjusted;
+}
+
+}  // namespace
+
 // Log-probabilities, greedy and forced rows; a tempered draw has no second source of randomness to
 // be compared with, and is tested by its distribution.
 void Sample(const SampleArgs& args) {
@@ -261,7 +293,14 @@ void Sample(const SampleArgs& args) {
     }
     if (result.non_finite == 0) {
       const double lse = logits[order[0]] + std::log(total);
-      result.token_id = row.forced_token >= 0 ? row.forced_token : order[0];
+      result.token_id = order[0];
+      if (row.state != nullptr) {
+        const std::vector<double> adjusted = Adjusted(row, logits, args.vocab);
+        const auto best = std::max_element(adjusted.begin(), adjusted.end());
+        result.token_id = static_cast<int32_t>(best - adjusted.begin());
+      }
+      if (row.forced_token >= 0) result.token_id = row.forced_token;
+      if (row.state != nullptr) row.state->recent[row.counter % kRecentTokens] = result.token_id;
       result.logprob = static_cast<float>(logits[result.token_id] - lse);
       result.num_top = static_cast<int32_t>(std::min<int64_t>(row.num_top_logprobs, args.vocab));
       for (int32_t t = 0; t < result.num_top; ++t) {

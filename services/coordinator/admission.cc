@@ -42,23 +42,29 @@ Verdict Admit(const Capacity& capacity, const Commitments& commitments, const De
                      " extents, the store has descriptors for ", capacity.max_extents,
                      ", idle sessions hold ", commitments.idle_runs * geometry.num_layers));
   }
-  if (capacity.tail_bytes_per_sequence > capacity.kv_pool_bytes || capacity.max_sequences < 1) {
+  const int64_t alone_bytes = PoolBytes(capacity, 1, demand.has_history ? 1 : 0);
+  if (alone_bytes > capacity.kv_pool_bytes || capacity.max_sequences < 1) {
     return refuse(
         Verdict::kNever,
-        absl::StrCat("a sequence's tail takes ", capacity.tail_bytes_per_sequence,
-                     " bytes of device memory, the KV pool has ", capacity.kv_pool_bytes));
+        absl::StrCat(demand.has_history ? "a sequence's tail and the history of its draws take "
+                                        : "a sequence's tail takes ",
+                     alone_bytes, " bytes of device memory, the KV pool has ",
+                     capacity.kv_pool_bytes));
   }
 
   if (commitments.running_sequences >= capacity.max_sequences) {
     return refuse(Verdict::kWait, absl::StrCat(commitments.running_sequences, " of ",
                                                capacity.max_sequences, " sequences run"));
   }
-  if ((commitments.running_sequences + 1) * capacity.tail_bytes_per_sequence >
-      capacity.kv_pool_bytes) {
+  const int64_t pool_used =
+      PoolBytes(capacity, commitments.running_sequences, commitments.running_histories);
+  if (pool_used + alone_bytes > capacity.kv_pool_bytes) {
     return refuse(Verdict::kWait,
                   absl::StrCat("the KV pool of ", capacity.kv_pool_bytes, " bytes holds ",
                                commitments.running_sequences, " tails of ",
-                               capacity.tail_bytes_per_sequence, " bytes already"));
+                               capacity.tail_bytes_per_sequence, " bytes and ",
+                               commitments.running_histories, " histories of ",
+                               capacity.draw_state_bytes, " already"));
   }
   if (verdict.reserved_tokens >
       host_tokens - commitments.idle_tokens - commitments.running_tokens) {

@@ -16,6 +16,7 @@ struct Capacity {
   int64_t max_extents = 0;
   int64_t kv_pool_bytes = 0;            // of the device
   int64_t tail_bytes_per_sequence = 0;  // of that
+  int64_t draw_state_bytes = 0;         // of that, for each sequence with a history
   int64_t max_sequences = 0;
 };
 
@@ -26,6 +27,7 @@ struct Commitments {
   int64_t running_runs = 0;
   int64_t idle_runs = 0;
   int64_t running_sequences = 0;
+  int64_t running_histories = 0;  // sequences whose draws have one
 };
 
 // What a request would add.
@@ -33,6 +35,7 @@ struct Demand {
   int64_t final_tokens = 0;  // positions whose keys it will have at most
   int64_t kept_tokens = 0;   // capacity that its session has already, counted in no commitment
   int64_t kept_runs = 0;
+  bool has_history = false;
 };
 
 struct Verdict {
@@ -42,6 +45,11 @@ struct Verdict {
   int64_t reserved_runs = 0;
   std::string reason;  // kWait, kNever: which limit, with the numbers
 };
+
+// What sequences take of the device's pool beside resident copies.
+inline int64_t PoolBytes(const Capacity& capacity, int64_t sequences, int64_t histories) {
+  return sequences * capacity.tail_bytes_per_sequence + histories * capacity.draw_state_bytes;
+}
 
 // kNever: it would not fit even if nothing else ran. (What idle sessions hold counts as gone: only
 // their owners give it back.)

@@ -1,6 +1,5 @@
 #include "services/coordinator/coordinator_server.h"
 
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
@@ -103,11 +102,11 @@ absl::Status Server::Start() {
   inference_ = std::make_unique<InferenceService>(scheduler_.get(), model_.get(),
                                                   options_.context_limit_tokens);
   grpc::EnableDefaultHealthCheckService(true);
-  if (options_.reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  const Reflection reflection = options_.reflection ? Reflection::kYes : Reflection::kNo;
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(inference_.get(), options_.listen_address,
                                        security_->credentials(), options_.max_message_bytes,
-                                       &listen_address_));
+                                       reflection, &listen_address_));
   SetHealth(&Server::draining_, false);
   if (!options_.admin_address.empty()) {
     admin_ = std::make_unique<AdminService>(
@@ -117,7 +116,7 @@ absl::Status Server::Start() {
     HEADROOM_ASSIGN_OR_RETURN(admin_server_,
                               ListenGrpc(admin_.get(), options_.admin_address,
                                          security_->credentials(), options_.max_message_bytes,
-                                         &admin_address_));
+                                         reflection, &admin_address_));
   }
   scheduler_->Start();
   heartbeat_ = std::make_unique<Heartbeat>(
@@ -193,6 +192,13 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
   auto server = std::make_unique<Server>(options, std::move(model));
   HEADROOM_RETURN_IF_ERROR(server->Start());
   return server;
+}
+
+absl::Status CheckCoordinator(const CoordinatorOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  HEADROOM_RETURN_IF_ERROR(ServedModel::Load(options.model_dir).status());
+  HEADROOM_RETURN_IF_ERROR(ServerSecurity::Load(options.security).status());
+  return TlsIdentity::LoadPeer(options.peer_tls).status();
 }
 
 }  // namespace headroom::coordinator

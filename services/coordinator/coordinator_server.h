@@ -60,6 +60,10 @@ class CoordinatorServer {
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
     const CoordinatorOptions& options);
 
+// What can be found wrong without starting: options, the model's files but for its weights, TLS
+// files. Errors as above.
+absl::Status CheckCoordinator(const CoordinatorOptions& options);
+
 }  // namespace headroom::coordinator
 
 #endif  // HEADROOM_SERVICES_COORDINATOR_COORDINATOR_SERVER_H_

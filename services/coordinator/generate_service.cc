@@ -1,5 +1,6 @@
 #include "services/coordinator/generate_service.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -7,6 +8,16 @@
 #include "common/grpc_status.h"
 
 namespace headroom::coordinator {
+namespace {
+
+// To a delta, a message for one answer, or one answer of several.
+template <typename Text>
+void Append(v1::Delta delta, Text& out) {
+  out.mutable_text()->append(delta.text());
+  for (v1::TokenRecord& token : *delta.mutable_tokens()) *out.add_tokens() = std::move(token);
+}
+
+}  // namespace
 
 void AddErrorMetadata(grpc::CallbackServerContext* context, const std::string& request_id,
                       const absl::Status& status) {
@@ -22,43 +33,50 @@ void AddErrorMetadata(grpc::CallbackServerContext* context, const std::string& r
 
 GenerateStream::GenerateStream(grpc::CallbackServerContext* context, Scheduler* scheduler,
                                const Request& request)
-    : context_(context), scheduler_(scheduler), request_id_(request.id) {
-  accepted_.set_request_id(request.id);
-  accepted_.mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
-  accepted_.set_seed(request.sampling.seed());
+    : context_(context),
+      scheduler_(scheduler),
+      request_id_(request.id),
+      accepted_(std::in_place),
+      answers_left_(request.n) {
+  accepted_->set_request_id(request.id);
+  accepted_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
+  accepted_->set_seed(request.sampling.seed());
 }
 
 GenerateStream* GenerateStream::Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                                      std::unique_ptr<Request> request,
-                                      std::unique_ptr<TokenDecoder> decoder) {
-  const std::shared_ptr<GenerateStream> stream(new GenerateStream(context, scheduler, *request));
+                                      const ServedModel& model, const Request& request) {
+  const std::shared_ptr<GenerateStream> stream(new GenerateStream(context, scheduler, request));
   stream->self_ = stream;
-  const absl::Status status = scheduler->Submit(std::move(request), stream, std::move(decoder));
-  if (!status.ok()) stream->OnFinished(status, v1::Finished());
+  const absl::Status status =
+      scheduler->Submit(request, stream, [&] { return model.MakeDecoder(request.prompt); });
+  if (!status.ok()) {
+    MutexLock lock(&stream->mutex_);
+    stream->Fail(status);
+  }
   return stream.get();
 }
 
 void GenerateStream::OnAccepted() {
   MutexLock lock(&mutex_);
+  if (ended_ || !accepted_.has_value()) return;
   // Not before: headers commit a call, and a client would not try again elsewhere.
   context_->AddInitialMetadata("x-request-id", request_id_);
-  v1::GenerateResponse response;
-  *response.mutable_accepted() = std::move(accepted_);
-  queue_.push_back(std::move(response));
+  *queue_.emplace_back().mutable_accepted() = *std::move(accepted_);
+  accepted_.reset();
   WriteNext();
 }
 
 void GenerateStream::OnDelta(v1::Delta delta) {
   MutexLock lock(&mutex_);
-  if (broken_) return;
+  if (broken_ || ended_) return;
   pending_tokens_ += delta.tokens_size();
-  const size_t first_waiting = writing_ ? 1 : 0;
-  if (queue_.size() > first_waiting && queue_.back().has_delta()) {
-    v1::Delta* const waiting = queue_.back().mutable_delta();
-    waiting->mutable_text()->append(delta.text());
-    for (v1::TokenRecord& token : *delta.mutable_tokens()) {
-      *waiting->add_tokens() = std::move(token);
-    }
+  const auto waiting = std::find_if(queue_.begin() + (writing_ ? 1 : 0), queue_.end(),
+                                    [&](const v1::GenerateResponse& response) {
+                                      return response.has_delta() &&
+                                             response.delta().index() == delta.index();
+                                    });
+  if (waiting != queue_.end()) {
+    Append(std::move(delta), *waiting->mutable_delta());
   } else {
     *queue_.emplace_back().mutable_delta() = std::move(delta);
   }
@@ -67,13 +85,22 @@ void GenerateStream::OnDelta(v1::Delta delta) {
 
 void GenerateStream::OnFinished(const absl::Status& status, v1::Finished finished) {
   MutexLock lock(&mutex_);
-  ended_ = true;
-  status_ = status;
+  if (ended_) return;
+  --answers_left_;
   if (status.ok()) {
     *queue_.emplace_back().mutable_finished() = std::move(finished);
+    ended_ = answers_left_ == 0;
+    WriteNext();
   } else {
-    AddErrorMetadata(context_, request_id_, status);
+    if (answers_left_ > 0) scheduler_->Cancel(request_id_);
+    Fail(status);
   }
+}
+
+void GenerateStream::Fail(const absl::Status& status) {
+  ended_ = true;
+  status_ = status;
+  AddErrorMetadata(context_, request_id_, status);
   WriteNext();
 }
 
@@ -125,37 +152,58 @@ void GenerateStream::OnDone() { const std::shared_ptr<GenerateStream> self = std
 
 GenerateOnceCall::GenerateOnceCall(grpc::CallbackServerContext* context, Scheduler* scheduler,
                                    const Request& request, v1::GenerateOnceResponse* response)
-    : context_(context), scheduler_(scheduler), request_id_(request.id), response_(response) {
+    : context_(context),
+      scheduler_(scheduler),
+      request_id_(request.id),
+      response_(response),
+      answers_left_(request.n) {
   response_->set_request_id(request.id);
   response_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
+  for (int32_t index = 0; request.n > 1 && index < request.n; ++index) response_->add_answers();
 }
 
 GenerateOnceCall* GenerateOnceCall::Begin(grpc::CallbackServerContext* context,
-                                          Scheduler* scheduler, std::unique_ptr<Request> request,
-                                          std::unique_ptr<TokenDecoder> decoder,
+                                          Scheduler* scheduler, const ServedModel& model,
+                                          const Request& request,
                                           v1::GenerateOnceResponse* response) {
   const std::shared_ptr<GenerateOnceCall> call(
-      new GenerateOnceCall(context, scheduler, *request, response));
+      new GenerateOnceCall(context, scheduler, request, response));
   call->self_ = call;
-  const absl::Status status = scheduler->Submit(std::move(request), call, std::move(decoder));
-  if (!status.ok()) call->OnFinished(status, v1::Finished());
+  const absl::Status status =
+      scheduler->Submit(request, call, [&] { return model.MakeDecoder(request.prompt); });
+  if (!status.ok()) call->Fail(status);
   return call.get();
 }
 
 void GenerateOnceCall::OnDelta(v1::Delta delta) {
-  response_->mutable_text()->append(delta.text());
-  for (v1::TokenRecord& token : *delta.mutable_tokens()) {
-    *response_->add_tokens() = std::move(token);
+  if (answers_left_ == 0) return;
+  if (response_->answers_size() == 0) {
+    Append(std::move(delta), *response_);
+  } else {
+    Append(std::move(delta), *response_->mutable_answers(delta.index()));
   }
 }
 
 void GenerateOnceCall::OnFinished(const absl::Status& status, v1::Finished finished) {
-  if (status.ok()) {
-    context_->AddInitialMetadata("x-request-id", request_id_);
-    *response_->mutable_finished() = std::move(finished);
-  } else {
-    AddErrorMetadata(context_, request_id_, status);
+  if (answers_left_ == 0) return;
+  --answers_left_;
+  if (!status.ok()) {
+    if (answers_left_ > 0) scheduler_->Cancel(request_id_);
+    Fail(status);
+    return;
   }
+  v1::Finished* const out = response_->answers_size() == 0
+                                ? response_->mutable_finished()
+                                : response_->mutable_answers(finished.index())->mutable_finished();
+  *out = std::move(finished);
+  if (answers_left_ > 0) return;
+  context_->AddInitialMetadata("x-request-id", request_id_);
+  Finish(grpc::Status::OK);
+}
+
+void GenerateOnceCall::Fail(const absl::Status& status) {
+  answers_left_ = 0;
+  AddErrorMetadata(context_, request_id_, status);
   Finish(ToGrpcStatus(status));
 }
 

@@ -2,7 +2,8 @@
 // results.
 //
 // A call keeps itself alive until the RPC library is done with it; the scheduler holds it as a
-// sink.
+// sink. The call of several answers ends when all have, or when one has failed, which ends the
+// others.
 #ifndef HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
 #define HEADROOM_SERVICES_COORDINATOR_GENERATE_SERVICE_H_
 
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -18,6 +20,7 @@
 #include "headroom/v1/inference.pb.h"
 #include "services/coordinator/request.h"
 #include "services/coordinator/scheduler.h"
+#include "services/coordinator/served_model.h"
 
 namespace headroom::coordinator {
 
@@ -25,16 +28,15 @@ namespace headroom::coordinator {
 void AddErrorMetadata(grpc::CallbackServerContext* context, const std::string& request_id,
                       const absl::Status& status);
 
-// Deltas that the client has not taken yet are put together into one, so at most three messages
-// wait; at kMaxPendingTokens the request pauses.
+// Deltas of an answer that the client has not taken yet are put together into one, so at most two
+// messages of each answer and one more wait; at kMaxPendingTokens all answers pause.
 class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, public RequestSink {
  public:
   static constexpr int64_t kMaxPendingTokens = 256;
 
   // Submits the request and returns the reactor of the call.
   static GenerateStream* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                               std::unique_ptr<Request> request,
-                               std::unique_ptr<TokenDecoder> decoder);
+                               const ServedModel& model, const Request& request);
 
   void OnAccepted() override;
   void OnDelta(v1::Delta delta) override;
@@ -50,16 +52,18 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
   void OnCancel() override;
   void OnDone() override;
 
+  void Fail(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
-  v1::Accepted accepted_;
   std::shared_ptr<GenerateStream> self_;
 
   mutable Mutex mutex_;
   std::deque<v1::GenerateResponse> queue_ ABSL_GUARDED_BY(mutex_);  // front: being written
+  std::optional<v1::Accepted> accepted_ ABSL_GUARDED_BY(mutex_);  // until it is queued
+  int32_t answers_left_ ABSL_GUARDED_BY(mutex_);
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
   bool broken_ ABSL_GUARDED_BY(mutex_) = false;    // the client takes nothing any more
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;     // nothing more will be queued
@@ -72,8 +76,7 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
 class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
  public:
   static GenerateOnceCall* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                                 std::unique_ptr<Request> request,
-                                 std::unique_ptr<TokenDecoder> decoder,
+                                 const ServedModel& model, const Request& request,
                                  v1::GenerateOnceResponse* response);
 
   void OnAccepted() override {}
@@ -84,13 +87,15 @@ class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
  private:
   GenerateOnceCall(grpc::CallbackServerContext* context, Scheduler* scheduler,
                    const Request& request, v1::GenerateOnceResponse* response);
+  void Fail(const absl::Status& status);
   void OnCancel() override { scheduler_->Cancel(request_id_); }
   void OnDone() override { const std::shared_ptr<GenerateOnceCall> self = std::move(self_); }
 
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
-  v1::GenerateOnceResponse* const response_;
+  v1::GenerateOnceResponse* const response_;  // not touched once answers_left_ is 0
+  int32_t answers_left_;                      // scheduler's thread
   std::shared_ptr<GenerateOnceCall> self_;
 };
 

@@ -104,8 +104,7 @@ grpc::ServerWriteReactor<v1::GenerateResponse>* InferenceService::Generate(
     AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), made.status());
     return new RefusedStream(made.status());
   }
-  std::unique_ptr<TokenDecoder> decoder = model_->MakeDecoder((*made)->prompt);
-  return GenerateStream::Begin(context, scheduler_, *std::move(made), std::move(decoder));
+  return GenerateStream::Begin(context, scheduler_, *model_, **made);
 }
 
 grpc::ServerUnaryReactor* InferenceService::GenerateOnce(grpc::CallbackServerContext* context,
@@ -116,9 +115,7 @@ grpc::ServerUnaryReactor* InferenceService::GenerateOnce(grpc::CallbackServerCon
     AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), made.status());
     return Answer(context, made.status());
   }
-  std::unique_ptr<TokenDecoder> decoder = model_->MakeDecoder((*made)->prompt);
-  return GenerateOnceCall::Begin(context, scheduler_, *std::move(made), std::move(decoder),
-                                 response);
+  return GenerateOnceCall::Begin(context, scheduler_, *model_, **made, response);
 }
 
 grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* context,
@@ -178,6 +175,7 @@ grpc::ServerUnaryReactor* InferenceService::GetModelInfo(grpc::CallbackServerCon
   response->mutable_eos_token_ids()->Add(model_->eos_ids().begin(), model_->eos_ids().end());
   response->set_has_chat_template(model_->chat_template() != nullptr);
   response->set_max_top_logprobs(kMaxTopLogprobs);
+  response->set_max_n(kMaxAnswers);
   response->set_kv_bytes_per_token(FromProto(worker.geometry()).BytesPerToken());
   return Answer(context, absl::OkStatus());
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <random>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -47,6 +48,24 @@ void CheckIds(const google::protobuf::RepeatedField<int32_t>& ids, int64_t vocab
   }
 }
 
+void CheckLogitBias(const v1::SamplingParams& sampling, const RequestLimits& limits,
+                    Checker& checker) {
+  if (sampling.logit_bias_size() > kMaxLogitBias) {
+    checker.Wrong("sampling.logit_bias", absl::StrCat("has ", sampling.logit_bias_size(),
+                                                      " entries, at most ", kMaxLogitBias));
+    return;
+  }
+  for (const auto& [token_id, bias] : sampling.logit_bias()) {
+    const std::string field = absl::StrCat("sampling.logit_bias[", token_id, "]");
+    if (token_id < 0 || token_id >= limits.vocab_size) {
+      checker.Wrong(field, absl::StrCat("is no token: the vocabulary is 0 to ",
+                                        limits.vocab_size - 1));
+      return;
+    }
+    if (!checker.InRange<double>(field, bias, -100, 100)) return;
+  }
+}
+
 void TakeSampling(const v1::GenerateRequest& proto, const ServedModel& model,
                   const RequestLimits& limits, Checker& checker, Request& request) {
   v1::SamplingParams& sampling = request.sampling;
@@ -63,7 +82,12 @@ void TakeSampling(const v1::GenerateRequest& proto, const ServedModel& model,
                   absl::StrCat("is ", sampling.top_p(), ", expected more than 0, at most 1"));
   }
   checker.InRange<double>("sampling.min_p", sampling.min_p(), 0, 1);
+  checker.InRange<float>("sampling.repetition_penalty", sampling.repetition_penalty(), 0.01f, 100);
+  checker.InRange<double>("sampling.frequency_penalty", sampling.frequency_penalty(), -2, 2);
+  checker.InRange<double>("sampling.presence_penalty", sampling.presence_penalty(), -2, 2);
   if (!sampling.has_seed()) sampling.set_seed(DrawSeed());
+  CheckLogitBias(sampling, limits, checker);
+  sampling.mutable_logit_bias()->swap(request.logit_bias);
 }
 
 // max_tokens comes later: it depends on the prompt.
@@ -100,6 +124,12 @@ void TakeStopping(const v1::Stopping& stopping, const ServedModel& model,
   request.stop_strings.assign(stopping.stop_strings().begin(), stopping.stop_strings().end());
   request.stop_token_ids.assign(stopping.stop_token_ids().begin(), stopping.stop_token_ids().end());
   if (!stopping.ignore_eos()) request.eos_token_ids = model.eos_ids();
+  if (request.min_tokens > 0) {
+    std::set<int32_t> ids(request.eos_token_ids.begin(), request.eos_token_ids.end());
+    ids.insert(request.stop_token_ids.begin(), request.stop_token_ids.end());
+    ids.erase(ids.lower_bound(static_cast<int32_t>(limits.vocab_size)), ids.end());
+    request.held_back_token_ids.assign(ids.begin(), ids.end());
+  }
   request.include_stop = stopping.include_stop_in_output();
 }
 
@@ -301,7 +331,10 @@ absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateReque
   TakeLogprobs(proto.logprobs(), checker, *request);
   TakePlacement(proto.placement(), limits, checker, *request);
   TakeSession(proto, checker, *request);
-  if (proto.has_n()) checker.InRange<int64_t>("n", proto.n(), 1, 1);
+  if (proto.has_n()) {
+    checker.InRange<int64_t>("n", proto.n(), 1, kMaxAnswers);
+    request->n = proto.n();
+  }
   request->explain = proto.explain();
   // Tokenizing is dear: only for a request that is right otherwise.
   HEADROOM_RETURN_IF_ERROR(checker.status());

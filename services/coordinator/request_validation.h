@@ -18,6 +18,9 @@
 namespace headroom::coordinator {
 
 inline constexpr int kMaxTopLogprobs = 20;
+// Each answer takes a place in the queue and holds a copy of the prompt's ids: 4 MB of a million.
+inline constexpr int kMaxAnswers = 16;
+inline constexpr int kMaxLogitBias = 1024;
 inline constexpr int kMaxStopStrings = 16;
 inline constexpr size_t kMaxStopStringBytes = 256;
 inline constexpr int kMaxStopTokenIds = 64;

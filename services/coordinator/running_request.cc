@@ -52,13 +52,30 @@ RunningRequest::RunningRequest(std::unique_ptr<Request> request, std::shared_ptr
 
 // ---------------------------------------------------------------- steps
 
+void RunningRequest::FillHistory(v1::DrawHistory* out) const {
+  const auto answer = sequence_.token_ids.begin() + prompt_tokens();
+  std::vector<int32_t> prompt(sequence_.token_ids.begin(), answer);
+  std::sort(prompt.begin(), prompt.end());
+  prompt.erase(std::unique(prompt.begin(), prompt.end()), prompt.end());
+  out->mutable_prompt_token_ids()->Add(prompt.begin(), prompt.end());
+  out->mutable_drawn_token_ids()->Add(answer, sequence_.token_ids.end());
+  out->set_known_tokens(progress_.known_tokens);
+  *out->mutable_logit_bias() = request_->logit_bias;
+  out->mutable_held_back_token_ids()->Add(request_->held_back_token_ids.begin(),
+                                          request_->held_back_token_ids.end());
+  out->set_held_back_end(prompt_tokens() + request_->min_tokens);
+}
+
 void RunningRequest::Send(const Piece& piece, v1::StepSequence* out) {
   out->set_sequence_id(sequence_.id);
   out->set_first_pos(piece.first_pos);
   out->set_sealed_tokens(piece.sealed_tokens);
   const auto ids = sequence_.token_ids.begin() + piece.first_pos;
   if (!piece.last_drawn) out->mutable_token_ids()->Add(ids, ids + piece.count);
-  if (piece.draw) *out->mutable_sampling() = request_->sampling;
+  if (piece.draw) {
+    *out->mutable_sampling() = request_->sampling;
+    if (request_->has_history()) out->set_known_tokens(progress_.known_tokens);
+  }
   if (piece.num_scores > 0) {
     out->mutable_score_token_ids()->Add(ids + 1, ids + 1 + piece.num_scores);
   }
@@ -155,6 +172,7 @@ void RunningRequest::TakeToken(const v1::TokenRecord& token, absl::Time now) {
   sequence_.token_ids.push_back(token.token_id());
   progress_.known_tokens = static_cast<int64_t>(sequence_.token_ids.size());
   v1::Delta delta;
+  delta.set_index(request_->index);
   v1::TokenRecord* const record = delta.add_tokens();
   if (request_->want_logprobs) {
     *record = token;
@@ -185,7 +203,7 @@ std::optional<v1::StopMatch> RunningRequest::StopsAt(int32_t token_id) const {
     match.set_eos_token_id(token_id);
     return match;
   }
-  if (among(request_->stop_token_ids)) {
+  if (among(request_->stop_token_ids) && generated_ >= request_->min_tokens) {
     match.set_stop_token_id(token_id);
     return match;
   }
@@ -227,6 +245,7 @@ void RunningRequest::End(const absl::Status& status, v1::FinishReason reason) {
     std::string text = stop_finder_.Push(decoder_->Finish()).text + stop_finder_.Finish();
     if (!text.empty()) {
       v1::Delta delta;
+      delta.set_index(request_->index);
       delta.set_text(std::move(text));
       sink_->OnDelta(std::move(delta));
     }
@@ -236,6 +255,8 @@ void RunningRequest::End(const absl::Status& status, v1::FinishReason reason) {
 
 v1::Finished RunningRequest::Summary(v1::FinishReason reason) const {
   v1::Finished finished;
+  finished.set_index(request_->index);
+  finished.set_seed(request_->sampling.seed());
   finished.set_reason(reason);
   if (stop_.has_value()) *finished.mutable_stop() = *stop_;
   finished.mutable_usage()->set_prompt_tokens(prompt_tokens());

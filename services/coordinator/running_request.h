@@ -42,6 +42,9 @@ class RunningRequest {
   // What the next step may take. `capacity_tokens` counts extents that the worker knows of or that
   // go out with the step.
   const SequenceProgress& progress() const { return progress_; }
+  // What its draws go by beside the logits, as far as is known: for a step that opens the sequence.
+  // REQUIRES: request().has_history().
+  void FillHistory(v1::DrawHistory* out) const;
   // Fills the step's part of this sequence and counts it as sent.
   void Send(const Piece& piece, v1::StepSequence* out);
   // A step with `piece` has returned with `result` (part of `step`).

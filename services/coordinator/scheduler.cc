@@ -59,57 +59,49 @@ void Scheduler::Stop() {
 
 // ---------------------------------------------------------------- from clients
 
-absl::Status Scheduler::Submit(std::unique_ptr<Request> request, std::shared_ptr<RequestSink> sink,
-                               std::unique_ptr<TokenDecoder> decoder) {
+absl::Status Scheduler::Submit(const Request& request, std::shared_ptr<RequestSink> sink,
+                               const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder) {
   {
     MutexLock lock(&mutex_);
     if (draining_) return DrainingError();
     if (facts_ == nullptr) return NotReadyError("no worker and store have been found yet");
     const int32_t attend_threads = facts_->store.attend_threads();
-    if (!request->placement.automatic && request->placement.share(Lane::kInPlace) > 0 &&
+    if (!request.placement.automatic && request.placement.share(Lane::kInPlace) > 0 &&
         attend_threads == 0) {
       return InPlaceNotServedError(attend_threads);
     }
-    if (num_waiting_ >= options_.max_queue) return QueueFullError(options_.max_queue);
-    if (!ids_.insert(request->id).second) return IdInUseError(request->id);
-    ++num_waiting_;
+    if (request.n > 1 && request.n > options_.max_queue) {
+      return NeverFitsError(absl::StrCat(request.n, " answers are asked for, --max-queue lets ",
+                                         options_.max_queue, " wait"));
+    }
+    if (num_waiting_ + request.n > options_.max_queue) return QueueFullError(options_.max_queue);
+    if (!answers_left_.try_emplace(request.id, request.n).second) return IdInUseError(request.id);
+    num_waiting_ += request.n;
   }
   // A task must be copyable; ownership passes through a shared pointer.
-  auto waiting = std::make_shared<Waiting>();
-  waiting->request = std::move(request);
-  waiting->sink = std::move(sink);
-  waiting->decoder = std::move(decoder);
-  const std::string id = waiting->request->id;
-  if (thread_.Post([this, waiting] { Enqueue(std::move(*waiting)); })) return absl::OkStatus();
+  auto answers = std::make_shared<std::vector<Waiting>>();
+  for (int32_t index = 0; index < request.n; ++index) {
+    answers->push_back({RequestOfAnswer(request, index), sink, make_decoder()});
+  }
+  const auto enqueue = [this, answers] {
+    for (Waiting& waiting : *answers) Enqueue(std::move(waiting));
+  };
+  if (thread_.Post(enqueue)) return absl::OkStatus();
   MutexLock lock(&mutex_);
-  ids_.erase(id);
-  --num_waiting_;
+  answers_left_.erase(request.id);
+  num_waiting_ -= request.n;
   return StoppingError();
 }
 
 void Scheduler::Cancel(const std::string& request_id) {
   thread_.Post([this, request_id] {
-    for (auto at = queue_.begin(); at != queue_.end(); ++at) {
-      if (at->request->id != request_id) continue;
-      Refuse(*at, ClientGoneError());
-      queue_.erase(at);
-      return;
-    }
-    RunningRequest* const running = FindRunning(request_id);
-    if (running != nullptr) running->End(ClientGoneError(), v1::FINISH_REASON_UNSPECIFIED);
+    EndRequest(request_id, ClientGoneError(), v1::FINISH_REASON_UNSPECIFIED);
   });
 }
 
 void Scheduler::Abort(const std::string& request_id) {
   thread_.Post([this, request_id] {
-    for (auto at = queue_.begin(); at != queue_.end(); ++at) {
-      if (at->request->id != request_id) continue;
-      Refuse(*at, absl::OkStatus(), v1::FINISH_REASON_CANCELLED);
-      queue_.erase(at);
-      return;
-    }
-    RunningRequest* const running = FindRunning(request_id);
-    if (running != nullptr) running->End(absl::OkStatus(), v1::FINISH_REASON_CANCELLED);
+    EndRequest(request_id, absl::OkStatus(), v1::FINISH_REASON_CANCELLED);
   });
 }
 
@@ -131,6 +123,8 @@ void Scheduler::Refuse(Waiting& waiting, const absl::Status& status, v1::FinishR
     --num_waiting_;
   }
   v1::Finished finished;
+  finished.set_index(waiting.request->index);
+  finished.set_seed(waiting.request->sampling.seed());
   finished.mutable_usage()->set_prompt_tokens(static_cast<int64_t>(waiting.request->prompt.size()));
   if (status.ok()) {
     finished.set_reason(reason);
@@ -233,16 +227,22 @@ RunningRequest* Scheduler::FindRunning(uint64_t sequence_id) {
   return nullptr;
 }
 
-RunningRequest* Scheduler::FindRunning(const std::string& request_id) {
-  for (auto& request : running_) {
-    if (request->request().id == request_id) return request.get();
+void Scheduler::EndRequest(const std::string& request_id, const absl::Status& status,
+                           v1::FinishReason reason) {
+  for (auto at = queue_.begin(); at != queue_.end();) {
+    const bool wanted = at->request->id == request_id;
+    if (wanted) Refuse(*at, status, reason);
+    at = wanted ? queue_.erase(at) : at + 1;
   }
-  return nullptr;
+  for (auto& request : running_) {
+    if (request->request().id == request_id) request->End(status, reason);
+  }
 }
 
 void Scheduler::ForgetId(const std::string& request_id) {
   MutexLock lock(&mutex_);
-  ids_.erase(request_id);
+  const auto at = answers_left_.find(request_id);
+  if (at != answers_left_.end() && --at->second == 0) answers_left_.erase(at);
 }
 
 // An ended request keeps its place until the worker has closed its sequence: only then may its

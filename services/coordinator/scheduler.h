@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -63,9 +64,10 @@ class Scheduler {
 
   // Queues a request. ALREADY_EXISTS: its id is in use; RESOURCE_EXHAUSTED: the queue is full;
   // UNAVAILABLE: draining, or no worker has been found yet; FAILED_PRECONDITION: its placement
-  // cannot be served. Whatever is found later goes to the sink. `decoder` may be null.
-  absl::Status Submit(std::unique_ptr<Request> request, std::shared_ptr<RequestSink> sink,
-                      std::unique_ptr<TokenDecoder> decoder);
+  // cannot be served. Whatever is found later goes to the sink. Each answer has a decoder of its
+  // own; it may be null.
+  absl::Status Submit(const Request& request, std::shared_ptr<RequestSink> sink,
+                      const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder);
   // Its client has gone.
   void Cancel(const std::string& request_id);
   // Ends with FINISH_REASON_CANCELLED. An unknown id is one that has ended already.
@@ -170,20 +172,24 @@ class Scheduler {
   void ExpireRequests(absl::Time now);
   void UpdateMayRun(absl::Time now);
   void Enqueue(Waiting waiting);
+  // Every answer of the request.
+  void EndRequest(const std::string& request_id, const absl::Status& status,
+                  v1::FinishReason reason);
   void Refuse(Waiting& waiting, const absl::Status& status,
               v1::FinishReason reason = v1::FINISH_REASON_UNSPECIFIED);
   void SweepEnded();
   // The worker has let go of the sequence: it goes back to its session, or its extents are freed.
   void LetGo(std::unique_ptr<RunningRequest> request);
   RunningRequest* FindRunning(uint64_t sequence_id);
-  RunningRequest* FindRunning(const std::string& request_id);
+  // One of its answers has ended.
   void ForgetId(const std::string& request_id);
 
   const SchedulerOptions options_;
   const std::function<void(bool)> on_serving_;
 
   mutable Mutex mutex_;
-  std::set<std::string> ids_ ABSL_GUARDED_BY(mutex_);  // of requests that wait or run
+  // Requests that wait or run, and how many of their answers do.
+  std::map<std::string, int64_t> answers_left_ ABSL_GUARDED_BY(mutex_);
   int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<const PeerFacts> facts_ ABSL_GUARDED_BY(mutex_);

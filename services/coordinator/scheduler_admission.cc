@@ -38,6 +38,7 @@ Commitments Scheduler::CommitmentsBeside(bool alone) const {
     commitments.running_tokens += running->reserved_tokens;
     commitments.running_runs += running->reserved_runs;
     ++commitments.running_sequences;
+    if (running->request().has_history()) ++commitments.running_histories;
   }
   return commitments;
 }
@@ -46,6 +47,7 @@ Verdict Scheduler::Judge(const Request& request, const Session* session, bool al
   Commitments commitments = CommitmentsBeside(alone);
   Demand demand;
   demand.final_tokens = request.end_pos();
+  demand.has_history = request.has_history();
   if (session != nullptr && !session->busy) {
     // What the session has is given up or taken over; it is counted once.
     commitments.idle_tokens -= session->sequence.capacity_tokens();
@@ -68,14 +70,18 @@ Verdict Scheduler::JudgeShares(const Request& request, bool alone, Verdict verdi
   if (!alone) shapes = RunningShapes();
   shapes.push_back(ForeseenShape(capacity_.geometry, static_cast<int64_t>(request.prompt.size()),
                                  FirstHorizon(request)));
-  const int64_t pool = capacity_.kv_pool_bytes -
-                       static_cast<int64_t>(shapes.size()) * capacity_.tail_bytes_per_sequence;
+  const Commitments beside = CommitmentsBeside(alone);
+  const int64_t pool =
+      capacity_.kv_pool_bytes -
+      PoolBytes(capacity_, static_cast<int64_t>(shapes.size()),
+                beside.running_histories + (request.has_history() ? 1 : 0));
   const int64_t resident = ResidentBytes(
       capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes);
   if (resident <= pool) return verdict;
   verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
   verdict.reason = absl::StrCat("the resident share takes ", resident,
-                                " bytes of device memory, the KV pool has ", pool, " beside tails");
+                                " bytes of device memory, the KV pool has ", pool,
+                                " beside tails and histories");
   return verdict;
 }
 
@@ -231,7 +237,8 @@ void Scheduler::MaintainPlan() {
 Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
   const std::vector<SequenceShape> shapes = RunningShapes();
   if (!spec.automatic) return PlaceByShares(capacity_.geometry, spec, shapes);
-  const int64_t tails = static_cast<int64_t>(running_.size()) * capacity_.tail_bytes_per_sequence;
+  const int64_t tails = PoolBytes(capacity_, static_cast<int64_t>(running_.size()),
+                                  CommitmentsBeside(/*alone=*/false).running_histories);
   return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(),
                        shapes);
 }

@@ -51,6 +51,7 @@ void Scheduler::OnConnected(PeersFound found) {
   capacity_.max_extents = found.store.max_extents();
   capacity_.kv_pool_bytes = worker.memory().kv_pool_bytes();
   capacity_.tail_bytes_per_sequence = worker.memory().tail_bytes_per_sequence();
+  capacity_.draw_state_bytes = worker.memory().draw_state_bytes_per_sequence();
   capacity_.max_sequences = std::min(worker.max_sequences(), worker.max_decode_rows());
   pipeline_.set_limits({worker.max_chunk_tokens(), worker.max_decode_rows(), worker.max_results()});
   device_memory_ = worker.memory();

@@ -39,6 +39,9 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
   defaults.set_top_k(0);
   defaults.set_top_p(1);
   defaults.set_min_p(0);
+  defaults.set_repetition_penalty(1);
+  defaults.set_frequency_penalty(0);
+  defaults.set_presence_penalty(0);
   const std::string path = absl::StrCat(model_dir, "/generation_config.json");
   absl::StatusOr<Json> json = Json::ParseFile(path, kMaxConfigBytes);
   if (absl::IsNotFound(json.status())) return defaults;
@@ -52,12 +55,15 @@ absl::StatusOr<v1::SamplingParams> ReadDefaults(const std::string& model_dir) {
                             reader.IntOr("top_k", 0, 0, std::numeric_limits<int32_t>::max()));
   HEADROOM_ASSIGN_OR_RETURN(const double top_p, reader.NumberOr("top_p", 1, 1e-9, 1));
   HEADROOM_ASSIGN_OR_RETURN(const double min_p, reader.NumberOr("min_p", 0, 0, 1));
+  HEADROOM_ASSIGN_OR_RETURN(const double repetition_penalty,
+                            reader.NumberOr("repetition_penalty", 1, 0.01, 100));
   // Only a file that says so makes greedy the default: many leave do_sample out and mean sampling.
   HEADROOM_ASSIGN_OR_RETURN(const bool do_sample, reader.BoolOr("do_sample", true));
   defaults.set_temperature(do_sample ? static_cast<float>(temperature) : 0);
   defaults.set_top_k(static_cast<int32_t>(top_k));
   defaults.set_top_p(static_cast<float>(top_p));
   defaults.set_min_p(static_cast<float>(min_p));
+  defaults.set_repetition_penalty(static_cast<float>(repetition_penalty));
   return defaults;
 }
 

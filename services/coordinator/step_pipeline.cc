@@ -17,6 +17,16 @@ int StepPipeline::CountInFlight(Kind kind) const {
                                         [kind](const InFlight& f) { return f.kind == kind; }));
 }
 
+// A step opens one sequence with a history: the worker has room to fill one. The others follow.
+void StepPipeline::OpenOneHistory(const Requests& requests, std::vector<BatchEntry>& batch) {
+  bool opens = false;
+  std::erase_if(batch, [&](const BatchEntry& entry) {
+    const RunningRequest& request = *requests[entry.index];
+    const bool opens_too = !request.open_on_worker && request.request().has_history();
+    return opens_too && std::exchange(opens, true);
+  });
+}
+
 void StepPipeline::Pump(Requests& requests, uint64_t plan_version) {
   // A chunk that ends a prompt makes room for the token after it at once, so: until nothing goes.
   for (bool sent = true; sent;) {
@@ -42,6 +52,7 @@ bool StepPipeline::SendOne(Kind kind, Requests& requests, uint64_t plan_version)
       CountInFlight(kChunk) > 0) {
     return false;
   }
+  OpenOneHistory(requests, batch);
   if (batch.empty() && (kind == kChunk || to_close_.empty())) return false;
 
   v1::StepRequest step;
@@ -68,6 +79,7 @@ void StepPipeline::Add(RunningRequest& request, const Piece& piece, v1::StepRequ
     open->set_sequence_id(request.sequence().id);
     open->set_sealed_tokens(request.progress().tail_begin);
     open->mutable_runs()->Add(runs.begin(), runs.end());
+    if (request.request().has_history()) request.FillHistory(open->mutable_history());
     request.open_on_worker = true;
   } else {
     for (size_t run = request.runs_on_worker; run < runs.size(); ++run) {

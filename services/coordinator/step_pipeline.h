@@ -67,6 +67,7 @@ class StepPipeline {
   };
 
   int CountInFlight(Kind kind) const;
+  static void OpenOneHistory(const Requests& requests, std::vector<BatchEntry>& batch);
   bool SendOne(Kind kind, Requests& requests, uint64_t plan_version);
   void Add(RunningRequest& request, const Piece& piece, v1::StepRequest& step, InFlight& flight);
 

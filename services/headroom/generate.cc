@@ -51,8 +51,9 @@ std::vector<std::string> PrivateServeArguments(const GenerateCommandOptions& opt
 absl::Status GenerateAndPrint(const Endpoint& server, const v1::GenerateRequest& request,
                               const GenerateCommandOptions& options, CallCanceller* canceller) {
   const GenerateOptions& generate = options.generate;
-  const auto on_text = [&generate](absl::string_view text) {
-    if (!generate.json) Write(text, stdout);
+  const bool several = request.n() > 1;
+  const auto on_text = [&](absl::string_view text) {
+    if (!generate.json && !several) Write(text, stdout);
   };
   HEADROOM_ASSIGN_OR_RETURN(
       const v1::GenerateOnceResponse response,
@@ -61,13 +62,23 @@ absl::Status GenerateAndPrint(const Endpoint& server, const v1::GenerateRequest&
     const Json json = GenerateAsJson(response, generate.prompt_logprobs != 0,
                                      generate.logprobs.has_value());
     Write(json.Dump() + "\n", stdout);
+  } else if (several) {
+    for (int i = 0; i < response.answers_size(); ++i) {
+      Write(absl::StrCat("--- answer ", i, "\n", response.answers(i).text(), "\n"), stdout);
+    }
   } else if (isatty(STDOUT_FILENO)) {
     Write("\n", stdout);
   }
   if (generate.explain) {
     // Both may end up on one screen, and the answer has no newline at its end.
     const bool new_line = !generate.json && !isatty(STDOUT_FILENO);
-    Write(absl::StrCat(new_line ? "\n" : "", ExplainAsText(response.finished())), stderr);
+    if (!several) {
+      Write(absl::StrCat(new_line ? "\n" : "", ExplainAsText(response.finished())), stderr);
+    }
+    for (int i = 0; i < response.answers_size(); ++i) {
+      Write(absl::StrCat("--- answer ", i, "\n", ExplainAsText(response.answers(i).finished())),
+            stderr);
+    }
   }
   if (std::ferror(stdout)) return absl::UnavailableError("standard output cannot be written");
   return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -27,6 +28,13 @@ absl::Status NameSizeFlag(absl::Status status) {
   return named;
 }
 
+// To the one answer, or to one of several.
+template <typename Text>
+void Append(v1::Delta& delta, Text& out) {
+  out.mutable_text()->append(delta.text());
+  for (v1::TokenRecord& token : *delta.mutable_tokens()) *out.add_tokens() = std::move(token);
+}
+
 }  // namespace
 
 absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
@@ -39,7 +47,14 @@ absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
   const CallCanceller::Scope scope(canceller, [&context] { context.TryCancel(); });
   const auto stream = stub->Generate(&context, request);
   v1::GenerateOnceResponse whole;
-  bool finished = false;
+  const int32_t n = request.n();
+  int32_t left = std::max(1, n);
+  // Of several; null if the server speaks of one that was not asked for.
+  const auto answer = [&](int32_t index) -> v1::Answer* {
+    if (index < 0 || index >= n) return nullptr;
+    while (whole.answers_size() <= index) whole.add_answers();
+    return whole.mutable_answers(index);
+  };
   for (v1::GenerateResponse event; stream->Read(&event);) {
     switch (event.event_case()) {
       case v1::GenerateResponse::kAccepted:
@@ -47,15 +62,20 @@ absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
         *whole.mutable_prompt_token_ids() = event.accepted().prompt_token_ids();
         break;
       case v1::GenerateResponse::kDelta:
-        whole.mutable_text()->append(event.delta().text());
-        for (v1::TokenRecord& token : *event.mutable_delta()->mutable_tokens()) {
-          *whole.add_tokens() = std::move(token);
+        if (n <= 1) {
+          Append(*event.mutable_delta(), whole);
+        } else if (v1::Answer* const one = answer(event.delta().index())) {
+          Append(*event.mutable_delta(), *one);
         }
         if (on_text != nullptr && !event.delta().text().empty()) on_text(event.delta().text());
         break;
       case v1::GenerateResponse::kFinished:
-        *whole.mutable_finished() = std::move(*event.mutable_finished());
-        finished = true;
+        if (n <= 1) {
+          *whole.mutable_finished() = std::move(*event.mutable_finished());
+        } else if (v1::Answer* const one = answer(event.finished().index())) {
+          *one->mutable_finished() = std::move(*event.mutable_finished());
+        }
+        --left;
         break;
       case v1::GenerateResponse::EVENT_NOT_SET:
         break;  // an event of a newer server
@@ -64,7 +84,7 @@ absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
   if (const grpc::Status status = stream->Finish(); !status.ok()) {
     return NameSizeFlag(FromGrpcStatus(status));
   }
-  if (!finished) return absl::InternalError("the stream ended without its terminal event");
+  if (left > 0) return absl::InternalError("the stream ended without its terminal event");
   return whole;
 }
 

@@ -18,9 +18,9 @@ class GenerateClient {
  public:
   explicit GenerateClient(Endpoint endpoint) : endpoint_(std::move(endpoint)) {}
 
-  // Blocks until the answer has ended; `on_text` gets each piece of it as it comes. Returns the
-  // same as GenerateOnce would. Errors are the server's with their details; one about a message's
-  // size names the flag that sets it.
+  // Blocks until all answers have ended; `on_text` gets each piece as it comes, of any of them.
+  // Returns the same as GenerateOnce would. Errors are the server's with their details; one about a
+  // message's size names the flag that sets it.
   absl::StatusOr<v1::GenerateOnceResponse> Generate(
       const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
       const std::function<void(absl::string_view)>& on_text);

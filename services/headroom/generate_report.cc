@@ -75,29 +75,33 @@ std::string FinishReasonName(v1::FinishReason reason) {
   return std::string(absl::StripPrefix(name, "FINISH_REASON_"));
 }
 
-}  // namespace
+using TokenRecords = google::protobuf::RepeatedPtrField<v1::TokenRecord>;
 
-Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs,
-                    bool logprobs) {
-  const v1::Finished& finished = response.finished();
-  const v1::Explanation& explanation = finished.explanation();
+void AddText(const std::string& text, const TokenRecords& tokens, Json::Object& object) {
   Json::Array token_ids;
-  for (const v1::TokenRecord& token : response.tokens()) token_ids.emplace_back(token.token_id());
-  Json::Object object;
-  object.emplace_back("text", response.text());
+  for (const v1::TokenRecord& token : tokens) token_ids.emplace_back(token.token_id());
+  object.emplace_back("text", text);
   object.emplace_back("token_ids", std::move(token_ids));
+}
+
+void AddPrompt(const v1::GenerateOnceResponse& response, const v1::Finished& finished,
+               bool prompt_logprobs, Json::Object& object) {
   object.emplace_back("prompt_token_ids", IdsAsJson(response.prompt_token_ids()));
-  if (prompt_logprobs) {
-    Json::Array scores;
-    scores.emplace_back(nullptr);  // nothing predicts the first token
-    for (const v1::TokenRecord& token : finished.prompt_logprobs()) {
-      scores.emplace_back(double{token.logprob()});
-    }
-    object.emplace_back("prompt_logprobs", std::move(scores));
+  if (!prompt_logprobs) return;
+  Json::Array scores;
+  scores.emplace_back(nullptr);  // nothing predicts the first token
+  for (const v1::TokenRecord& token : finished.prompt_logprobs()) {
+    scores.emplace_back(double{token.logprob()});
   }
+  object.emplace_back("prompt_logprobs", std::move(scores));
+}
+
+void AddRest(const TokenRecords& records, const v1::Finished& finished, bool logprobs,
+             Json::Object& object) {
+  const v1::Explanation& explanation = finished.explanation();
   if (logprobs) {
     Json::Array tokens;
-    for (const v1::TokenRecord& token : response.tokens()) tokens.emplace_back(TokenAsJson(token));
+    for (const v1::TokenRecord& token : records) tokens.emplace_back(TokenAsJson(token));
     object.emplace_back("logprobs", std::move(tokens));
   }
   object.emplace_back("finish_reason", FinishReasonName(finished.reason()));
@@ -118,6 +122,28 @@ Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logpro
       Json::Object{{"lanes", LanesAsJson(lanes)},
                    {"gpu_memory", Json::Object{{"budget_bytes", explanation.budget_bytes()},
                                                {"peak_bytes", explanation.peak_bytes()}}}});
+}
+
+}  // namespace
+
+Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs,
+                    bool logprobs) {
+  Json::Object object;
+  if (response.answers_size() == 0) {
+    AddText(response.text(), response.tokens(), object);
+    AddPrompt(response, response.finished(), prompt_logprobs, object);
+    AddRest(response.tokens(), response.finished(), logprobs, object);
+    return object;
+  }
+  AddPrompt(response, response.answers(0).finished(), prompt_logprobs, object);
+  Json::Array answers;
+  for (const v1::Answer& answer : response.answers()) {
+    Json::Object one;
+    AddText(answer.text(), answer.tokens(), one);
+    AddRest(answer.tokens(), answer.finished(), logprobs, one);
+    answers.emplace_back(std::move(one));
+  }
+  object.emplace_back("answers", std::move(answers));
   return object;
 }
 

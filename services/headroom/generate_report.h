@@ -11,7 +11,8 @@ namespace headroom::cli {
 
 // The contract of --json. Lanes are those of the decode steps, or of the prefill where there was no
 // decode step; shares are of bytes. kv_heads are rounded to a millionth. A log-probability is
-// written so that reading it as a double and rounding it to a float gives the same bits.
+// written so that reading it as a double and rounding it to a float gives the same bits. What is
+// about the prompt stands before the answers where there are several.
 Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs, bool logprobs);
 
 // The table of --explain; ends with a newline.

@@ -1,6 +1,7 @@
 #include "services/headroom/generate_request.h"
 
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <memory>
@@ -79,19 +80,51 @@ absl::Status SetInput(const GenerateOptions& options, v1::GenerateRequest* reque
   return absl::OkStatus();
 }
 
-void SetSampling(const GenerateOptions& options, v1::GenerateRequest* request) {
+absl::Status AddLogitBias(absl::string_view text, v1::SamplingParams* sampling) {
+  for (const absl::string_view entry : absl::StrSplit(text, ',', absl::SkipWhitespace())) {
+    const std::vector<absl::string_view> parts = absl::StrSplit(entry, ':');
+    int32_t id;
+    float bias;
+    if (parts.size() != 2 || !absl::SimpleAtoi(parts[0], &id) || id < 0 ||
+        !absl::SimpleAtof(parts[1], &bias) || !std::isfinite(bias)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--logit-bias: '", entry, "' is not ID:BIAS, such as 42:-1.5"));
+    }
+    if (!sampling->mutable_logit_bias()->insert({id, bias}).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--logit-bias: token ", id, " is there twice"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SetSampling(const GenerateOptions& options, v1::GenerateRequest* request) {
   v1::SamplingParams sampling;
   if (options.temperature.has_value()) sampling.set_temperature(*options.temperature);
   if (options.top_k.has_value()) sampling.set_top_k(*options.top_k);
   if (options.top_p.has_value()) sampling.set_top_p(*options.top_p);
   if (options.min_p.has_value()) sampling.set_min_p(*options.min_p);
   if (options.seed.has_value()) sampling.set_seed(*options.seed);
+  if (options.repetition_penalty.has_value()) {
+    sampling.set_repetition_penalty(*options.repetition_penalty);
+  }
+  if (options.frequency_penalty.has_value()) {
+    sampling.set_frequency_penalty(*options.frequency_penalty);
+  }
+  if (options.presence_penalty.has_value()) {
+    sampling.set_presence_penalty(*options.presence_penalty);
+  }
+  for (const std::string& text : options.logit_bias) {
+    HEADROOM_RETURN_IF_ERROR(AddLogitBias(text, &sampling));
+  }
   *request->mutable_sampling() = sampling;
+  return absl::OkStatus();
 }
 
 absl::Status SetStopping(const GenerateOptions& options, v1::GenerateRequest* request) {
   v1::Stopping* const stopping = request->mutable_stopping();
   if (options.max_tokens.has_value()) stopping->set_max_tokens(*options.max_tokens);
+  if (options.min_tokens.has_value()) stopping->set_min_tokens(*options.min_tokens);
   for (const std::string& stop : options.stop) {
     HEADROOM_RETURN_IF_ERROR(CheckUtf8(stop, "--stop"));
     stopping->add_stop_strings(stop);
@@ -138,6 +171,8 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
   flags.Integer("max-tokens", &options->max_tokens, 0, kMost32,
                 "Most tokens of the answer; 0 only processes the prompt. Default: what the context "
                 "leaves.");
+  flags.Integer("min-tokens", &options->min_tokens, 0, kMost32,
+                "No end-of-sequence token is drawn before this many tokens.");
   flags.TextList("stop", "TEXT", &options->stop,
                  "Ends the answer where this text comes up. May be given several times.");
   flags.Switch("ignore-eos", &options->ignore_eos,
@@ -150,7 +185,20 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                "Draws among the likeliest tokens that come to this probability; 1 is off.");
   flags.Number("min-p", &options->min_p,
                "Leaves out tokens less likely than this share of the likeliest; 0 is off.");
+  flags.Number("repetition-penalty", &options->repetition_penalty,
+               "Divides positive logits of tokens that are in the prompt or the answer, multiplies "
+               "others; 1 is off.");
+  flags.Number("frequency-penalty", &options->frequency_penalty,
+               "Taken from a token's logit for each time that it is in the answer; 0 is off.");
+  flags.Number("presence-penalty", &options->presence_penalty,
+               "Taken from the logit of each token that is in the answer; 0 is off.");
+  flags.TextList("logit-bias", "ID:BIAS", &options->logit_bias,
+                 "Added to the logit of this token; several with commas between. May be given "
+                 "several times.");
   flags.Seed("seed", &options->seed, "Fixes what is drawn.");
+  flags.Integer("n", &options->n, 1, kMost32,
+                "Answers to draw, each with a seed of its own that follows from --seed; several "
+                "are printed when all have ended. The server says how many are too many.");
   flags.Group("Placement");
   flags.Text("placement", "WHERE", &options->placement,
              "Where keys are attended: auto, resident, fetched, in-place, or shares of the KV "
@@ -176,9 +224,10 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
 absl::StatusOr<v1::GenerateRequest> BuildRequest(const GenerateOptions& options) {
   v1::GenerateRequest request;
   HEADROOM_RETURN_IF_ERROR(SetInput(options, &request));
-  SetSampling(options, &request);
+  HEADROOM_RETURN_IF_ERROR(SetSampling(options, &request));
   HEADROOM_RETURN_IF_ERROR(SetStopping(options, &request));
   HEADROOM_RETURN_IF_ERROR(SetPlacement(options, &request));
+  if (options.n.has_value()) request.set_n(*options.n);
   if (options.logprobs.has_value()) request.mutable_logprobs()->set_num_top(*options.logprobs);
   if (options.prompt_logprobs != 0) request.mutable_logprobs()->set_prompt(true);
   if (!options.session.empty()) {

@@ -24,6 +24,7 @@ struct GenerateOptions {
 
   std::string session;
   std::optional<int32_t> max_tokens;
+  std::optional<int32_t> min_tokens;
   std::vector<std::string> stop;
   bool ignore_eos = false;
 
@@ -31,7 +32,12 @@ struct GenerateOptions {
   std::optional<int32_t> top_k;
   std::optional<float> top_p;
   std::optional<float> min_p;
+  std::optional<float> repetition_penalty;
+  std::optional<float> frequency_penalty;
+  std::optional<float> presence_penalty;
+  std::vector<std::string> logit_bias;  // "ID:BIAS" each
   std::optional<uint64_t> seed;
+  std::optional<int32_t> n;
 
   std::string placement = "auto";
   bool deterministic = false;

@@ -16,8 +16,6 @@
 namespace headroom::cli {
 namespace {
 
-constexpr char kSharedMemory[] = "/dev/shm";
-
 std::string SocketPath(const std::string& address) {
   absl::string_view path = address;
   return absl::ConsumePrefix(&path, "unix:") ? std::string(path) : std::string();
@@ -56,12 +54,16 @@ absl::StatusOr<int> Serve(ServeOptions options) {
 
 }  // namespace
 
-std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& socket_dir) {
+void CompleteOptions(ServeOptions& options, const std::string& socket_dir) {
   options.worker.listen_address = absl::StrCat("unix:", socket_dir, "/worker.sock");
   options.store.listen_address = absl::StrCat("unix:", socket_dir, "/kvstore.sock");
   options.worker.model_dir = options.coordinator.server.model_dir;
   options.coordinator.server.worker_address = options.worker.listen_address;
   options.coordinator.server.store_address = options.store.listen_address;
+}
+
+std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& socket_dir) {
+  CompleteOptions(options, socket_dir);
   std::vector<ChildSpec> specs(3);
   specs[0] = {"kvstore", StoreArguments(options.store, options.log),
               SocketPath(options.store.listen_address), false};

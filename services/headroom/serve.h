@@ -18,8 +18,14 @@ struct ServeOptions {
   LogOptions log;
 };
 
-// The three processes, with their sockets in `socket_dir`. Fills in the addresses that they reach
-// each other at.
+// Where the private folder of a segment is made.
+inline constexpr char kSharedMemory[] = "/dev/shm";
+
+// Fills in what the three processes are told of each other: the model, and the addresses that they
+// reach each other at, sockets in `socket_dir`.
+void CompleteOptions(ServeOptions& options, const std::string& socket_dir);
+
+// The three processes, with completed options.
 std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& socket_dir);
 
 // Blocks until SIGTERM, SIGINT or SIGHUP. Sockets lie in a private folder (mode 0700) that is

@@ -6,6 +6,7 @@
 #include "common/bytes_text.h"
 #include "common/status.h"
 #include "services/coordinator/coordinator_server.h"
+#include "services/headroom/check_config.h"
 #include "services/headroom/commands.h"
 #include "services/headroom/serve.h"
 #include "services/headroom/server_process.h"
@@ -23,6 +24,7 @@ constexpr char kAdminText[] = "Where operators connect (headroom status): HOST:P
 }  // namespace
 
 int ServeCommand(const std::vector<std::string>& args) {
+  bool check_config = false;
   ServeOptions options;
   options.coordinator.server.listen_address = kDefaultAddress;
   Flags flags("headroom serve",
@@ -39,12 +41,15 @@ int ServeCommand(const std::vector<std::string>& args) {
   AddWorkerFlags(flags, &options.worker);
   AddStoreFlags(flags, &options.store);
   AddLogFlags(flags, &options.log);
+  AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("serve", args, flags)) return *code;
   if (options.coordinator.server.model_dir.empty()) return MissingFlag("serve", "model");
+  if (check_config) return ReportCheck("serve", CheckConfig(options));
   return RunServe(std::move(options));
 }
 
 int CoordinatorCommand(const std::vector<std::string>& args) {
+  bool check_config = false;
   CoordinatorProcessOptions options;
   options.server.listen_address = kDefaultAddress;
   options.server.worker_address = kDefaultWorkerAddress;
@@ -65,8 +70,10 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   AddServerSecurityFlags(flags, &options.server.security);
   AddPeerTlsFlags(flags, &options.server.peer_tls);
   AddLogFlags(flags, &log);
+  AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("coordinator", args, flags)) return *code;
   if (options.server.model_dir.empty()) return MissingFlag("coordinator", "model");
+  if (check_config) return ReportCheck("coordinator", CheckConfig(options));
   return RunServer<coordinator::CoordinatorServer>(
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<coordinator::CoordinatorServer>> {
@@ -84,6 +91,7 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
 }
 
 int WorkerCommand(const std::vector<std::string>& args) {
+  bool check_config = false;
   WorkerOptions options;
   options.listen_address = kDefaultWorkerAddress;
   LogOptions log{.process = "worker"};
@@ -95,8 +103,10 @@ int WorkerCommand(const std::vector<std::string>& args) {
   AddWorkerFlags(flags, &options);
   AddPeerTlsFlags(flags, &options.peer_tls);
   AddLogFlags(flags, &log);
+  AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("worker", args, flags)) return *code;
   if (options.model_dir.empty()) return MissingFlag("worker", "model");
+  if (check_config) return ReportCheck("worker", CheckConfig(options));
   return RunServer<WorkerServer>(
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<WorkerServer>> {
@@ -110,6 +120,7 @@ int WorkerCommand(const std::vector<std::string>& args) {
 }
 
 int KvStoreCommand(const std::vector<std::string>& args) {
+  bool check_config = false;
   kvstore::KvStoreOptions options;
   options.listen_address = kDefaultStoreAddress;
   options.segment_dir = "/dev/shm/headroom";
@@ -121,7 +132,9 @@ int KvStoreCommand(const std::vector<std::string>& args) {
   AddStoreFlags(flags, &options);
   AddPeerTlsFlags(flags, &options.peer_tls);
   AddLogFlags(flags, &log);
+  AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("kvstore", args, flags)) return *code;
+  if (check_config) return ReportCheck("kvstore", CheckConfig(options));
   return RunServer<kvstore::KvStoreServer>(
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<kvstore::KvStoreServer>> {

@@ -15,6 +15,7 @@
 #include "common/bytes_text.h"
 #include "common/fd.h"
 #include "common/segment_format.h"
+#include "common/status.h"
 #include "services/kvstore/memory_limits.h"
 
 namespace headroom::cli {
@@ -51,6 +52,13 @@ class Arguments {
 }  // namespace
 
 // ---------------------------------------------------------------- reading
+
+void AddCheckFlag(Flags& flags, bool* check_config) {
+  flags.Group("Check");
+  flags.Switch("check-config", check_config,
+               "Starts nothing: reads flags, variables, files and what they name, prints one line, "
+               "and ends with 0, or with 2 if something is wrong.");
+}
 
 void AddLogFlags(Flags& flags, LogOptions* options) {
   flags.Group("Log lines (standard error)");
@@ -219,32 +227,64 @@ std::vector<std::string> CoordinatorArguments(const CoordinatorProcessOptions& o
 
 // ---------------------------------------------------------------- checks
 
-absl::StatusOr<int64_t> DefaultHostMemoryBytes(const std::string& segment_dir) {
-  std::error_code error;
-  std::filesystem::path dir = std::filesystem::absolute(segment_dir, error).lexically_normal();
-  if (error) return absl::InvalidArgumentError(absl::StrCat("--segment-dir ", segment_dir));
-  struct stat data = {};
-  if (stat((dir / kDataFile).c_str(), &data) == 0 && S_ISREG(data.st_mode) && data.st_size > 0) {
-    return data.st_size;
-  }
+namespace {
+
+// What bounds files in `dir`, or where it would be made; the least of it.
+kvstore::MemoryLimit LeastLimit(std::filesystem::path dir) {
   Fd fd;
-  for (;; dir = dir.parent_path()) {  // where the folder would be made
+  for (;; dir = dir.parent_path()) {
     fd = Fd(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (fd.valid() || dir == dir.parent_path()) break;
   }
-  int64_t least = kvstore::kUnlimited;
-  if (fd.valid()) {
-    for (const kvstore::MemoryLimit& limit : kvstore::FindMemoryLimits(fd.get(), dir)) {
-      least = std::min(least, limit.free_bytes);
-    }
+  kvstore::MemoryLimit least{dir.string()};
+  if (!fd.valid()) return least;
+  for (kvstore::MemoryLimit& limit : kvstore::FindMemoryLimits(fd.get(), dir)) {
+    if (limit.free_bytes < least.free_bytes) least = std::move(limit);
   }
-  if (least == kvstore::kUnlimited) {
+  return least;
+}
+
+absl::StatusOr<std::filesystem::path> AbsoluteDir(const std::string& segment_dir) {
+  std::error_code error;
+  std::filesystem::path dir = std::filesystem::absolute(segment_dir, error).lexically_normal();
+  if (error) return absl::InvalidArgumentError(absl::StrCat("--segment-dir ", segment_dir));
+  return dir;
+}
+
+// Of the segment in the folder; 0: there is none.
+int64_t SegmentBytes(const std::filesystem::path& dir) {
+  struct stat data = {};
+  const bool there = stat((dir / kDataFile).c_str(), &data) == 0 && S_ISREG(data.st_mode);
+  return there ? data.st_size : 0;
+}
+
+}  // namespace
+
+absl::StatusOr<int64_t> DefaultHostMemoryBytes(const std::string& segment_dir) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::filesystem::path dir, AbsoluteDir(segment_dir));
+  if (const int64_t bytes = SegmentBytes(dir); bytes > 0) return bytes;
+  const kvstore::MemoryLimit least = LeastLimit(dir);
+  if (least.free_bytes == kvstore::kUnlimited) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("how much memory is free in ", dir.string(),
+        absl::StrCat("how much memory is free in ", least.what,
                      " cannot be found out: set --host-memory"));
   }
   constexpr int64_t kStep = int64_t{1} << 20;
-  return std::max(kStep, least / 4 / kStep * kStep);
+  return std::max(kStep, least.free_bytes / 4 / kStep * kStep);
+}
+
+absl::Status CheckHostMemory(const std::string& segment_dir, int64_t bytes) {
+  HEADROOM_ASSIGN_OR_RETURN(const std::filesystem::path dir, AbsoluteDir(segment_dir));
+  std::error_code error;
+  if (std::filesystem::exists(dir, error) && !std::filesystem::is_directory(dir, error)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--segment-dir ", segment_dir, " is not a folder"));
+  }
+  const kvstore::MemoryLimit least = LeastLimit(dir);
+  if (bytes - SegmentBytes(dir) <= least.free_bytes) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("--host-memory asks for ", bytes, " bytes, but ", least.what, " has only ",
+                   least.free_bytes, " left"));
 }
 
 absl::Status CheckListenAddress(const std::string& flag, const std::string& address) {

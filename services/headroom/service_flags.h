@@ -27,6 +27,8 @@ struct CoordinatorProcessOptions {
   absl::Duration drain_timeout = absl::Seconds(30);
 };
 
+// --check-config: says whether the process would start, and does not start it.
+void AddCheckFlag(Flags& flags, bool* check_config);
 void AddLogFlags(Flags& flags, LogOptions* options);
 // Without --listen and, for the worker, --model: `serve` has its own.
 void AddWorkerFlags(Flags& flags, WorkerOptions* options);
@@ -51,6 +53,9 @@ void AppendLogArguments(const LogOptions& log, std::vector<std::string>* args);
 // restart takes it over, else a quarter of the memory that this process may use for files there.
 // RESOURCE_EXHAUSTED if that cannot be found out.
 absl::StatusOr<int64_t> DefaultHostMemoryBytes(const std::string& segment_dir);
+// RESOURCE_EXHAUSTED if there is not so much memory for files in the folder, as far as can be told
+// before it is there.
+absl::Status CheckHostMemory(const std::string& segment_dir, int64_t bytes);
 
 // INVALID_ARGUMENT if "unix:PATH" (any other address is fine) is longer than the system takes;
 // UNAVAILABLE if somebody listens there, whose socket file would be taken away.

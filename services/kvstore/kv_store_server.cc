@@ -65,16 +65,15 @@ absl::Status Server::Listen(const KvStoreOptions& options) {
   grpc::EnableDefaultHealthCheckService(true);
   HEADROOM_ASSIGN_OR_RETURN(server_,
                             ListenGrpc(&service_, options.listen_address, security_->credentials(),
-                                       options.max_message_bytes, &listen_address_));
+                                       options.max_message_bytes, Reflection::kNo,
+                                       &listen_address_));
   server_->GetHealthCheckService()->SetServingStatus("", true);
   server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
   LogInfo(absl::StrCat("kvstore serves on ", listen_address_));
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options) {
+absl::Status CheckOptions(const KvStoreOptions& options) {
   if (options.listen_address.empty()) {
     return absl::InvalidArgumentError("the listen address is empty");
   }
@@ -84,6 +83,13 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
     return absl::InvalidArgumentError(absl::StrCat("--attend-threads ", options.attend_threads,
                                                    ", expected 0 to ", kMostAttendThreads));
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
   const int threads = options.attend_threads == KvStoreOptions::kAllProcessors
                           ? static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))
                           : options.attend_threads;
@@ -101,6 +107,11 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
   auto server = std::make_unique<Server>(std::move(store), threads, std::move(security));
   HEADROOM_RETURN_IF_ERROR(server->Listen(options));
   return server;
+}
+
+absl::Status CheckKvStore(const KvStoreOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  return ServerSecurity::LoadPeer(options.peer_tls).status();
 }
 
 }  // namespace headroom::kvstore

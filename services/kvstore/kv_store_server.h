@@ -49,6 +49,9 @@ class KvStoreServer {
 // listened on.
 absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options);
 
+// What can be found wrong without making anything: options and TLS files. Errors as above.
+absl::Status CheckKvStore(const KvStoreOptions& options);
+
 }  // namespace headroom::kvstore
 
 #endif  // HEADROOM_SERVICES_KVSTORE_KV_STORE_SERVER_H_

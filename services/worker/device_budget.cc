@@ -92,6 +92,9 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   budget.weights_bytes = weights_bytes;
   budget.product_type = product_type;
   budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
+  const int64_t granule_bytes = kBlockTokens * geometry.BytesPerTokenPerHead();
+  budget.draw_state_bytes = (kernels::DrawStateBytes(config.vocab) + granule_bytes - 1) /
+                            granule_bytes * granule_bytes;
   const int64_t rest = std::max<int64_t>(budget_bytes, 0) - weights_bytes;
   budget.mlp_slice_rows = kMinChunkTokens;
   while (budget.mlp_slice_rows < kMaxMlpSliceRows &&

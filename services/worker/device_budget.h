@@ -34,6 +34,7 @@ struct DeviceBudget {
   int64_t table_bytes = 0;       // of that: the tables of one step
   int64_t kv_pool_bytes = 0;     // tails and resident copies
   int64_t tail_bytes_per_sequence = 0;
+  int64_t draw_state_bytes = 0;  // of the pool, for each sequence whose draws have a history
   int64_t max_chunk_tokens = 0;
   int64_t mlp_slice_rows = 0;
   int64_t attend_scratch_floats = 0;

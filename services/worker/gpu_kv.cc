@@ -25,9 +25,11 @@ int64_t GranuleBytes(const KvGeometry& geometry) {
 
 }  // namespace
 
-GpuKv::GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences)
+GpuKv::GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences,
+             int64_t draw_state_bytes)
     : geometry_(geometry),
       tail_layer_bytes_(kTailTokens * geometry.BytesPerTokenPerLayer()),
+      draw_state_bytes_(draw_state_bytes),
       pool_(pool, pool_bytes, GranuleBytes(geometry)) {
   sequences_.reserve(max_sequences);
   for (int32_t slot = max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
@@ -91,17 +93,23 @@ absl::Status GpuKv::Open(const OpenSequence& open) {
                      ", expected a multiple of 64 up to ", sequence->capacity_tokens()));
   }
   sequence->sealed_tokens = sequence->known_end = sequence->tail_begin = open.sealed_tokens;
+  const auto no_room = [&](absl::string_view what, int64_t bytes) {
+    for (uint8_t* const taken : sequence->tails) pool_.Free(taken, tail_layer_bytes_);
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "no device memory for ", what, ": it takes ", bytes, " bytes, the pool of ",
+        pool_.capacity_bytes(), " has ", pool_.free_bytes(), " left"));
+  };
   while (static_cast<int32_t>(sequence->tails.size()) < geometry_.num_layers) {
-    uint8_t* const tail = pool_.Allocate(tail_layer_bytes_);
-    if (tail != nullptr) {
-      sequence->tails.push_back(tail);
-    } else if (!EvictOne()) {
-      for (uint8_t* taken : sequence->tails) pool_.Free(taken, tail_layer_bytes_);
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "no device memory for the tail of another sequence: it takes ",
-          tail_layer_bytes_ * geometry_.num_layers, " bytes, the pool of ",
-          pool_.capacity_bytes(), " has ", pool_.free_bytes(), " left"));
+    uint8_t* const tail = Take(tail_layer_bytes_);
+    if (tail == nullptr) {
+      return no_room("the tail of another sequence", tail_layer_bytes_ * geometry_.num_layers);
     }
+    sequence->tails.push_back(tail);
+  }
+  if (open.history.has_value()) {
+    uint8_t* const state = Take(draw_state_bytes_);
+    if (state == nullptr) return no_room("the history of a sequence's draws", draw_state_bytes_);
+    sequence->draw_state = reinterpret_cast<kernels::DrawState*>(state);
   }
   sequence->slot = free_slots_.back();
   free_slots_.pop_back();
@@ -131,6 +139,9 @@ void GpuKv::Close(uint64_t sequence_id) {
         DropResident(sequence, run, layer, head);
       }
     }
+  }
+  if (sequence.draw_state != nullptr) {
+    pool_.Free(reinterpret_cast<uint8_t*>(sequence.draw_state), draw_state_bytes_);
   }
   for (uint8_t* const tail : sequence.tails) pool_.Free(tail, tail_layer_bytes_);
   freed_ = true;
@@ -174,6 +185,13 @@ void GpuKv::DropResident(Sequence& sequence, int run, int32_t layer, int32_t kv_
   pool_.Free(copy, sequence.runs[run].capacity_tokens * geometry_.BytesPerTokenPerHead());
   copy = nullptr;
   freed_ = true;
+}
+
+uint8_t* GpuKv::Take(int64_t bytes) {
+  for (;;) {
+    uint8_t* const taken = pool_.Allocate(bytes);
+    if (taken != nullptr || !EvictOne()) return taken;
+  }
 }
 
 bool GpuKv::EvictOne() {

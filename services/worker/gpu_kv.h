@@ -18,6 +18,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "common/kv_layout.h"
+#include "kernels/sample.h"
 #include "kernels/types.h"
 #include "services/worker/kv_pool.h"
 #include "services/worker/step.h"
@@ -42,6 +43,11 @@ class GpuKv {
     int64_t known_end = 0;
     int64_t tail_begin = 0;
     bool has_drawn = false;  // a token, which a step may refer to as the last drawn
+    // Of a sequence that was opened with a history: what its draws go by, once it has been filled,
+    // and the tokens that are counted in it as of the steps enqueued so far.
+    kernels::DrawState* draw_state = nullptr;
+    bool draw_state_filled = false;
+    int64_t counted_tokens = 0;
     std::vector<uint8_t*> tails;      // per layer: [kv_head][K | V][kTailTokens]
     std::vector<uint8_t*> residents;  // [run][layer][kv_head]: copy of that head of the run, or null
 
@@ -50,14 +56,16 @@ class GpuKv {
     }
   };
 
-  GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences);
+  // `draw_state_bytes` is what the history of one sequence's draws takes of the pool.
+  GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences,
+        int64_t draw_state_bytes);
 
   // The segment that offsets refer to; open sequences must fit the new one too.
   void SetSegment(const SegmentView& segment) { segment_ = segment; }
 
   // INVALID_ARGUMENT for runs that do not follow each other, are misshapen or leave the segment;
-  // ALREADY_EXISTS; RESOURCE_EXHAUSTED when no slot or no tail is left, even with every resident
-  // copy dropped.
+  // ALREADY_EXISTS; RESOURCE_EXHAUSTED when no slot, no tail or no room for a history is left, even
+  // with every resident copy dropped.
   absl::Status Open(const OpenSequence& open);
   // NOT_FOUND if it is not open; INVALID_ARGUMENT as above.
   absl::Status Grant(const RunGrant& grant);
@@ -93,11 +101,14 @@ class GpuKv {
   void AddRun(Sequence& sequence, const Run& run);
   uint8_t*& ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const;
   void DropResident(Sequence& sequence, int run, int32_t layer, int32_t kv_head);
+  // Of the pool, with resident copies dropped as need be; nullptr if there is no room even so.
+  uint8_t* Take(int64_t bytes);
   // Drops one resident copy, oldest positions first. False if there is none.
   bool EvictOne();
 
   const KvGeometry geometry_;
   const int64_t tail_layer_bytes_;
+  const int64_t draw_state_bytes_;
   KvPool pool_;
   SegmentView segment_;
   std::vector<std::unique_ptr<Sequence>> sequences_;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,10 +51,21 @@ struct Run {
   std::vector<int64_t> data_offsets;  // per layer, into the segment's data file
 };
 
+// What the draws of a sequence go by beside the logits (kernels/sample.h).
+struct DrawHistory {
+  std::vector<int32_t> prompt_token_ids;
+  std::vector<int32_t> drawn_token_ids;  // the answer so far
+  int64_t known_tokens = 0;              // prompt and answer so far
+  std::vector<kernels::TokenBias> bias;
+  std::vector<int32_t> held_back_token_ids;
+  int64_t held_back_end = 0;
+};
+
 struct OpenSequence {
   uint64_t sequence_id = 0;
   std::vector<Run> runs;
   int64_t sealed_tokens = 0;
+  std::optional<DrawHistory> history = std::nullopt;
 };
 
 struct RunGrant {
@@ -69,6 +81,7 @@ struct StepSequence {
   int64_t sealed_tokens = 0;       // keys below are attended in lanes
   bool draw = false;               // draw a token after the last position
   kernels::SampleRow sampling;     // seed, temperature, ...; where `draw`
+  int64_t known_tokens = 0;        // tokens below are final; where `draw`, and there is a history
   int32_t num_top_logprobs = 0;
   std::vector<int32_t> score_token_ids;  // of token i: the log-probability of this id after it
 

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "services/worker/draw_state.h"
 
 namespace headroom {
 namespace {
@@ -60,7 +61,7 @@ StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
 int64_t StepContext::StagingBytes(const DeviceBudget& budget) {
   return kStepsInFlight *
          (budget.table_bytes + kMaxResults * static_cast<int64_t>(sizeof(kernels::SampleResult)) +
-          kAwaitResultBytes);
+          kAwaitResultBytes + budget.draw_state_bytes);
 }
 
 absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
@@ -95,6 +96,8 @@ absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
     staging += kResultBytes;
     flight.await_result = new (staging) std::atomic<uint32_t>(kernels::kAwaitOk);
     staging += kAwaitResultBytes;
+    flight.draw_state = reinterpret_cast<kernels::DrawState*>(staging);
+    staging += budget.draw_state_bytes;
     HEADROOM_ASSIGN_OR_RETURN(flight.done, device.CreateEvent());
     HEADROOM_ASSIGN_OR_RETURN(flight.sealed_done, device.CreateEvent());
   }
@@ -145,6 +148,23 @@ absl::Status StepContext::CheckPart(const StepSequence& sequence,
   }
   if (sequence.score_token_ids.size() > static_cast<size_t>(sequence.num_tokens())) {
     return Wrong(sequence, "more tokens to score than new tokens");
+  }
+  return sequence.draw ? CheckDraw(sequence, kv) : absl::OkStatus();
+}
+
+absl::Status StepContext::CheckDraw(const StepSequence& sequence,
+                                    const GpuKv::Sequence& kv) const {
+  if (kv.draw_state == nullptr) {
+    if (!Penalises(sequence.sampling)) return absl::OkStatus();
+    return Wrong(sequence, "penalties, but it was opened without a history");
+  }
+  if (!kv.draw_state_filled) return Wrong(sequence, "its history was never filled");
+  const int64_t drawn_pos = sequence.end_pos();
+  if (sequence.known_tokens < 0 || sequence.known_tokens > drawn_pos ||
+      drawn_pos < kv.counted_tokens || drawn_pos - kv.counted_tokens > kernels::kRecentTokens) {
+    return Wrong(sequence, absl::StrCat("a draw at position ", drawn_pos, " with known_tokens ",
+                                        sequence.known_tokens, ", of which ", kv.counted_tokens,
+                                        " are counted"));
   }
   return absl::OkStatus();
 }
@@ -247,6 +267,9 @@ void StepContext::Commit() {
     part.kv->known_end = std::max(part.kv->known_end, end);
     part.kv->sealed_tokens = std::max(part.kv->sealed_tokens, FloorToBlock(end));
     part.kv->has_drawn = part.kv->has_drawn || part.what->draw;
+    if (part.what->draw && part.kv->draw_state != nullptr) {
+      part.kv->counted_tokens = std::max(part.kv->counted_tokens, part.what->known_tokens);
+    }
   }
 }
 
@@ -283,6 +306,12 @@ absl::Status StepContext::BuildResults(const Step& step, StepTables& tables) {
     row.forced_token = -1;
     row.num_top_logprobs = s.num_top_logprobs;
     row.slot = part.kv->slot;
+    row.state = part.kv->draw_state;
+    if (row.state != nullptr) {
+      const int64_t settled = std::max(part.kv->counted_tokens, s.known_tokens);
+      row.num_settled = static_cast<int32_t>(settled - part.kv->counted_tokens);
+      row.num_recent = static_cast<int32_t>(s.end_pos() - settled);
+    }
     row.result_index = static_cast<int32_t>(sample_scratch_.size());
     row_scratch_.push_back(part.row_begin + static_cast<int32_t>(s.num_tokens()) - 1);
     sample_scratch_.push_back(row);

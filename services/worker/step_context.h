@@ -64,6 +64,7 @@ class StepContext {
     OpAccount fetch_wait;
     OpAccount in_place_wait;
     std::atomic<uint32_t>* await_result = nullptr;  // registered host memory
+    kernels::DrawState* draw_state = nullptr;  // likewise: of a sequence that the step opens
     const MailboxTotals* in_place_totals = nullptr;  // null: nothing is in place
     absl::Status status;
     int64_t enqueued_ns = 0;
@@ -123,6 +124,7 @@ class StepContext {
 
   absl::Status AddPart(const StepSequence& sequence);
   absl::Status CheckPart(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
+  absl::Status CheckDraw(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
   void BuildRows(StepTables& tables);
   absl::Status BuildResults(const Step& step, StepTables& tables);
   void BuildLayer(int32_t layer, StepTables& tables, Flight& flight);

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
 #include "common/trace.h"
+#include "services/worker/draw_state.h"
 
 namespace headroom {
 namespace {
@@ -67,7 +68,8 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const pool,
                             device_.Allocate(budget_.kv_pool_bytes, "KV pool"));
   kv_ = std::make_unique<GpuKv>(config_.kv_geometry(), pool, budget_.kv_pool_bytes,
-                                std::min(options_.max_sequences, Decoder::kMaxSequences));
+                                std::min(options_.max_sequences, Decoder::kMaxSequences),
+                                budget_.draw_state_bytes);
   in_place_ = std::make_unique<InPlaceLane>(device_, config_, options_.in_place_deadline);
   staging_bytes_ = kNumContexts * StepContext::StagingBytes(budget_);
   staging_ = std::make_unique<uint8_t[]>(staging_bytes_);
@@ -325,6 +327,7 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   at.step = std::move(step);
   const Step& s = *at.step;
   HEADROOM_RETURN_IF_ERROR(ApplyMembership(s));
+  HEADROOM_RETURN_IF_ERROR(FillDrawState(s, at));
   if (s.sequences.empty()) return absl::OkStatus();
   if (runs_changed_ || s.plan_version != plan_.version) {
     HEADROOM_RETURN_IF_ERROR(ApplyPlan(s.plan_version));
@@ -341,6 +344,16 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
 }
 
 absl::Status StepExecutor::ApplyMembership(const Step& step) {
+  const auto has_history = [](const OpenSequence& open) { return open.history.has_value(); };
+  if (std::count_if(step.open.begin(), step.open.end(), has_history) > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("step ", step.number, " opens more than one sequence with a history"));
+  }
+  for (const OpenSequence& open : step.open) {
+    if (open.history.has_value()) {
+      HEADROOM_RETURN_IF_ERROR(CheckHistory(*open.history, config_.vocab));
+    }
+  }
   for (const uint64_t id : step.close) kv_->Close(id);
   if (!step.close.empty()) {
     MutexLock lock(&mutex_);
@@ -355,6 +368,26 @@ absl::Status StepExecutor::ApplyMembership(const Step& step) {
   for (const RunGrant& grant : step.grants) {
     if (repeated && kv_->Holds(grant)) continue;
     HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
+  }
+  return absl::OkStatus();
+}
+
+// From the flight's own staging memory: nothing else is written there before the step has run.
+absl::Status StepExecutor::FillDrawState(const Step& step, StepContext::Flight& flight) {
+  for (const OpenSequence& open : step.open) {
+    if (!open.history.has_value()) continue;
+    GpuKv::Sequence& sequence = *kv_->Find(open.sequence_id);
+    if (sequence.draw_state == nullptr || sequence.draw_state_filled) continue;  // a repeated step
+    HEADROOM_RETURN_IF_ERROR(OrderAfterEarlierSteps());
+    WriteDrawState(*open.history, config_.vocab, flight.draw_state);
+    CopyArgs copy;
+    copy.dst = sequence.draw_state;
+    copy.src = flight.draw_state;
+    copy.width_bytes = copy.dst_pitch_bytes = copy.src_pitch_bytes =
+        kernels::DrawStateBytes(config_.vocab);
+    HEADROOM_RETURN_IF_ERROR(device_.Copy(compute_, copy));
+    sequence.draw_state_filled = true;
+    sequence.counted_tokens = open.history->known_tokens;
   }
   return absl::OkStatus();
 }

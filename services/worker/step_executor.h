@@ -109,6 +109,7 @@ class StepExecutor {
   bool MayBegin(const Context& context, const Step& step) const;
   absl::Status Begin(Context& context, std::unique_ptr<Step> step, int flight);
   absl::Status ApplyMembership(const Step& step);
+  absl::Status FillDrawState(const Step& step, StepContext::Flight& flight);
   absl::Status ApplyPlan(uint64_t version);
   absl::Status OrderAfterEarlierSteps();
   absl::Status EnqueuePromotions();

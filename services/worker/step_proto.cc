@@ -51,12 +51,61 @@ absl::Status SamplingFromProto(const v1::SamplingParams& proto, absl::string_vie
   if (proto.top_k() < 0) {
     return Wrong(absl::StrCat(field, ".top_k"), absl::StrCat(proto.top_k(), ", expected 0 or more"));
   }
+  const float repetition = proto.has_repetition_penalty() ? proto.repetition_penalty() : 1.0f;
+  if (!(repetition >= 0.01f && repetition <= 100)) {
+    return Wrong(absl::StrCat(field, ".repetition_penalty"),
+                 absl::StrCat(repetition, ", expected 0.01 to 100"));
+  }
+  if (!(std::abs(proto.frequency_penalty()) <= 2)) {
+    return Wrong(absl::StrCat(field, ".frequency_penalty"),
+                 absl::StrCat(proto.frequency_penalty(), ", expected -2 to 2"));
+  }
+  if (!(std::abs(proto.presence_penalty()) <= 2)) {
+    return Wrong(absl::StrCat(field, ".presence_penalty"),
+                 absl::StrCat(proto.presence_penalty(), ", expected -2 to 2"));
+  }
+  row->repetition_penalty = repetition;
+  row->frequency_penalty = proto.frequency_penalty();
+  row->presence_penalty = proto.presence_penalty();
   row->temperature = proto.temperature();
   row->top_p = proto.top_p();
   row->min_p = proto.min_p();
   row->top_k = proto.top_k();
   row->seed = proto.seed();
   return absl::OkStatus();
+}
+
+absl::StatusOr<DrawHistory> HistoryFromProto(const v1::DrawHistory& proto,
+                                             absl::string_view field) {
+  DrawHistory history;
+  history.prompt_token_ids.assign(proto.prompt_token_ids().begin(), proto.prompt_token_ids().end());
+  history.drawn_token_ids.assign(proto.drawn_token_ids().begin(), proto.drawn_token_ids().end());
+  history.known_tokens = proto.known_tokens();
+  history.held_back_token_ids.assign(proto.held_back_token_ids().begin(),
+                                     proto.held_back_token_ids().end());
+  history.held_back_end = proto.held_back_end();
+  if (history.held_back_token_ids.size() > kernels::kMaxHeldBack) {
+    return Wrong(absl::StrCat(field, ".held_back_token_ids"),
+                 absl::StrCat("has ", history.held_back_token_ids.size(), " ids, at most ",
+                              kernels::kMaxHeldBack));
+  }
+  if (proto.logit_bias_size() > kernels::kMaxLogitBias) {
+    return Wrong(absl::StrCat(field, ".logit_bias"),
+                 absl::StrCat("has ", proto.logit_bias_size(), " entries, at most ",
+                              kernels::kMaxLogitBias));
+  }
+  for (const auto& [token_id, bias] : proto.logit_bias()) {
+    if (!(std::abs(bias) <= 100)) {
+      return Wrong(absl::StrCat(field, ".logit_bias[", token_id, "]"),
+                   absl::StrCat(bias, ", expected -100 to 100"));
+    }
+    history.bias.push_back({token_id, bias});
+  }
+  if (history.known_tokens < 0 || history.known_tokens > kMaxPositions ||
+      history.held_back_end < 0) {
+    return Wrong(field, "a position is out of range");
+  }
+  return history;
 }
 
 absl::StatusOr<StepSequence> SequenceFromProto(const v1::StepSequence& proto,
@@ -81,6 +130,7 @@ absl::StatusOr<StepSequence> SequenceFromProto(const v1::StepSequence& proto,
   if (sequence.draw) {
     HEADROOM_RETURN_IF_ERROR(SamplingFromProto(proto.sampling(), absl::StrCat(field, ".sampling"),
                                                &sequence.sampling));
+    sequence.known_tokens = proto.known_tokens();
   }
   return sequence;
 }
@@ -140,6 +190,11 @@ absl::StatusOr<std::unique_ptr<Step>> StepFromProto(const v1::StepRequest& reque
           Run run,
           RunFromProto(proto.runs(r), absl::StrCat("open_sequences[", i, "].runs[", r, "]")));
       open.runs.push_back(std::move(run));
+    }
+    if (proto.has_history()) {
+      HEADROOM_ASSIGN_OR_RETURN(
+          open.history,
+          HistoryFromProto(proto.history(), absl::StrCat("open_sequences[", i, "].history")));
     }
   }
   for (int i = 0; i < request.grants_size(); ++i) {

@@ -55,6 +55,11 @@ class WorkerServer {
 // be listened on or a device that is not there.
 absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& options);
 
+// What can be found wrong without a device and without reading weights: options, config.json, the
+// headers of the weights, TLS files, and whether --gpu-memory is enough where it is known. Errors
+// as above.
+absl::Status CheckWorker(const WorkerOptions& options);
+
 }  // namespace headroom
 
 #endif  // HEADROOM_SERVICES_WORKER_WORKER_SERVER_H_

@@ -35,6 +35,7 @@ void MemoryToProto(const Worker& worker, v1::DeviceMemory* out) {
   out->set_activation_bytes(budget.activation_bytes);
   out->set_kv_pool_bytes(memory.kv_pool_bytes);
   out->set_tail_bytes_per_sequence(budget.tail_bytes_per_sequence);
+  out->set_draw_state_bytes_per_sequence(budget.draw_state_bytes);
   out->set_kv_pool_high_water_bytes(memory.kv_pool_high_water_bytes);
   // The arena is carved once; of the pool, what was never in use does not count.
   out->set_high_water_bytes(memory.arena.high_water_bytes - memory.kv_pool_bytes +

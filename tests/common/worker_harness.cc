@@ -292,6 +292,9 @@ void WorkerHarness::AddPiece(Progress& p, Step& step, const RunOptions& options)
   piece.draw = end >= p.prompt_tokens() && p.request->num_draws > 0;
   piece.sampling.temperature = p.request->temperature;
   piece.sampling.seed = p.request->seed;
+  piece.sampling.repetition_penalty = p.request->repetition_penalty;
+  piece.sampling.frequency_penalty = p.request->frequency_penalty;
+  piece.known_tokens = p.prompt_tokens() + static_cast<int64_t>(p.output.drawn.size());
   piece.num_top_logprobs = p.request->num_top_logprobs;
   piece.sealed_tokens =
       SealedToName(options.sealed, p.next_pos, count, p.tail_begin, p.confirmed_tokens);
@@ -304,7 +307,7 @@ void WorkerHarness::AddPiece(Progress& p, Step& step, const RunOptions& options)
     p.output.runs.push_back(granted.back());
   }
   if (!p.open) {
-    step.open.push_back({p.id, p.output.runs, p.request->sealed_tokens});
+    step.open.push_back({p.id, p.output.runs, p.request->sealed_tokens, p.request->history});
     p.open = true;
   } else {
     for (struct Run& run : granted) step.grants.push_back({p.id, std::move(run)});

@@ -87,6 +87,9 @@ struct TestRequest {
   float temperature = 0;
   uint64_t seed = 0;
   int32_t num_top_logprobs = 0;
+  float repetition_penalty = 1;
+  float frequency_penalty = 0;
+  std::optional<DrawHistory> history;  // what the sequence is opened with
   int64_t max_run_tokens = int64_t{1} << 30;  // of one run, less than the geometry's if wished
   // Keys that an earlier sequence left: the prompt's first `sealed_tokens` are not computed again.
   std::vector<Run> runs;

@@ -545,5 +545,57 @@ TEST_F(SampleTest, DrawsWhatTheCpuDraws) {
   }
 }
 
+// Rows with a state each: what is drawn, and what the states come to.
+TEST_F(SampleTest, PenaltiesAndBiasAreTheCpus) {
+  Random random(10);
+  constexpr int kRows = 48;
+  constexpr int64_t kVocab = 3001;
+  std::vector<std::vector<uint64_t>> states;
+  std::vector<SampleRow> rows(kRows);
+  for (int32_t i = 0; i < kRows; ++i) {
+    std::vector<uint64_t>& memory = states.emplace_back((DrawStateBytes(kVocab) + 7) / 8);
+    DrawState& state = *new (memory.data()) DrawState();
+    uint32_t* const counts = DrawCounts(&state);
+    for (int64_t id = i; id < kVocab; id += 5) counts[id] = id % 2 == 0 ? kInPrompt : id % 4;
+    for (int32_t at = 0; at < kRecentTokens; ++at) state.recent[at] = (at / 2) * 7 + i;
+    state.num_bias = i % 3 == 0 ? kMaxLogitBias : 0;
+    for (int32_t b = 0; b < kMaxLogitBias; ++b) {
+      state.bias[b] = {b * 2, 0.001f * static_cast<float>(b)};
+    }
+    state.num_held_back = 2;
+    state.held_back[0] = 2046;  // it has the largest bias
+    state.held_back[1] = 5;
+    state.held_back_end = i % 2 == 0 ? 1000 : 0;
+    rows[i].seed = 5;
+    rows[i].counter = static_cast<uint64_t>(100 + i);
+    rows[i].temperature = i % 4 == 0 ? 0.0f : 0.8f;
+    rows[i].top_p = i % 4 == 1 ? 0.9f : 1.0f;
+    rows[i].result_index = i;
+    rows[i].num_settled = i % 5;
+    rows[i].num_recent = i % 7;
+    rows[i].repetition_penalty = 1.2f;
+    rows[i].frequency_penalty = 0.3f;
+    rows[i].presence_penalty = 0.2f;
+  }
+  const std::vector<float> logits = random.Floats(kRows * kVocab, 2);
+  std::vector<SampleRow> on_device = rows;
+  for (int i = 0; i < kRows; ++i) {
+    on_device[i].state = reinterpret_cast<DrawState*>(gpu_.Put(states[i]));
+    rows[i].state = reinterpret_cast<DrawState*>(states[i].data());
+  }
+  const auto got = Run(logits, on_device);
+  const auto want = OnHost(logits, rows, /*oracle=*/false);
+  int differ = 0;
+  for (int i = 0; i < kRows; ++i) {
+    if (got[i].token_id != want[i].token_id) ++differ;
+    if (got[i].token_id != want[i].token_id) continue;
+    EXPECT_NEAR(got[i].logprob, want[i].logprob, 2e-5f) << i;
+    const auto after = gpu_.Fetch(reinterpret_cast<const uint64_t*>(on_device[i].state),
+                                  static_cast<int64_t>(states[i].size()));
+    EXPECT_EQ(after, states[i]) << i;
+  }
+  EXPECT_LE(differ, 1);
+}
+
 }  // namespace
 }  // namespace headroom

@@ -3,10 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -194,6 +197,158 @@ TEST_F(Api, StopsAtStringsAndTokens) {
   EXPECT_LE(stopped.tokens.size(), 11u);
 }
 
+TEST_F(Api, PenaltiesAndBiasChangeWhatIsDrawn) {
+  v1::GenerateRequest request = Ask(RandomPrompt(6, 80), 60);
+  const Generation plain = client().Generate(request);
+  ASSERT_EQ(plain.tokens.size(), 60u) << plain.status;
+  const auto distinct = [](const Generation& generation) {
+    const std::vector<int32_t> ids = generation.ids();
+    return std::set<int32_t>(ids.begin(), ids.end()).size();
+  };
+  v1::GenerateRequest penalised = request;
+  penalised.mutable_sampling()->set_presence_penalty(2);
+  penalised.mutable_sampling()->set_frequency_penalty(2);
+  EXPECT_GT(distinct(client().Generate(penalised)), distinct(plain));
+  // Bias alone: one token always; the log-probabilities are still the model's.
+  v1::GenerateRequest biased = request;
+  (*biased.mutable_sampling()->mutable_logit_bias())[77] = 100;
+  const Generation only = client().Generate(biased);
+  EXPECT_EQ(only.ids(), std::vector<int32_t>(60, 77));
+  EXPECT_EQ(only.tokens[0].top(0).logprob(), plain.tokens[0].top(0).logprob());
+  // What would end the answer is held back.
+  v1::GenerateRequest longer = request;
+  const int32_t third = plain.tokens[2].token_id();
+  longer.mutable_stopping()->add_stop_token_ids(third);
+  EXPECT_LE(client().Generate(longer).tokens.size(), 3u);
+  longer.mutable_stopping()->set_min_tokens(20);
+  const Generation held = client().Generate(longer);
+  ASSERT_GE(held.tokens.size(), 20u) << held.status;
+  for (size_t i = 0; i < 20; ++i) EXPECT_NE(held.tokens[i].token_id(), third) << i;
+}
+
+// ---------------------------------------------------------------- several answers
+
+// The n answers of a stream, each with its one end; `on_event` sees all events.
+std::vector<Generation> GenerateAnswers(
+    v1::InferenceService::Stub& api, const v1::GenerateRequest& request,
+    grpc::ClientContext* context,
+    const std::function<void(const v1::GenerateResponse&)>& on_event = nullptr) {
+  std::vector<Generation> answers(request.n());
+  std::vector<bool> ended(request.n());
+  int accepted = 0;
+  const auto stream = api.Generate(context, request);
+  for (v1::GenerateResponse event; stream->Read(&event);) {
+    if (on_event != nullptr) on_event(event);
+    accepted += event.has_accepted();
+    if (event.has_delta()) {
+      Generation& answer = answers.at(event.delta().index());
+      EXPECT_FALSE(ended[event.delta().index()]);
+      answer.text += event.delta().text();
+      answer.tokens.insert(answer.tokens.end(), event.delta().tokens().begin(),
+                           event.delta().tokens().end());
+    } else if (event.has_finished()) {
+      answers.at(event.finished().index()).finished = event.finished();
+      EXPECT_FALSE(ended[event.finished().index()]) << "ended twice";
+      ended[event.finished().index()] = true;
+    }
+  }
+  const absl::Status status = FromGrpcStatus(stream->Finish());
+  for (size_t i = 0; i < answers.size(); ++i) {
+    answers[i].status = status;
+    EXPECT_EQ(ended[i], status.ok()) << i;
+  }
+  EXPECT_LE(accepted, 1);
+  return answers;
+}
+
+TEST_F(Api, EachOfSeveralAnswersIsWhatItsSeedDrawsAlone) {
+  v1::GenerateRequest request = Ask(RandomPrompt(11, 200), 24);
+  request.mutable_sampling()->set_temperature(1);
+  request.mutable_sampling()->set_seed(1234);
+  request.set_session_id("several");
+  v1::GenerateRequest several = request;
+  several.set_n(5);
+  const std::vector<Generation> answers =
+      GenerateAnswers(api(), several, TestClient::Context().get());
+  std::set<std::vector<int32_t>> different;
+  for (int32_t i = 0; i < several.n(); ++i) {
+    ASSERT_TRUE(answers[i].status.ok()) << answers[i].status;
+    EXPECT_EQ(answers[i].finished.usage().completion_tokens(), 24);
+    EXPECT_EQ(answers[i].finished.prompt_logprobs_size(), i == 0 ? 199 : 0);
+    different.insert(answers[i].ids());
+  }
+  EXPECT_EQ(different.size(), 5u);
+  EXPECT_EQ(answers[0].finished.seed(), 1234u);
+  v1::GetSessionRequest get;
+  get.set_session_id("several");
+  v1::GetSessionResponse session;
+  ASSERT_TRUE(api().GetSession(TestClient::Context().get(), get, &session).ok());
+  EXPECT_EQ(session.session().tokens(), 224) << "the session keeps answer 0";
+
+  v1::GenerateOnceRequest once;
+  *once.mutable_request() = several;
+  v1::GenerateOnceResponse response;
+  const grpc::Status status = api().GenerateOnce(TestClient::Context().get(), once, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(response.answers_size(), 5);
+  EXPECT_FALSE(response.has_finished());
+  EXPECT_EQ(response.tokens_size(), 0);
+
+  request.clear_session_id();
+  for (int32_t i = 0; i < several.n(); ++i) {
+    request.mutable_sampling()->set_seed(answers[i].finished.seed());
+    request.mutable_logprobs()->set_prompt(i == 0);
+    const Generation alone = client().Generate(request);
+    EXPECT_EQ(Difference(alone, answers[i]), "") << i;
+    EXPECT_EQ(alone.text, answers[i].text);
+    EXPECT_EQ(response.answers(i).text(), alone.text);
+    EXPECT_EQ(response.answers(i).tokens_size(), 24);
+    EXPECT_EQ(response.answers(i).finished().seed(), answers[i].finished.seed());
+  }
+  v1::DeleteSessionRequest erase;
+  erase.set_session_id("several");
+  v1::DeleteSessionResponse erased;
+  EXPECT_TRUE(api().DeleteSession(TestClient::Context().get(), erase, &erased).ok());
+}
+
+TEST_F(Api, CancelAndAbortEndAllAnswers) {
+  v1::GenerateRequest request = Endless();
+  request.mutable_stopping()->set_max_tokens(1500);  // four of them fit, and one more request
+  request.set_n(4);
+  const Generation expected = client().Generate(Ask(RandomPrompt(12, 100), 30));
+  for (const bool abort : {false, true}) {
+    const auto context = TestClient::Context();
+    context->AddMetadata("x-request-id", "four");
+    std::set<int32_t> seen;
+    bool sent = false;
+    const std::vector<Generation> answers = GenerateAnswers(
+        api(), request, context.get(), [&](const v1::GenerateResponse& event) {
+          if (event.has_delta()) seen.insert(event.delta().index());
+          if (seen.size() < 4 || std::exchange(sent, true)) return;
+          EXPECT_EQ(client().Load().running_requests(), 4);
+          EXPECT_EQ(Difference(client().Generate(Ask(RandomPrompt(12, 100), 30)), expected), "");
+          v1::AbortRequest four;
+          four.set_request_id("four");
+          v1::AbortResponse aborted;
+          if (abort) {
+            EXPECT_TRUE(api().Abort(TestClient::Context().get(), four, &aborted).ok());
+          } else {
+            context->TryCancel();
+          }
+        });
+    EXPECT_EQ(seen.size(), 4u);
+    for (const Generation& answer : answers) {
+      if (abort) {
+        EXPECT_TRUE(answer.status.ok()) << answer.status;
+        EXPECT_EQ(answer.finished.reason(), v1::FINISH_REASON_CANCELLED);
+      } else {
+        EXPECT_TRUE(absl::IsCancelled(answer.status)) << answer.status;
+      }
+    }
+    EXPECT_TRUE(client().AwaitIdle(Patience(absl::Seconds(5))));
+  }
+}
+
 TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
   v1::ForkSessionRequest fork;
   fork.set_session_id("a");
@@ -207,6 +362,26 @@ TEST_F(Api, SaysWhatOnlyLaterVersionsDo) {
                 .Profile(TestClient::Context().get(), v1::ProfileRequest(), &profile)
                 .error_code(),
             grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST_F(Api, ReflectsOnlyIfAskedTo) {
+  const auto reflects = [](const std::string& address) {
+    std::string response;
+    return TestClient(address, address)
+        .Call("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "", &response)
+        .error_code();
+  };
+  for (const std::string& address : {cluster_->api_address(), cluster_->admin_address(),
+                                     cluster_->worker_address(), cluster_->kvstore_address()}) {
+    EXPECT_EQ(reflects(address), grpc::StatusCode::UNIMPLEMENTED) << address;
+  }
+  ClusterOptions options;
+  options.coordinator_args = {"--reflection"};
+  Cluster asked(options);
+  ASSERT_NO_FATAL_FAILURE(asked.AwaitServing());
+  EXPECT_EQ(reflects(asked.api_address()), grpc::StatusCode::OK);
+  EXPECT_EQ(reflects(asked.admin_address()), grpc::StatusCode::OK);
+  EXPECT_EQ(reflects(asked.worker_address()), grpc::StatusCode::UNIMPLEMENTED);
 }
 
 // ---------------------------------------------------------------- what it refuses
@@ -235,6 +410,10 @@ TEST_F(Api, NamesTheFieldThatIsWrong) {
             "sampling.temperature");
   EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_top_p(nan); }), "sampling.top_p");
   EXPECT_EQ(complaint([](R& r) { r.mutable_sampling()->set_top_k(-5); }), "sampling.top_k");
+  EXPECT_EQ(complaint([&](R& r) { r.mutable_sampling()->set_presence_penalty(nan); }),
+            "sampling.presence_penalty");
+  EXPECT_EQ(complaint([](R& r) { (*r.mutable_sampling()->mutable_logit_bias())[kTestVocab] = 1; }),
+            absl::StrCat("sampling.logit_bias[", kTestVocab, "]"));
   EXPECT_EQ(complaint([](R& r) {
               for (int i = 0; i < 17; ++i) r.mutable_stopping()->add_stop_strings("x");
             }),
@@ -248,7 +427,8 @@ TEST_F(Api, NamesTheFieldThatIsWrong) {
   EXPECT_EQ(complaint([](R& r) { Place(r, {{v1::LANE_RESIDENT, 0.5}}); }), "placement.shares");
   EXPECT_EQ(complaint([](R& r) { r.mutable_placement()->set_chunk_tokens(0); }),
             "placement.chunk_tokens");
-  EXPECT_EQ(complaint([](R& r) { r.set_n(2); }), "n");
+  EXPECT_EQ(complaint([](R& r) { r.set_n(0); }), "n");
+  EXPECT_EQ(complaint([](R& r) { r.set_n(17); }), "n");
 }
 
 TEST_F(Api, ServesThePromptThatJustFits) {

@@ -115,6 +115,31 @@ TEST_F(Restart, AKilledWorkerCostsAPause) {
   EXPECT_GE(again.cached_tokens(), 256);
 }
 
+// The new worker is told what the old one had counted.
+TEST_F(Restart, PenaltiesOutliveTheWorker) {
+  v1::GenerateRequest request = AskIn("", RandomPrompt(5, 300), 300);
+  request.mutable_sampling()->set_temperature(0.7f);
+  request.mutable_sampling()->set_seed(3);
+  request.mutable_sampling()->set_frequency_penalty(0.4f);
+  request.mutable_sampling()->set_presence_penalty(0.3f);
+  request.mutable_sampling()->set_repetition_penalty(1.1f);
+  const Generation expected = client().Generate(request);
+  ASSERT_EQ(expected.tokens.size(), 300u) << expected.status;
+  EXPECT_EQ(Difference(client().Generate(request), expected), "") << "the seed fixes the text";
+  std::atomic<int> generated{0};
+  Generation generation;
+  std::thread streams([&] {
+    generation = client().Generate(request, [&](int tokens) { generated.store(tokens); });
+  });
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return generated.load() >= 30; }));
+  cluster_.worker().Kill();
+  cluster_.StartWorker();
+  streams.join();
+  ASSERT_TRUE(generation.status.ok()) << generation.status;
+  EXPECT_EQ(generation.ids(), expected.ids());
+  ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
+}
+
 TEST_F(Restart, AWorkerThatIsAwayMakesHealthSaySo) {
   cluster_.worker().Kill();
   EXPECT_TRUE(client().AwaitHealth("NOT_SERVING", absl::Seconds(10)));

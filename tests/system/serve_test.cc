@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
+#include "common/errors.h"
 #include "common/grpc_status.h"
 #include "tests/system/test_env.h"
 
@@ -112,22 +113,40 @@ v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>
 // ---------------------------------------------------------------- the life of serve
 
 TEST_F(Serve, SigtermDrainsAndLeavesNothing) {
+  constexpr int kStreams = 8;
   ASSERT_NO_FATAL_FAILURE(Start());
   const std::vector<pid_t> children = DescendantsOf(serve_->pid());
   EXPECT_EQ(children.size(), 3u);
-  std::atomic<int> generated{0};
-  Generation generation;
-  std::thread streams([&] {
-    generation = client().Generate(AskIn("", RandomPrompt(1, 300), 500),
-                                   [&](int tokens) { generated.store(tokens); });
-  });
-  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return generated.load() >= 10; }));
+  std::vector<v1::GenerateRequest> requests;
+  std::vector<Generation> expected, drained(kStreams);
+  for (int i = 0; i < kStreams; ++i) {
+    requests.push_back(AskIn("", RandomPrompt(i, 100 + 30 * i), 400));
+    expected.push_back(client().Generate(requests[i]));
+  }
+  std::vector<std::thread> streams;
+  std::atomic<int> begun{0}, ended{0};
+  for (int i = 0; i < kStreams; ++i) {
+    streams.emplace_back([&, i] {
+      drained[i] = client().Generate(requests[i], [&](int tokens) { begun += tokens == 10; });
+      ++ended;
+    });
+  }
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return begun.load() == kStreams; }));
+  EXPECT_EQ(ended.load(), 0) << "some are over before";
   serve_->Signal(SIGTERM);
-  // What runs is finished.
-  streams.join();
+  // What comes is refused from then on; what runs is finished as if nothing were.
+  absl::Status refused;
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(1)), [&] {
+    refused = client().Generate(AskIn("", {5, 6, 7}, 1)).status;
+    return !refused.ok();
+  }));
+  EXPECT_TRUE(absl::IsUnavailable(refused)) << refused;
+  EXPECT_EQ(ReasonOf(refused), "DRAINING");
+  EXPECT_EQ(client().Health(), "NOT_SERVING");
+  EXPECT_LT(ended.load(), kStreams) << "none runs any more";
+  for (std::thread& stream : streams) stream.join();
+  for (int i = 0; i < kStreams; ++i) EXPECT_EQ(Difference(drained[i], expected[i]), "") << i;
   client_.reset();  // a client that nobody polls is waited for until it closes, at most 5 s
-  EXPECT_TRUE(generation.status.ok()) << generation.status;
-  EXPECT_EQ(generation.tokens.size(), 500u);
   EXPECT_EQ(serve_->Wait(Patience(absl::Seconds(20))), 0);
   ExpectNothingIsLeft(children);
 }
@@ -294,6 +313,20 @@ TEST_F(Serve, GenerateTakesTextFilesAndSessions) {
   const CommandResult text = Headroom(plain);
   EXPECT_EQ(text.exit_code, 0) << text.err;
   EXPECT_TRUE(absl::StrContains(text.out, ask({"--prompt", "hello"})["text"].get<std::string>()));
+  const std::vector<std::string> three = {"--n", "3", "--temperature", "1", "--seed", "7"};
+  std::vector<std::string> as_json = {"--prompt", "hello"};
+  as_json.insert(as_json.end(), common.begin(), common.end());
+  as_json.insert(as_json.end(), three.begin(), three.end());
+  const json several = GenerateJson(as_json);
+  ASSERT_EQ(several["answers"].size(), 3u) << several;
+  plain.insert(plain.end(), three.begin(), three.end());
+  const CommandResult texts = Headroom(plain);
+  std::string expected;
+  for (int i = 0; i < 3; ++i) {
+    absl::StrAppend(&expected, "--- answer ", i, "\n",
+                    several["answers"][i]["text"].get<std::string>(), "\n");
+  }
+  EXPECT_EQ(texts.out, expected);
 }
 
 TEST_F(Serve, GenerateRefusesWhatIsWrongWithExitCode2) {

@@ -187,6 +187,51 @@ TEST_F(Startup, AFlagThatIsWrongGetsTheNearestName) {
                 {"generat", "generate"});
 }
 
+// --check-config: what each process finds wrong without starting, and one line if nothing is.
+TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
+  const TestDir segments("/dev/shm");
+  const std::string config = dir_.File("headroom.toml");
+  const auto check = [&](const std::string& command, std::vector<std::string> more) {
+    more.insert(more.begin(), {HeadroomBinary(), command, "--check-config"});
+    return RunCommand(more, Patience(kSoon));
+  };
+  const auto right = [&](const std::string& command, const std::vector<std::string>& more) {
+    const CommandResult result = check(command, more);
+    EXPECT_EQ(result.exit_code, 0) << result.err;
+    EXPECT_EQ(result.err, "");
+    EXPECT_EQ(result.out, absl::StrCat("headroom ", command, ": the configuration is right\n"));
+  };
+  std::ofstream(config) << "gpu-memory = '48MiB'\nmodel = '" << model_ << "'\n";
+  right("serve", {"--config", config, "--host-memory", "64MiB", "--device", "cpu"});
+  right("coordinator", {"--model", model_});
+  right("worker", {"--config", config, "--device", "cpu"});
+  right("kvstore", {"--segment-dir", segments.File("segment"), "--host-memory", "64MiB"});
+  EXPECT_FALSE(std::filesystem::exists(segments.File("segment"))) << "nothing is made";
+
+  const std::string missing = dir_.File("nowhere");
+  for (const char* command : {"serve", "coordinator", "worker"}) {
+    ExpectRefused(check(command, {"--model", missing}), {missing});
+    ExpectRefused(check(command, {}), {"--model"});
+  }
+  ExpectRefused(check("worker", {"--config", config, "--gpu-memory", "6MiB", "--device", "cpu"}),
+                {"--gpu-memory", "at least"});
+  ExpectRefused(check("kvstore", {"--host-memory", "64XiB"}), {"--host-memory", "64XiB"});
+  ExpectRefused(check("kvstore", {"--host-memory", "900TiB"}), {"--host-memory", "left"});
+  ExpectRefused(check("serve", {"--config", config, "--tls-cert", missing, "--tls-key", missing}),
+                {"--tls-cert", missing});
+  for (const char* command : {"coordinator", "worker"}) {
+    ExpectRefused(check(command, {"--model", model_, "--peer-cert", missing}), {"--peer-"});
+  }
+  ExpectRefused(check("kvstore", {"--peer-ca", missing}), {"--peer-"});
+  ExpectRefused(check("kvstore", {"--listen", absl::StrCat("unix:/", std::string(107, 'x'))}),
+                {"--listen"});
+  std::ofstream(config) << "gpu-memroy = '48MiB'\n";
+  ExpectRefused(check("worker", {"--config", config}), {"gpu-memroy", "gpu-memory"});
+  std::filesystem::remove(model_ + "/model.safetensors");
+  right("coordinator", {"--model", model_});
+  ExpectRefused(check("worker", {"--model", model_}), {"model.safetensors"});
+}
+
 TEST_F(Startup, AStoreThatDoesNotFitSaysSo) {
   const TestDir segments("/dev/shm");
   const auto store = [&](const std::string& memory) {

@@ -228,20 +228,15 @@ v1::GetStatusResponse TestClient::Status() const {
   return response;
 }
 
-// grpc.health.v1.Health, whose messages are a string and an enum, without its generated code.
-std::string TestClient::Health(const std::string& service) const {
+grpc::Status TestClient::Call(const std::string& method, const std::string& request,
+                              std::string* response) const {
   grpc::GenericStub stub(channel_);
-  std::string request;
-  if (!service.empty()) {
-    request = absl::StrCat("\x0a", std::string(1, static_cast<char>(service.size())), service);
-  }
   const grpc::Slice slice(request);
   const grpc::ByteBuffer sent(&slice, 1);
   const auto context = Context(absl::Seconds(2));
   context->set_wait_for_ready(true);  // a call that fails at once moves no connection forward
   grpc::CompletionQueue queue;
-  const auto call = stub.PrepareUnaryCall(context.get(), "/grpc.health.v1.Health/Check", sent,
-                                          &queue);
+  const auto call = stub.PrepareUnaryCall(context.get(), method, sent, &queue);
   call->StartCall();
   grpc::ByteBuffer received;
   grpc::Status status;
@@ -250,14 +245,23 @@ std::string TestClient::Health(const std::string& service) const {
   bool ok = false;
   queue.Next(&tag, &ok);
   queue.Shutdown();
-  if (!status.ok()) return status.error_message();
-  std::vector<grpc::Slice> slices;
-  std::string response;  // in as many pieces as it was read in
-  if (received.Dump(&slices).ok()) {
-    for (const grpc::Slice& piece : slices) {
-      response.append(reinterpret_cast<const char*>(piece.begin()), piece.size());
-    }
+  std::vector<grpc::Slice> slices;  // in as many pieces as it was read in
+  response->clear();
+  if (!status.ok() || !received.Dump(&slices).ok()) return status;
+  for (const grpc::Slice& piece : slices) {
+    response->append(reinterpret_cast<const char*>(piece.begin()), piece.size());
   }
+  return status;
+}
+
+// grpc.health.v1.Health, whose messages are a string and an enum.
+std::string TestClient::Health(const std::string& service) const {
+  std::string request, response;
+  if (!service.empty()) {
+    request = absl::StrCat("\x0a", std::string(1, static_cast<char>(service.size())), service);
+  }
+  const grpc::Status status = Call("/grpc.health.v1.Health/Check", request, &response);
+  if (!status.ok()) return status.error_message();
   if (response.size() < 2) return "UNKNOWN";
   return response[1] == 1 ? "SERVING" : "NOT_SERVING";
 }

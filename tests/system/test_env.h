@@ -92,6 +92,9 @@ class TestClient {
   v1::GetStatusResponse Status() const;
   // What the health service says: "SERVING", "NOT_SERVING", or why it says nothing.
   std::string Health(const std::string& service = "") const;
+  // A call of any method, as bytes: for services whose generated code no test has.
+  grpc::Status Call(const std::string& method, const std::string& request,
+                    std::string* response) const;
   bool AwaitHealth(const std::string& wanted, absl::Duration most) const;
   // No request runs or waits.
   bool AwaitIdle(absl::Duration most) const;

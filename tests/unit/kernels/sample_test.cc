@@ -271,5 +271,156 @@ TEST(Sample, TheUniformNumberIsPhilox) {
   EXPECT_EQ(results[0].token_id, static_cast<int32_t>(0x6627e8 / 16777216.0 * 1000));
 }
 
+// A state in plain memory.
+class State {
+ public:
+  explicit State(int64_t vocab) : memory_((DrawStateBytes(vocab) + 7) / 8) {
+    new (memory_.data()) DrawState();
+  }
+  DrawState* operator->() { return get(); }
+  DrawState* get() { return reinterpret_cast<DrawState*>(memory_.data()); }
+  uint32_t& count(int32_t id) { return DrawCounts(get())[id]; }
+  // The token at `pos` was drawn.
+  void Drew(uint64_t pos, int32_t id) { get()->recent[pos % kRecentTokens] = id; }
+
+ private:
+  std::vector<uint64_t> memory_;
+};
+
+// Every token drawn greedily, one after the other, with its own state: each kernel against the
+// reference, tokens and states.
+TEST(Sample, PenaltiesAndBiasMatchTheReference) {
+  for (const int64_t vocab : {3, 17, 1000}) {
+    const auto run = [&](auto&& sample) {
+      Random random(8);
+      State state(vocab);
+      for (int32_t id = 0; id < vocab; id += 3) state.count(id) = kInPrompt;
+      state.count(0) = 3;
+      state->num_bias = 2;
+      state->bias[0] = {1, -1.5f};
+      state->bias[1] = {2, 0.75f};
+      state->num_held_back = 1;
+      state->held_back[0] = static_cast<int32_t>(vocab - 1);
+      state->held_back_end = 120;
+      std::vector<int32_t> story;
+      for (uint64_t pos = 100; pos < 140; ++pos) {
+        SampleRow row;
+        row.counter = pos;
+        row.state = state.get();
+        row.repetition_penalty = 1.3f;
+        row.frequency_penalty = 0.25f;
+        row.presence_penalty = 0.5f;
+        row.num_recent = static_cast<int32_t>(std::min<uint64_t>(pos - 100, 2));
+        row.num_settled = pos > 102 ? 1 : 0;
+        Sampling sampling(vocab, random.Floats(vocab, 1), {row});
+        story.push_back(sample(sampling)[0].token_id);
+      }
+      for (int32_t id = 0; id < vocab; ++id) story.push_back(static_cast<int32_t>(state.count(id)));
+      return story;
+    };
+    const std::vector<int32_t> expected = run([](Sampling& s) { return s.RunReference(); });
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      EXPECT_EQ(run([=](Sampling& s) { return s.Run(*kernels); }), expected) << kernels->name;
+    }
+  }
+}
+
+// Logits and what is expected of them, by hand.
+TEST(Sample, PenaltiesAreThoseOfTheirDefinitions) {
+  const auto greedy = [](std::vector<float> logits, State& state, SampleRow row) {
+    row.state = state.get();
+    row.counter = 50;
+    const auto vocab = static_cast<int64_t>(logits.size());
+    return Sampling(vocab, std::move(logits), {row}).Run()[0].token_id;
+  };
+  State prompt(3);
+  prompt.count(0) = kInPrompt;
+  SampleRow row;
+  row.repetition_penalty = 2;
+  EXPECT_EQ(greedy({4, 1.9f, 0}, prompt, row), 0);     // 4 / 2
+  EXPECT_EQ(greedy({4, 2.1f, 0}, prompt, row), 1);
+  EXPECT_EQ(greedy({-1, -1.9f, -9}, prompt, row), 1);  // -1 * 2
+  EXPECT_EQ(greedy({-1, -2.1f, -9}, prompt, row), 0);
+  row = SampleRow();
+  row.frequency_penalty = row.presence_penalty = 2;
+  EXPECT_EQ(greedy({1, 0.9f, 0}, prompt, row), 0) << "the prompt does not count";
+  State answer(3);
+  answer.count(0) = 3;
+  row = SampleRow();
+  row.frequency_penalty = 0.5f;
+  EXPECT_EQ(greedy({3, 1.4f, 0}, answer, row), 0);  // 3 - 3 * 0.5
+  EXPECT_EQ(greedy({3, 1.6f, 0}, answer, row), 1);
+  row.presence_penalty = 1;
+  EXPECT_EQ(greedy({3, 0.4f, 0}, answer, row), 0);  // ... - 1
+  EXPECT_EQ(greedy({3, 0.6f, 0}, answer, row), 1);
+  row.repetition_penalty = 2;
+  EXPECT_EQ(greedy({3, -0.9f, -2}, answer, row), 1);  // 3 / 2 - 1.5 - 1
+  EXPECT_EQ(greedy({3, -1.1f, -2}, answer, row), 0);
+  answer->num_bias = 1;
+  answer->bias[0] = {2, 1.5f};
+  EXPECT_EQ(greedy({3, -1.1f, -2}, answer, row), 2);
+  answer->num_held_back = 1;
+  answer->held_back[0] = 2;
+  answer->held_back_end = 51;  // the row draws position 50
+  EXPECT_EQ(greedy({3, -1.1f, -2}, answer, row), 0);
+  answer->held_back_end = 50;
+  EXPECT_EQ(greedy({3, -1.1f, -2}, answer, row), 2);
+}
+
+TEST(Sample, RecentTokensCountOnceHoweverOftenTheRowIsRun) {
+  State state(4);
+  for (uint64_t pos = 30; pos < 33; ++pos) state.Drew(pos, pos == 31 ? 2 : 1);
+  SampleRow row;
+  row.counter = 33;
+  row.state = state.get();
+  row.frequency_penalty = 1;
+  row.num_recent = 3;
+  for (int again = 0; again < 3; ++again) {
+    EXPECT_EQ(Sampling(4, {0.9f, 3, 2, -5}, {row}).Run()[0].token_id, 1);  // 3 - 2, 2 - 1
+    EXPECT_EQ(state->recent[33 % kRecentTokens], 1);
+    EXPECT_EQ(state.count(1), 0u);
+  }
+  row.num_recent = 1;
+  row.num_settled = 2;  // positions 30 and 31
+  EXPECT_EQ(Sampling(4, {1.1f, 3, 2, -5}, {row}).Run()[0].token_id, 0);
+  EXPECT_EQ(state.count(1), 1u);
+  EXPECT_EQ(state.count(2), 1u);
+}
+
+TEST(Sample, LogProbabilitiesStayTheModelsOwn) {
+  State state(5);
+  state->num_bias = 1;
+  state->bias[0] = {3, 100};
+  const std::vector<float> logits = {0, 1, 2, -1, 3};
+  for (const float temperature : {0.0f, 1.0f}) {
+    SampleRow row = Tempered(temperature, 1, 7);
+    row.num_top_logprobs = 2;
+    const SampleResult plain = Sampling(5, logits, {row}).Run()[0];
+    row.state = state.get();
+    const SampleResult biased = Sampling(5, logits, {row}).Run()[0];
+    EXPECT_EQ(biased.token_id, 3);
+    EXPECT_EQ(biased.top_ids[0], 4);
+    EXPECT_EQ(biased.top_logprobs[0], plain.top_logprobs[0]);
+    EXPECT_NEAR(biased.logprob, plain.top_logprobs[0] - 4, 1e-6);
+  }
+}
+
+TEST(Sample, TokensHeldBackAreNeverDrawn) {
+  State state(5);
+  state->num_held_back = 2;
+  state->held_back[0] = 4;
+  state->held_back[1] = 2;
+  state->held_back_end = uint64_t{1} << 40;
+  for (const float temperature : {0.3f, 1.0f, 100.0f}) {
+    SampleRow row = Tempered(temperature, 2, 0);
+    row.state = state.get();
+    for (row.counter = 0; row.counter < 300; ++row.counter) {
+      row.top_p = row.counter % 2 == 0 ? 1.0f : 0.9f;
+      const int32_t drawn = Sampling(5, {0, 1, 2, -1, 3}, {row}).Run()[0].token_id;
+      EXPECT_TRUE(drawn != 4 && drawn != 2) << drawn;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace headroom::kernels

@@ -1,6 +1,7 @@
 //! A chat template (Jinja), rendered as transformers' apply_chat_template() does: the same whitespace
 //! rules, filters, functions and Python methods of values.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use minijinja::syntax::SyntaxConfig;
@@ -39,6 +40,7 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(call_method);
         environment.add_filter("tojson", python_json::to_json);
+        environment.add_filter("trim", trim);
         environment.add_function("raise_exception", raise_exception);
         let source = without_generation_tags(source)?;
         let compile = move || {
@@ -134,7 +136,20 @@ fn strftime(format: &str, now_unix_seconds: i64) -> Result<String, Error> {
         .map_err(|_| wrong("strftime_now: the result is not UTF-8"))
 }
 
-/// Methods of Python's values: minijinja-contrib's, and the string methods it lacks.
+/// What str.strip() and str.split() take for white space: Unicode's, and the separators U+001C to
+/// U+001F.
+fn is_python_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+fn trim(text: Cow<'_, str>, chars: Option<Cow<'_, str>>) -> String {
+    match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)).to_string(),
+        None => text.trim_matches(is_python_space).to_string(),
+    }
+}
+
+/// Methods of Python's values: minijinja-contrib's, and the string methods it lacks or has otherwise.
 fn call_method(
     state: &mut State,
     value: &Value,
@@ -143,6 +158,11 @@ fn call_method(
 ) -> Result<Value, Error> {
     if let Some(text) = value.as_str() {
         check_cost(state, text, method, args)?;
+        if args.is_empty() {
+            if let Some(result) = call_method_about_space(text, method) {
+                return Ok(result);
+            }
+        }
         if let [argument, ..] = args {
             if let Some(result) = call_string_method(text, method, argument, &args[1..]) {
                 return Ok(result);
@@ -160,7 +180,7 @@ fn check_cost(state: &State, text: &str, method: &str, args: &[Value]) -> Result
             state.consume_fuel(text.matches(separator).count() as u64)
         }
         ("split" | "rsplit" | "splitlines", _) => {
-            state.consume_fuel(text.chars().filter(|c| c.is_whitespace()).count() as u64)
+            state.consume_fuel(text.chars().filter(|c| is_python_space(*c)).count() as u64)
         }
         ("format", _) => {
             let too_wide = |part: &str| part.len() > MAX_WIDTH_DIGITS;
@@ -170,6 +190,18 @@ fn check_cost(state: &State, text: &str, method: &str, args: &[Value]) -> Result
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+fn call_method_about_space(text: &str, method: &str) -> Option<Value> {
+    match method {
+        "strip" => Some(text.trim_matches(is_python_space).into()),
+        "lstrip" => Some(text.trim_start_matches(is_python_space).into()),
+        "rstrip" => Some(text.trim_end_matches(is_python_space).into()),
+        "split" => {
+            Some(Value::from_iter(text.split(is_python_space).filter(|part| !part.is_empty())))
+        }
+        _ => None,
     }
 }
 

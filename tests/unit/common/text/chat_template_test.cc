@@ -4,6 +4,8 @@
 
 #include <thread>
 
+#include "absl/strings/match.h"
+
 #include "tests/unit/common/text/text_test_util.h"
 
 namespace headroom {
@@ -28,19 +30,60 @@ std::string ErrorOf(absl::string_view source, const std::vector<ChatMessage>& me
   return std::string(status.message());
 }
 
+std::vector<ChatMessage> Messages(const Json& array) {
+  std::vector<ChatMessage> messages;
+  for (const Json& message : array.as_array()) {
+    messages.push_back({message.Find("role")->as_string(), message.Find("content")->as_string()});
+  }
+  return messages;
+}
+
 TEST(ChatTemplate, RendersSmolLm2AsPythonDoes) {
   const std::unique_ptr<ChatTemplate> chat = Must(ChatTemplate::FromModelDir(ModelDir()));
   const Json vectors = Vectors();
   ASSERT_GE(vectors.Find("chat")->as_array().size(), 10u);
   for (const Json& vector : vectors.Find("chat")->as_array()) {
-    std::vector<ChatMessage> messages;
-    for (const Json& message : vector.Find("messages")->as_array()) {
-      messages.push_back(
-          {message.Find("role")->as_string(), message.Find("content")->as_string()});
-    }
-    EXPECT_EQ(Must(chat->Render(messages, vector.Find("add_generation_prompt")->as_bool())),
+    EXPECT_EQ(Must(chat->Render(Messages(*vector.Find("messages")),
+                                vector.Find("add_generation_prompt")->as_bool())),
               vector.Find("text")->as_string());
   }
+}
+
+// Llama 3, Llama 3.1, Qwen 2.5, Mistral; make_chat_goldens.py wrote what transformers makes of them.
+TEST(ChatTemplate, RendersThirtyConversationsOfEachFamilyAsPythonDoes) {
+  const Json goldens = TestData("chat_goldens.json");
+  const Json::Array& conversations = goldens.Find("conversations")->as_array();
+  ASSERT_EQ(conversations.size(), 30u);
+  ASSERT_EQ(goldens.Find("templates")->as_array().size(), 4u);
+  int refused = 0;
+  for (const Json& golden : goldens.Find("templates")->as_array()) {
+    ChatTemplate::SpecialTokens special_tokens;
+    for (const auto& [name, text] : golden.Find("special_tokens")->as_object()) {
+      special_tokens.emplace_back(name, text.as_string());
+    }
+    const auto chat = Template(golden.Find("source")->as_string(), std::move(special_tokens));
+    for (size_t i = 0; i < conversations.size(); ++i) {
+      const std::vector<ChatMessage> messages = Messages(conversations[i]);
+      const Json::Array& expected = golden.Find("rendered")->as_array()[i].as_array();
+      for (const bool add_generation_prompt : {false, true}) {
+        const std::string where =
+            absl::StrCat(golden.Find("name")->as_string(), ", conversation ", i);
+        const Json& text = expected[add_generation_prompt ? 1 : 0];
+        const absl::StatusOr<std::string> rendered = chat->Render(messages, add_generation_prompt);
+        if (text.is_string()) {
+          ASSERT_TRUE(rendered.ok()) << where << ": " << rendered.status();
+          EXPECT_EQ(*rendered, text.as_string()) << where;
+        } else {
+          ++refused;
+          EXPECT_TRUE(absl::IsInvalidArgument(rendered.status())) << where;
+          EXPECT_TRUE(absl::StrContains(rendered.status().message(),
+                                        text.Find("error")->as_string()))
+              << where << ": " << rendered.status();
+        }
+      }
+    }
+  }
+  EXPECT_EQ(refused, 12) << "Mistral's six, whose roles do not alternate";
 }
 
 TEST(ChatTemplate, WhatItRendersIsEncodedWithItsSpecialTokens) {
@@ -100,6 +143,11 @@ TEST(ChatTemplate, WhitespaceMethodsAndFiltersAreThoseOfPython) {
   EXPECT_EQ(Render("a\n  {% if true %}\n  b\n  {% endif %}\nc"), "a\n  b\nc");
   EXPECT_EQ(Render("{{ ' x '.strip() + 'a,b'.split(',')[1] + 'AbC'.lower() }}"), "xbabc");
   EXPECT_EQ(Render("{{ 'abc'.removeprefix('a') }}{{ 'x-y-z'.rsplit('-', 1)[0] }}"), "bcx-y");
+  EXPECT_EQ(Render("{% for m in messages %}[{{ m.content.strip() }}{{ m.content | trim }}"
+                   "{{ m.content.lstrip() }}{{ m.content.rstrip() }}{{ m.content.split() | join }}"
+                   "{{ m.content | trim(' b\x1c') }}]{% endfor %}",
+                   {{"u", "\x1c\x1f a\x1d" "b \x1e"}}),
+            "[a\x1d" "ba\x1d" "ba\x1d" "b \x1e\x1c\x1f a\x1d" "bab\x1f a\x1d" "b \x1e]");
   EXPECT_EQ(Render("{{ messages | tojson }}", {{"u", "é<\"\n"}}),
             R"([{"role": "u", "content": "é<\"\n"}])");
   EXPECT_EQ(Render("{{ [1, 2.0, none, true, 1e-7] | tojson }}"), "[1, 2.0, null, true, 1e-07]");

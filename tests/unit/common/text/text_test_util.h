@@ -49,12 +49,14 @@ inline std::unique_ptr<Tokenizer> ModelTokenizer() {
   return Must(Tokenizer::FromModelDir(ModelDir()));
 }
 
-// What Python makes of texts, ids and messages; make_tokenizer_vectors.py wrote it.
-inline Json Vectors() {
-  return Must(Json::ParseFile(absl::StrCat(Environment("HEADROOM_SOURCE_DIR"),
-                                           "/tests/unit/common/text/tokenizer_vectors.json"),
-                              1 << 20));
+// A file beside the tests.
+inline Json TestData(const std::string& name) {
+  return Must(Json::ParseFile(
+      absl::StrCat(Environment("HEADROOM_SOURCE_DIR"), "/tests/unit/common/text/", name), 1 << 20));
 }
+
+// What Python makes of texts, ids and messages; make_tokenizer_vectors.py wrote it.
+inline Json Vectors() { return TestData("tokenizer_vectors.json"); }
 
 inline std::vector<int32_t> Ids(const Json& array) {
   std::vector<int32_t> ids;

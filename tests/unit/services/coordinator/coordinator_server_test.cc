@@ -258,6 +258,29 @@ TEST_F(CoordinatorServerTest, NamesTheFieldThatIsWrong) {
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_k(kFakeVocab + 1); }), "sampling.top_k");
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_top_p(0); }), "sampling.top_p");
   EXPECT_EQ(wrong([](R& r) { r.mutable_sampling()->set_min_p(1.5); }), "sampling.min_p");
+  for (const float value : {0.0f, 101.0f, NAN, INFINITY}) {
+    EXPECT_EQ(wrong([=](R& r) { r.mutable_sampling()->set_repetition_penalty(value); }),
+              "sampling.repetition_penalty");
+  }
+  for (const float value : {-2.1f, 2.1f, NAN, -INFINITY}) {
+    EXPECT_EQ(wrong([=](R& r) { r.mutable_sampling()->set_frequency_penalty(value); }),
+              "sampling.frequency_penalty");
+    EXPECT_EQ(wrong([=](R& r) { r.mutable_sampling()->set_presence_penalty(value); }),
+              "sampling.presence_penalty");
+  }
+  const auto biased = [&](int32_t id, float bias) {
+    return wrong([=](R& r) { (*r.mutable_sampling()->mutable_logit_bias())[id] = bias; });
+  };
+  for (const float value : {-101.0f, 100.5f, NAN, INFINITY}) {
+    EXPECT_EQ(biased(7, value), "sampling.logit_bias[7]");
+  }
+  EXPECT_EQ(biased(-1, 1), "sampling.logit_bias[-1]");
+  EXPECT_EQ(biased(kFakeVocab, 1), absl::StrCat("sampling.logit_bias[", kFakeVocab, "]"));
+  EXPECT_EQ(wrong([](R& r) {
+              auto& bias = *r.mutable_sampling()->mutable_logit_bias();
+              for (int id = 0; id < 1025; ++id) bias[id] = 1;
+            }),
+            "sampling.logit_bias");
   EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_max_tokens(-1); }), "stopping.max_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->set_min_tokens(6); }), "stopping.min_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_stopping()->add_stop_strings(""); }),
@@ -270,7 +293,9 @@ TEST_F(CoordinatorServerTest, NamesTheFieldThatIsWrong) {
   EXPECT_EQ(wrong([](R& r) { r.set_session_id("a b"); }), "session_id");
   EXPECT_EQ(wrong([](R& r) { r.set_session_id(""); }), "session_id");
   EXPECT_EQ(wrong([](R& r) { r.set_cache_salt(std::string(200, 'x')); }), "cache_salt");
-  EXPECT_EQ(wrong([](R& r) { r.set_n(2); }), "n");
+  for (const int32_t n : {-1, 0, 17, std::numeric_limits<int32_t>::max()}) {
+    EXPECT_EQ(wrong([n](R& r) { r.set_n(n); }), "n");
+  }
   EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->set_chunk_tokens(0); }),
             "placement.chunk_tokens");
   EXPECT_EQ(wrong([](R& r) { r.mutable_placement()->add_shares(); }), "placement.shares");

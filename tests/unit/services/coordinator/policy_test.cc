@@ -115,6 +115,21 @@ TEST(Admission, ATailForEachAndNotMoreSequencesThanTheWorkerTakes) {
   EXPECT_EQ(Admit(capacity, {}, {.final_tokens = 10}).kind, Verdict::kNever);
 }
 
+TEST(Admission, HistoriesTakeOfTheSamePool) {
+  Capacity capacity = SomeCapacity();
+  capacity.draw_state_bytes = capacity.tail_bytes_per_sequence / 2;  // the pool: three tails
+  const Demand plain{.final_tokens = 10};
+  const Demand with{.final_tokens = 10, .has_history = true};
+  EXPECT_EQ(Admit(capacity, {.running_sequences = 1}, with).kind, Verdict::kAdmit);
+  EXPECT_EQ(Admit(capacity, {.running_sequences = 2}, with).kind, Verdict::kWait);
+  EXPECT_EQ(Admit(capacity, {.running_sequences = 2}, plain).kind, Verdict::kAdmit);
+  const Commitments two{.running_sequences = 2, .running_histories = 1};
+  EXPECT_EQ(Admit(capacity, two, plain).kind, Verdict::kWait);
+  capacity.kv_pool_bytes = capacity.tail_bytes_per_sequence;
+  EXPECT_EQ(Admit(capacity, {}, plain).kind, Verdict::kAdmit);
+  EXPECT_EQ(Admit(capacity, {}, with).kind, Verdict::kNever);
+}
+
 TEST(Admission, DescriptorsAreCountedToo) {
   Capacity capacity = SomeCapacity();
   capacity.max_extents = 4;  // one run of all layers

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -131,8 +132,8 @@ class SchedulerTest : public testing::Test {
   }
   std::shared_ptr<Outcome> Submit(std::unique_ptr<Request> request) {
     auto outcome = std::make_shared<Outcome>();
-    const absl::Status status =
-        scheduler_->Submit(std::move(request), outcome, std::make_unique<NumberDecoder>());
+    const absl::Status status = scheduler_->Submit(
+        *request, outcome, [] { return std::make_unique<NumberDecoder>(); });
     if (!status.ok()) outcome->OnFinished(status, v1::Finished());
     return outcome;
   }
@@ -389,6 +390,124 @@ TEST_F(SchedulerTest, AFullQueueSaysWhenToTryAgain) {
   EXPECT_EQ(ReasonOf(third->status()), "QUEUE_FULL");
   EXPECT_TRUE(RetryAfterOf(third->status()).has_value());
   EXPECT_FALSE(first->done());
+}
+
+// What became of the answers of one request.
+class Answers : public RequestSink {
+ public:
+  explicit Answers(int n) : tokens_(n), ended_(n) {}
+  void OnAccepted() override {}
+  void OnDelta(v1::Delta delta) override {
+    MutexLock lock(&mutex_);
+    for (const v1::TokenRecord& token : delta.tokens()) {
+      tokens_.at(delta.index()).push_back(token.token_id());
+    }
+  }
+  void OnFinished(const absl::Status& status, v1::Finished finished) override {
+    MutexLock lock(&mutex_);
+    statuses_.insert(status.code());
+    seeds_.insert(finished.seed());
+    EXPECT_FALSE(ended_.at(finished.index())) << finished.index();
+    ended_[finished.index()] = true;
+  }
+  bool CanTake() const override { return true; }
+
+  size_t ended() {
+    MutexLock lock(&mutex_);
+    return std::count(ended_.begin(), ended_.end(), true);
+  }
+  std::vector<std::vector<int32_t>> tokens() {
+    MutexLock lock(&mutex_);
+    return tokens_;
+  }
+  std::set<absl::StatusCode> statuses() {
+    MutexLock lock(&mutex_);
+    return statuses_;
+  }
+  size_t seeds() {
+    MutexLock lock(&mutex_);
+    return seeds_.size();
+  }
+
+ private:
+  Mutex mutex_;
+  std::vector<std::vector<int32_t>> tokens_;
+  std::vector<bool> ended_;
+  std::set<absl::StatusCode> statuses_;
+  std::set<uint64_t> seeds_;
+};
+
+TEST_F(SchedulerTest, EachOfSeveralAnswersIsASequence) {
+  Start();
+  auto request = MakeRequest(Prompt(100), 20);
+  request->n = 4;
+  request->session_id = "kept";
+  const auto answers = std::make_shared<Answers>(4);
+  ASSERT_TRUE(scheduler_->Submit(*request, answers, [] { return nullptr; }).ok());
+  ASSERT_TRUE(Eventually([&] { return answers->ended() == 4; }));
+  auto alone = Submit(Prompt(100), 20);
+  ASSERT_TRUE(alone->WaitForEnd());
+  for (const std::vector<int32_t>& tokens : answers->tokens()) EXPECT_EQ(tokens, alone->tokens());
+  EXPECT_EQ(answers->seeds(), 4u);
+  ASSERT_TRUE(IdleSession("kept"));
+  EXPECT_TRUE(Eventually([this] {
+    MutexLock lock(&machine_->mutex);
+    return machine_->stored.size() == 1;
+  })) << "the session keeps one of them";
+  // The id is free again when the last of them has gone.
+  auto again = MakeRequest(Prompt(10), 1);
+  again->id = request->id;
+  auto outcome = Submit(std::move(again));
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+}
+
+TEST_F(SchedulerTest, CancelEndsAnswersThatRunAndThatWait) {
+  machine_->step_time = absl::Milliseconds(5);
+  machine_->max_sequences = 2;
+  Start();
+  auto request = MakeRequest(Prompt(10), 1000);
+  request->n = 4;
+  const auto answers = std::make_shared<Answers>(4);
+  ASSERT_TRUE(scheduler_->Submit(*request, answers, [] { return nullptr; }).ok());
+  ASSERT_TRUE(Eventually([&] { return !answers->tokens()[1].empty(); }));
+  auto twin = MakeRequest(Prompt(10), 1);
+  twin->id = request->id;
+  EXPECT_EQ(Submit(std::move(twin))->status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(answers->ended(), 0u);
+  scheduler_->Cancel(request->id);
+  ASSERT_TRUE(Eventually([&] { return answers->ended() == 4; }));
+  EXPECT_EQ(answers->statuses(), std::set<absl::StatusCode>{absl::StatusCode::kCancelled});
+  EXPECT_TRUE(answers->tokens()[2].empty());
+  EXPECT_TRUE(NothingStored());
+}
+
+TEST_F(SchedulerTest, EachAnswerTakesAPlaceInTheQueue) {
+  machine_->step_time = absl::Milliseconds(5);
+  machine_->max_sequences = 1;
+  SchedulerOptions options;
+  options.max_queue = 3;
+  Start(options);
+  auto running = Submit(Prompt(10), 1000);
+  ASSERT_TRUE(running->WaitForTokens(1));
+  const auto submit = [&](int n) {
+    auto request = MakeRequest(Prompt(10), 1);
+    request->n = n;
+    return scheduler_->Submit(*request, std::make_shared<Answers>(n), [] { return nullptr; });
+  };
+  EXPECT_TRUE(submit(2).ok());
+  EXPECT_EQ(ReasonOf(submit(2)), "QUEUE_FULL");
+  EXPECT_EQ(ReasonOf(submit(4)), "DOES_NOT_FIT");
+  EXPECT_TRUE(submit(1).ok());
+}
+
+TEST(SeedOfAnswer, DiffersFromAnswerToAnswerAndTheFirstIsTheRequests) {
+  std::set<uint64_t> seeds;
+  for (uint64_t seed : {uint64_t{0}, uint64_t{1}, uint64_t{2}, ~uint64_t{0}}) {
+    EXPECT_EQ(SeedOfAnswer(seed, 0), seed);
+    for (int32_t index = 0; index < 16; ++index) seeds.insert(SeedOfAnswer(seed, index));
+  }
+  EXPECT_EQ(seeds.size(), 64u);
 }
 
 TEST_F(SchedulerTest, AnIdInUseIsRefused) {
@@ -1070,7 +1189,7 @@ TEST_F(SchedulerTest, ASlowClientPausesOnlyItsOwnRequest) {
   auto request = MakeRequest(Prompt(100), 3000);
   auto slow = std::make_shared<Outcome>();
   slow->takes = false;
-  ASSERT_TRUE(scheduler_->Submit(std::move(request), slow, nullptr).ok());
+  ASSERT_TRUE(scheduler_->Submit(*request, slow, [] { return nullptr; }).ok());
   auto other = Submit(Prompt(100, 2), 100);
   ASSERT_TRUE(other->WaitForEnd());
   EXPECT_EQ(slow->tokens().size(), 0u);
@@ -1086,7 +1205,8 @@ TEST_F(SchedulerTest, AClientThatNeverTakesIsDropped) {
   Start(options);
   auto outcome = std::make_shared<Outcome>();
   outcome->takes = false;
-  ASSERT_TRUE(scheduler_->Submit(MakeRequest(Prompt(100), 3000), outcome, nullptr).ok());
+  const auto request = MakeRequest(Prompt(100), 3000);
+  ASSERT_TRUE(scheduler_->Submit(*request, outcome, [] { return nullptr; }).ok());
   ASSERT_TRUE(outcome->WaitForEnd());
   EXPECT_EQ(ReasonOf(outcome->status()), "SLOW_CLIENT");
   EXPECT_TRUE(NothingStored());

@@ -46,8 +46,12 @@ class StepPipelineTest : public testing::Test {
     pipeline_.set_limits({128, 8, 64});
   }
 
-  RunningRequest& Add(int64_t prompt_tokens, int64_t max_tokens, bool score = false) {
+  RunningRequest& Add(int64_t prompt_tokens, int64_t max_tokens, bool score = false,
+                      float frequency_penalty = 0) {
     auto request = std::make_unique<Request>();
+    request->sampling.set_frequency_penalty(frequency_penalty);
+    request->logit_bias[5] = -1;
+    if (frequency_penalty == 0) request->logit_bias.clear();
     request->id = absl::StrCat("request-", requests_.size());
     request->prompt.assign(prompt_tokens, 7);
     request->max_tokens = max_tokens;
@@ -351,6 +355,59 @@ TEST_F(StepPipelineTest, ARestartEndsATakingBack) {
   EXPECT_FALSE(request.taking_back()) << "though a step is in flight";
   Pump();
   EXPECT_EQ(sent_.size(), 8u);
+}
+
+// The worker is told once what draws go by, and of each token only that it is final.
+TEST_F(StepPipelineTest, AHistoryGoesWithTheOpeningAndFinalTokensWithEachDraw) {
+  RunningRequest& request = Add(100, 10, /*score=*/false, /*frequency_penalty=*/1);
+  Pump();
+  ASSERT_EQ(sent_.size(), 3u);
+  const v1::DrawHistory first = Sent(1).open_sequences(0).history();
+  EXPECT_EQ(first.prompt_token_ids_size(), 1) << "each once";
+  EXPECT_EQ(first.drawn_token_ids_size(), 0);
+  EXPECT_EQ(first.known_tokens(), 100);
+  EXPECT_EQ(first.logit_bias().at(5), -1);
+  for (const uint64_t number : {1, 2, 3}) EXPECT_EQ(Sent(number).sequences(0).known_tokens(), 100);
+  Answer(1);
+  Answer(2);
+  Pump();
+  ASSERT_EQ(sent_.size(), 4u);
+  EXPECT_EQ(Of(4), "1@102+?");
+  EXPECT_EQ(Sent(4).sequences(0).known_tokens(), 102);
+  EXPECT_EQ(Sent(4).sequences(0).sampling().logit_bias_size(), 0);
+  Retry(3);
+  Retry(4);
+  Pump();
+  EXPECT_EQ(Of(5), "1@101+1");
+  EXPECT_EQ(Sent(5).sequences(0).known_tokens(), 102);
+  // A new stream: with the answer so far.
+  Answer(5);
+  pipeline_.Reset();
+  request.Restart();
+  const size_t before = sent_.size();
+  Pump();
+  ASSERT_EQ(Sent(before + 1).open_sequences_size(), 1);
+  const v1::DrawHistory again = Sent(before + 1).open_sequences(0).history();
+  EXPECT_EQ(std::vector<int32_t>(again.drawn_token_ids().begin(), again.drawn_token_ids().end()),
+            (std::vector<int32_t>{TokenAt(100), TokenAt(101), TokenAt(102)}));
+  EXPECT_EQ(again.known_tokens(), 103);
+}
+
+TEST_F(StepPipelineTest, AStepOpensOneHistory) {
+  for (int i = 0; i < 3; ++i) Add(1, 10, /*score=*/false, /*frequency_penalty=*/1);
+  Add(1, 10);
+  Pump();
+  ASSERT_EQ(sent_.size(), 2u);
+  for (const uint64_t number : {1, 2}) {
+    int histories = 0;
+    for (const v1::OpenSequence& open : Sent(number).open_sequences()) {
+      histories += open.has_history();
+    }
+    EXPECT_EQ(histories, 1);
+  }
+  Answer(1);
+  Pump();
+  EXPECT_EQ(Sent(3).open_sequences_size(), 1) << "the last of them";
 }
 
 TEST_F(StepPipelineTest, OnlyAnErrorIsARetryAndOnlyOfAStepInFlight) {

@@ -372,6 +372,32 @@ TEST(GenerateRequest, TakesOverWhatWasGivenAndNothingElse) {
   EXPECT_FALSE(request->explain());
 }
 
+TEST(GenerateRequest, PenaltiesAndBias) {
+  GenerateOptions options;
+  options.prompt = "Once";
+  options.min_tokens = 4;
+  options.repetition_penalty = 1.25f;
+  options.frequency_penalty = 0.5f;
+  options.presence_penalty = -0.5f;
+  options.logit_bias = {"42:-1.5, 7:100", "8:2"};
+  const absl::StatusOr<v1::GenerateRequest> request = BuildRequest(options);
+  ASSERT_TRUE(request.ok()) << request.status();
+  EXPECT_EQ(request->stopping().min_tokens(), 4);
+  EXPECT_EQ(request->sampling().repetition_penalty(), 1.25f);
+  EXPECT_EQ(request->sampling().frequency_penalty(), 0.5f);
+  EXPECT_EQ(request->sampling().presence_penalty(), -0.5f);
+  ASSERT_EQ(request->sampling().logit_bias_size(), 3);
+  EXPECT_EQ(request->sampling().logit_bias().at(42), -1.5f);
+  EXPECT_EQ(request->sampling().logit_bias().at(7), 100);
+  for (const char* wrong :
+       {"42", "42:", ":1", "-1:1", "x:1", "1:nan", "1:inf", "1:2:3", "8:1,8:1"}) {
+    options.logit_bias = {wrong};
+    const absl::Status status = BuildRequest(options).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << wrong;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("--logit-bias")) << wrong;
+  }
+}
+
 TEST(GenerateRequest, AChatPromptBecomesAUserMessage) {
   GenerateOptions options;
   options.prompt = "Hello";

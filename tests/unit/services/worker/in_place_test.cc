@@ -250,6 +250,12 @@ TEST_F(InPlace, AStoreThatDiesCostsNoToken) {
   std::vector<TestRequest> requests = {Request(5, 300, 30), Request(6, 200, 25)};
   requests[1].temperature = 0.7f;
   requests[1].seed = 5;
+  for (TestRequest& request : requests) {  // what is discarded is not counted
+    request.frequency_penalty = 1;
+    request.repetition_penalty = 1.2f;
+    request.history.emplace().prompt_token_ids = request.prompt;
+    request.history->known_tokens = static_cast<int64_t>(request.prompt.size());
+  }
   std::vector<TestOutput> alone;
   for (const TestRequest& request : requests) alone.push_back(Run(request, kResident));
   for (const uint64_t plan : {kAllInPlace, kMixed}) {

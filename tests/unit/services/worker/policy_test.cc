@@ -162,10 +162,12 @@ class GpuKvTest : public ::testing::Test {
   static constexpr KvGeometry kGeometry{2, 3, 64};
   static constexpr int64_t kHeadBlockBytes = 64 * 256;
   static constexpr int64_t kTailBytes = 2 * 3 * 4 * kHeadBlockBytes;
+  static constexpr int64_t kDrawStateBytes = kHeadBlockBytes;
 
   void Start(int64_t pool_bytes, int32_t max_sequences = 4) {
     pool_.resize(pool_bytes);
-    kv_ = std::make_unique<GpuKv>(kGeometry, pool_.data(), pool_bytes, max_sequences);
+    kv_ = std::make_unique<GpuKv>(kGeometry, pool_.data(), pool_bytes, max_sequences,
+                                  kDrawStateBytes);
     kv_->SetSegment({segment_.data(), static_cast<int64_t>(segment_.size())});
   }
   static headroom::Run RunAt(int64_t first_pos, int64_t capacity, int64_t offset = 0) {
@@ -223,6 +225,21 @@ TEST_F(GpuKvTest, OpensGrantsAndCloses) {
   EXPECT_FALSE(kv_->TakeFreed());
   EXPECT_EQ(kv_->pool().used_bytes(), 0);
   EXPECT_EQ(kv_->num_open(), 0);
+}
+
+TEST_F(GpuKvTest, AHistoryTakesMemoryOnlyWhereThereIsOne) {
+  Start(2 * kTailBytes + kDrawStateBytes);
+  ASSERT_TRUE(kv_->Open({1, {}, 0}).ok());
+  EXPECT_EQ(kv_->pool().used_bytes(), kTailBytes);
+  EXPECT_EQ(kv_->Find(1)->draw_state, nullptr);
+  ASSERT_TRUE(kv_->Open({2, {}, 0, DrawHistory()}).ok());
+  EXPECT_EQ(kv_->pool().used_bytes(), 2 * kTailBytes + kDrawStateBytes);
+  EXPECT_NE(kv_->Find(2)->draw_state, nullptr);
+  kv_->Close(1);
+  EXPECT_EQ(kv_->Open({3, {}, 0, DrawHistory()}).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(kv_->pool().used_bytes(), kTailBytes + kDrawStateBytes);
+  kv_->Close(2);
+  EXPECT_EQ(kv_->pool().used_bytes(), 0);
 }
 
 TEST_F(GpuKvTest, RefusesRunsThatDoNotFit) {
