@@ -6,18 +6,9 @@
 #include "common/grpc_status.h"
 #include "services/coordinator/errors.h"
 #include "services/coordinator/inference_service.h"
+#include "services/coordinator/unary_service.h"
 
 namespace headroom::coordinator {
-namespace {
-
-template <typename Post>
-grpc::ServerUnaryReactor* AnswerLater(grpc::CallbackServerContext* context, Post&& post) {
-  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  if (!post(reactor)) reactor->Finish(ToGrpcStatus(StoppingError()));
-  return reactor;
-}
-
-}  // namespace
 
 grpc::ServerUnaryReactor* AdminService::GetStatus(grpc::CallbackServerContext* context,
                                                   const v1::GetStatusRequest*,

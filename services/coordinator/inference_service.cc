@@ -15,6 +15,7 @@
 #include "services/coordinator/errors.h"
 #include "services/coordinator/generate_service.h"
 #include "services/coordinator/plan_proto.h"
+#include "services/coordinator/unary_service.h"
 
 namespace headroom::coordinator {
 namespace {
@@ -27,14 +28,6 @@ constexpr absl::Duration kNoDeadline = absl::Hours(24 * 365);
 grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(status));
-  return reactor;
-}
-
-// For calls that the scheduler's thread answers: `post` is what hands the question over.
-template <typename Post>
-grpc::ServerUnaryReactor* AnswerLater(grpc::CallbackServerContext* context, Post&& post) {
-  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  if (!post(reactor)) reactor->Finish(ToGrpcStatus(StoppingError()));
   return reactor;
 }
 

@@ -16,7 +16,7 @@
 namespace headroom::cli {
 namespace {
 
-constexpr int32_t kMost32 = std::numeric_limits<int32_t>::max();
+constexpr int32_t kMostInt32 = std::numeric_limits<int32_t>::max();
 // More than any context: some 60 million tokens of English.
 constexpr size_t kMaxPromptBytes = size_t{256} << 20;
 
@@ -168,7 +168,7 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
              "Continues this session from the longest common prefix of tokens, and keeps its keys "
              "and values; made if it is not there.");
   flags.Group("Answer");
-  flags.Integer("max-tokens", &options->max_tokens, 0, kMost32,
+  flags.Integer("max-tokens", &options->max_tokens, 0, kMostInt32,
                 "Most tokens of the answer; 0 only processes the prompt. Default: what the context "
                 "leaves.");
   flags.Integer("min-tokens", &options->min_tokens, 0, kMost32,
@@ -179,7 +179,7 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                "An end-of-sequence token does not end the answer.");
   flags.Group("Sampling (defaults: the model's)");
   flags.Number("temperature", &options->temperature, "0 takes the likeliest token.");
-  flags.Integer("top-k", &options->top_k, 0, kMost32,
+  flags.Integer("top-k", &options->top_k, 0, kMostInt32,
                 "Draws among the K likeliest tokens; 0 is off.");
   flags.Number("top-p", &options->top_p,
                "Draws among the likeliest tokens that come to this probability; 1 is off.");
@@ -205,7 +205,7 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
              "heads of each layer that sum to 1, such as resident=0.25,fetched=0.75.");
   flags.Switch("deterministic", &options->deterministic,
                "Freezes shares and chunk borders: the same request gives the same bits.");
-  flags.Integer("chunk-tokens", &options->chunk_tokens, 1, kMost32,
+  flags.Integer("chunk-tokens", &options->chunk_tokens, 1, kMostInt32,
                 "Most tokens of one prefill pass. Default: the worker's.");
   flags.Group("Output");
   flags.Integer("prompt-logprobs", &options->prompt_logprobs, 0, 1,
@@ -246,7 +246,7 @@ absl::StatusOr<std::vector<int32_t>> ParseTokenIds(absl::string_view text) {
     int32_t id;
     if (!absl::SimpleAtoi(word, &id) || id < 0) {
       return absl::InvalidArgumentError(
-          absl::StrCat("--token-ids: '", word, "' is no token id: expected 0 to ", kMost32));
+          absl::StrCat("--token-ids: '", word, "' is no token id: expected 0 to ", kMostInt32));
     }
     ids.push_back(id);
   }

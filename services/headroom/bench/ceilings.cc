@@ -10,13 +10,12 @@
 namespace headroom {
 namespace {
 
-constexpr int64_t kMiB = int64_t{1} << 20;
 // Larger than the last-level cache of any processor this runs on.
-constexpr int64_t kBufferBytes = 256 * kMiB;
-constexpr int64_t kCopyPieceBytes = 4 * kMiB;
+constexpr int64_t kBufferBytes = int64_t{256} << 20;
+constexpr int64_t kCopyPieceBytes = int64_t{4} << 20;
 // Of one figure; the best run of that time counts.
-constexpr double kLeastSeconds = 0.25;
-constexpr absl::Duration kTimeout = absl::Minutes(2);
+constexpr double kFigureTime = 0.25;
+constexpr absl::Duration kCpuTimeout = absl::Minutes(2);
 
 struct GemmShape {
   int64_t m, n, k;
@@ -49,7 +48,7 @@ absl::Status CpuCeilingProbe::Init(int threads) {
   const int64_t c_bytes = c_floats * static_cast<int64_t>(sizeof(float));
   CpuDeviceOptions options;
   options.compute_threads = threads;
-  options.arena_bytes = kBufferBytes + a_bytes + w_bytes + c_bytes + kMiB;
+  options.arena_bytes = kBufferBytes + a_bytes + w_bytes + c_bytes + (int64_t{1} << 20);
   HEADROOM_ASSIGN_OR_RETURN(device_, CreateCpuDevice(options));
   HEADROOM_ASSIGN_OR_RETURN(compute_, device_->CreateStream("compute"));
   HEADROOM_ASSIGN_OR_RETURN(copy_, device_->CreateStream("copy"));
@@ -75,7 +74,7 @@ absl::StatusOr<Ceilings> CpuCeilingProbe::Measure() {
   Ceilings ceilings;
   HEADROOM_ASSIGN_OR_RETURN(ceilings.gemm_flops, GemmFlops());
   ceilings.attention_flops = ceilings.gemm_flops;
-  ceilings.read_bytes = HostReadRate(arena_buffer_, kBufferBytes, readers_, kLeastSeconds);
+  ceilings.read_bytes = HostReadRate(arena_buffer_, kBufferBytes, readers_, kFigureTime);
   ceilings.host_read_bytes = ceilings.read_bytes;
   HEADROOM_ASSIGN_OR_RETURN(ceilings.copy_bytes, CopyBytes());
   return ceilings;
@@ -94,16 +93,16 @@ absl::StatusOr<double> CpuCeilingProbe::GemmFlops() {
     const auto multiply = [&]() -> absl::Status {
       HEADROOM_RETURN_IF_ERROR(device_->Gemm(compute_, args));
       HEADROOM_RETURN_IF_ERROR(device_->Record(compute_, computed_));
-      return device_->Synchronize(computed_, kTimeout);
+      return device_->Synchronize(computed_, kCpuTimeout);
     };
-    HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, multiply));
+    HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kFigureTime, multiply));
     best = std::max(best, 2.0 * static_cast<double>(shape.m * shape.n * shape.k) / seconds);
   }
   return best;
 }
 
 absl::StatusOr<double> CpuCeilingProbe::CopyBytes() {
-  HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, [&]() -> absl::Status {
+  HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kFigureTime, [&]() -> absl::Status {
     for (int64_t at = 0; at < kBufferBytes; at += kCopyPieceBytes) {
       CopyArgs copy;
       copy.dst = arena_buffer_ + at;
@@ -112,7 +111,7 @@ absl::StatusOr<double> CpuCeilingProbe::CopyBytes() {
       HEADROOM_RETURN_IF_ERROR(device_->Copy(copy_, copy));
     }
     HEADROOM_RETURN_IF_ERROR(device_->Record(copy_, copied_));
-    return device_->Synchronize(copied_, kTimeout);
+    return device_->Synchronize(copied_, kCpuTimeout);
   }));
   return static_cast<double>(kBufferBytes) / seconds;
 }

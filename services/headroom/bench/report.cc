@@ -12,7 +12,7 @@ namespace {
 
 constexpr double kMilli = 1e3;
 constexpr double kGiga = 1e9;
-constexpr double kMiB = 1 << 20;
+constexpr double kMebi = 1 << 20;
 
 Json LaneJson(const Measurement& measurement, Lane lane) {
   const int i = static_cast<int>(lane);
@@ -165,11 +165,11 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
       "keys of decode items are generated, not prefilled; prepared in %.1f s\n"
       "\n%-26s %12s %18s %10s %10s %7s %7s\n",
       setup.model.c_str(), setup.device.c_str(), setup.threads,
-      static_cast<long>(setup.chunk_tokens), static_cast<double>(budget.budget_bytes) / kMiB,
-      static_cast<double>(budget.weights_bytes) / kMiB,
-      static_cast<double>(budget.ring_bytes) / kMiB,
-      static_cast<double>(budget.activation_bytes) / kMiB,
-      static_cast<double>(budget.kv_pool_bytes) / kMiB,
+      static_cast<long>(setup.chunk_tokens), static_cast<double>(budget.budget_bytes) / kMebi,
+      static_cast<double>(budget.weights_bytes) / kMebi,
+      static_cast<double>(budget.ring_bytes) / kMebi,
+      static_cast<double>(budget.activation_bytes) / kMebi,
+      static_cast<double>(budget.kv_pool_bytes) / kMebi,
       setup.gpu ? "side by side, the longest counts" : "the sum", setup.prepare_seconds, "work",
       "median ms", "least..most ms", "tok/s", "floor ms", "ratio", "least");
   std::fflush(stdout);
@@ -213,8 +213,8 @@ absl::Status BenchReport::Add(const BenchResult& result) {
       "processor time; device memory %.0f MiB at most, %.0f of it beside the arena\n",
       median.fetch_wait_seconds * kMilli, median.in_place_wait_seconds * kMilli,
       median.sealed_bytes * 1e-6, median.cpu_seconds * kMilli,
-      static_cast<double>(result.peak_bytes) / kMiB,
-      static_cast<double>(result.beside_arena_bytes) / kMiB);
+      static_cast<double>(result.peak_bytes) / kMebi,
+      static_cast<double>(result.beside_arena_bytes) / kMebi);
   std::fflush(stdout);
   return WriteJson(ToJson(result));
 }
