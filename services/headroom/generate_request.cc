@@ -171,7 +171,7 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
   flags.Integer("max-tokens", &options->max_tokens, 0, kMostInt32,
                 "Most tokens of the answer; 0 only processes the prompt. Default: what the context "
                 "leaves.");
-  flags.Integer("min-tokens", &options->min_tokens, 0, kMost32,
+  flags.Integer("min-tokens", &options->min_tokens, 0, kMostInt32,
                 "No end-of-sequence token is drawn before this many tokens.");
   flags.TextList("stop", "TEXT", &options->stop,
                  "Ends the answer where this text comes up. May be given several times.");
@@ -196,7 +196,7 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                  "Added to the logit of this token; several with commas between. May be given "
                  "several times.");
   flags.Seed("seed", &options->seed, "Fixes what is drawn.");
-  flags.Integer("n", &options->n, 1, kMost32,
+  flags.Integer("n", &options->n, 1, kMostInt32,
                 "Answers to draw, each with a seed of its own that follows from --seed; several "
                 "are printed when all have ended. The server says how many are too many.");
   flags.Group("Placement");

@@ -91,6 +91,7 @@ absl::StatusOr<DeviceBudget> DivideBudget(const ModelConfig& config, int64_t wei
   budget.budget_bytes = budget_bytes;
   budget.weights_bytes = weights_bytes;
   budget.product_type = product_type;
+  budget.max_context_tokens = max_context_tokens;
   budget.tail_bytes_per_sequence = kTailTokens * geometry.BytesPerToken();
   const int64_t granule_bytes = kBlockTokens * geometry.BytesPerTokenPerHead();
   budget.draw_state_bytes = (kernels::DrawStateBytes(config.vocab) + granule_bytes - 1) /

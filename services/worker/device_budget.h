@@ -36,6 +36,7 @@ struct DeviceBudget {
   int64_t tail_bytes_per_sequence = 0;
   int64_t draw_state_bytes = 0;  // of the pool, for each sequence whose draws have a history
   int64_t max_chunk_tokens = 0;
+  int64_t max_context_tokens = 0;  // that tables are made for
   int64_t mlp_slice_rows = 0;
   int64_t attend_scratch_floats = 0;
   kernels::ElementType product_type = kernels::ElementType::kFloat32;

@@ -17,7 +17,10 @@ constexpr int kWarmSteps = 2;
 constexpr int kMeasuredSteps = 7;
 constexpr int kMostRounds = 3;
 constexpr int64_t kFewTokens = 64;
+// So many that what a lane costs however few its keys are (a GPU's 0.1 ms a layer in place, short
+// extents) does not count: a GPU is ten times as fast.
 constexpr int64_t kManyTokens = 4096;
+constexpr int64_t kManyTokensOnGpu = 32768;
 
 // Every head in `lane`, or, of the two, the first half of the heads fetched and the rest in place.
 Plan PlanOf(uint64_t version, const KvGeometry& geometry, Lane lane, bool both) {
@@ -49,21 +52,22 @@ class Calibration {
         geometry_(config.kv_geometry()),
         options_(options),
         port_(port),
+        many_tokens_(ManyTokens(options.budget)),
         deadline_(absl::Now() + options.time_limit) {}
 
   absl::StatusOr<LaneCosts> Find() {
-    const int64_t pool = options_.kv_pool_bytes - options_.tail_bytes;
-    int64_t resident_tokens = kManyTokens;
+    const int64_t pool = options_.budget.kv_pool_bytes - options_.budget.tail_bytes_per_sequence;
+    int64_t resident_tokens = many_tokens_;
     while (resident_tokens > kFewTokens &&
            2 * resident_tokens * geometry_.BytesPerToken() > pool) {
       resident_tokens /= 2;
     }
     Probe none{Lane::kFetched, kFewTokens};
     Probe lanes[kNumLanes] = {{Lane::kResident, resident_tokens},
-                              {Lane::kFetched, kManyTokens},
-                              {Lane::kInPlace, kManyTokens}};
-    Probe half{Lane::kFetched, kManyTokens / 2};
-    Probe both{Lane::kFetched, kManyTokens, true};
+                              {Lane::kFetched, many_tokens_},
+                              {Lane::kInPlace, many_tokens_}};
+    Probe half{Lane::kFetched, many_tokens_ / 2};
+    Probe both{Lane::kFetched, many_tokens_, true};
     HEADROOM_RETURN_IF_ERROR(
         Measure({&none, &lanes[0], &lanes[1], &lanes[2], &half, &both}));
 
@@ -76,6 +80,14 @@ class Calibration {
   }
 
  private:
+  // Within what the executor's tables hold.
+  static int64_t ManyTokens(const DeviceBudget& budget) {
+    int64_t tokens = budget.product_type == kernels::ElementType::kFloat32 ? kManyTokens
+                                                                           : kManyTokensOnGpu;
+    while (tokens > kManyTokens && tokens + kBlockTokens > budget.max_context_tokens) tokens /= 2;
+    return tokens;
+  }
+
   // Steps of one kind and the best that came of them.
   struct Probe {
     Lane lane;
@@ -188,6 +200,7 @@ class Calibration {
   const KvGeometry geometry_;
   const CalibrationOptions options_;
   const StepPort& port_;
+  const int64_t many_tokens_;
   const absl::Time deadline_;
 };
 

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/lane_costs.h"
+#include "services/worker/device_budget.h"
 #include "services/worker/decode_probe.h"
 #include "services/worker/model/model_config.h"
 #include "services/worker/step.h"
@@ -16,9 +17,8 @@
 namespace headroom {
 
 struct CalibrationOptions {
-  int64_t segment_bytes = 0;    // of the segment, from its begin on, may be read
-  int64_t kv_pool_bytes = 0;    // of the device
-  int64_t tail_bytes = 0;       // of one sequence
+  int64_t segment_bytes = 0;  // of the segment, from its begin on, may be read
+  DeviceBudget budget;        // the executor's
   absl::Duration time_limit = absl::Seconds(4);
 };
 

@@ -177,8 +177,7 @@ absl::StatusOr<std::string> Worker::OpenMailbox(uint64_t generation) {
 
 absl::StatusOr<LaneCosts> Worker::MeasureLanes() {
   CalibrationOptions options;
-  options.kv_pool_bytes = budget_.kv_pool_bytes;
-  options.tail_bytes = budget_.tail_bytes_per_sequence;
+  options.budget = budget_;
   std::string with;
   std::shared_ptr<RegisteredSegment> segment;
   {

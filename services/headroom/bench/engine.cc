@@ -335,8 +335,7 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
 absl::StatusOr<LaneCosts> BenchEngine::Calibrate() {
   CalibrationOptions options;
   options.segment_bytes = segment_.bytes();
-  options.kv_pool_bytes = budget_.kv_pool_bytes;
-  options.tail_bytes = budget_.tail_bytes_per_sequence;
+  options.budget = budget_;
   return CalibrateLanes(*executor_, config_, options, Port());
 }
 

@@ -45,8 +45,7 @@ TEST_P(CalibrationTest, FindsCostsAndLeavesNothingBehind) {
   port.next_number = [&] { return h.NewStepNumber(); };
   CalibrationOptions calibration;
   calibration.segment_bytes = static_cast<int64_t>(h.segment().size());
-  calibration.kv_pool_bytes = h.budget().kv_pool_bytes;
-  calibration.tail_bytes = h.budget().tail_bytes_per_sequence;
+  calibration.budget = h.budget();
   calibration.time_limit = absl::Minutes(2);
   const absl::StatusOr<LaneCosts> costs =
       CalibrateLanes(h.executor(), h.config(), calibration, port);
