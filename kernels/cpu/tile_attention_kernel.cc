@@ -137,8 +137,7 @@ class TileUnits {
     const auto ask = [&](int64_t lines) {
       if (first == 0) ahead_.Ask(lines);
     };
-    const TileScope tiles;
-    TileScope::Configure(kTile);
+    ConfigureTiles(kTile);
     const uint32_t* const queries = queries_ + first / kPass % kPasses * (d_ / 2) * kPass;
     for (int b = 0; b < num_blocks_; ++b) {
       for (int key = 0; key < kBlock; key += 2 * kTile) {
@@ -156,7 +155,7 @@ class TileUnits {
       Softmax(n, std::clamp<int64_t>(std::min(pos + 1, end_pos_) - first_pos_, 0, kUnitKeys));
     }
     const int rows = std::min(count, kTile);
-    TileScope::Configure(rows);
+    ConfigureTiles(rows);
     for (int b = 0; b < num_blocks_; ++b) {
       for (int g = 0; g < kGroups; ++g) {
         const uint32_t* const low = weights_[0] + g * kTile * kUnitKeys + b * kBlock;
@@ -172,6 +171,7 @@ class TileUnits {
         }
       }
     }
+    ReleaseTiles();
     Put(launch, work, unit, first, count);
   }
 

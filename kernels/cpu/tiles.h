@@ -28,26 +28,20 @@ struct TileProduct {
 
 #if defined(__AMX_BF16__)
 
-// This thread's tiles.
-class TileScope {
- public:
-  // Tiles 0 to 5 (sums and a) hold `rows` rows, 6 and 7 (b) 16. Contents are lost.
-  static void Configure(int rows) {
-    alignas(64) uint8_t config[64] = {};
-    config[0] = 1;  // palette
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;  // bytes of a row
-      config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : kTile);
-    }
-    _tile_loadconfig(config);
+// This thread's tiles: 0 to 5 (sums and a) hold `rows` rows from now on, 6 and 7 (b) 16. Contents are
+// lost. Whoever is done gives them back: a thread without tiles is switched faster.
+inline void ConfigureTiles(int rows) {
+  alignas(64) uint8_t config[64] = {};
+  config[0] = 1;  // palette
+  for (int tile = 0; tile < 8; ++tile) {
+    config[16 + 2 * tile] = 64;  // bytes of a row
+    config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : kTile);
   }
-  TileScope() = default;
-  ~TileScope() { _tile_release(); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-};
+  _tile_loadconfig(config);
+}
+inline void ReleaseTiles() { _tile_release(); }
 
-// REQUIRES: TileScope::Configure(rows). Calls step() for each 16 words.
+// REQUIRES: ConfigureTiles(rows). Calls step() for each 16 words.
 template <int kColumns, typename Step>
 inline void Multiply(const TileProduct& p, int, Step&& step) {
   const int64_t a_bytes = p.a_stride * 4, b_bytes = p.b_stride * 4, out_bytes = p.out_stride * 4;
@@ -90,11 +84,8 @@ inline void Multiply(const TileProduct& p, int, Step&& step) {
 
 #else
 
-class TileScope {
- public:
-  static void Configure(int) {}
-  TileScope() {}
-};
+inline void ConfigureTiles(int) {}
+inline void ReleaseTiles() {}
 
 template <int kColumns, typename Step>
 inline void Multiply(const TileProduct& p, int rows, Step&& step) {

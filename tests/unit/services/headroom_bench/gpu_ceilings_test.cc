@@ -59,8 +59,8 @@ TEST(GpuCeilingProbe, MeasuresEveryCeilingInTheMemoryThatItSaysItTakes) {
   EXPECT_EQ(read_bytes % 32768, 0);
 }
 
-TEST(GpuCeilingProbe, OfTheDefaultShapeTakesAGiB) {
-  EXPECT_EQ(GpuCeilingProbe::ArenaBytes(GpuProbeShape()), int64_t{1} << 30);
+TEST(GpuCeilingProbe, OfTheDefaultShapeTakesWhatTheHelpSays) {
+  EXPECT_LE(GpuCeilingProbe::ArenaBytes(GpuProbeShape()), int64_t{5} << 28);  // 1.25 GiB
 }
 
 TEST(GpuCeilingProbe, SaysWhenItsMemoryIsNotThere) {
