@@ -75,7 +75,9 @@ class Folder {
   void Write(const std::string& name, absl::string_view text) const {
     std::FILE* const file = std::fopen((path_ + "/" + name).c_str(), "wb");
     Require(file != nullptr, "a file can be made");
-    Require(std::fwrite(text.data(), 1, text.size(), file) == text.size(), "and written");
+    // Not from nullptr, which an empty text may be.
+    Require(text.empty() || std::fwrite(text.data(), 1, text.size(), file) == text.size(),
+            "and written");
     std::fclose(file);
   }
 
