@@ -6,11 +6,11 @@
 // fill a large GPU whether an item has few rows and many heads or the reverse. So a class is a
 // product rows x heads of one volume: with 128 queries to a block of threads, kWideQueries queries
 // are 256 blocks, two waves on the 132 multiprocessors of an H100. Buffers have one size for all
-// classes, and for Llama-3-8B (8 MiB of queries, as much for each partial) they mostly stay in its
-// 50 MB of cache.
+// classes; for Llama-3-8B a partial's are 8 MiB.
 //
 // A square, whose rows see more and more keys, keeps multiprocessors waiting for its last blocks: one
-// head of 8,192 rows ran at 330 TFLOP/s where pieces ran at 660. So its call takes more heads.
+// head of 8,192 rows took 0.21 ms at an H100's base clock, 330 TFLOP/s. So its call takes more heads:
+// Llama-3-8B's prefill of 32K tokens went from 1,316 to 1,275 ms.
 //
 // Keys are cut at multiples of kWidePieceTokens absolute positions, wherever they lie.
 #ifndef HEADROOM_KERNELS_WIDE_SHAPE_H_
@@ -36,8 +36,8 @@ inline constexpr int32_t kMaxWideHeads = 16;
 // Times the heads of a piece's call, if there are as many: the heads of a square's.
 inline constexpr int32_t kWideSquare = 8;
 // Pieces of different heads go in so many lanes side by side, each with buffers and a stream of its own:
-// a call of 256 blocks leaves multiprocessors one by one, and the next begins when all are done. One
-// behind the other pieces of 4,096 keys ran at 592 TFLOP/s for seconds on end, in two lanes at 656.
+// a call of 256 blocks leaves multiprocessors one by one, and the next begins when all are done. With
+// one lane Llama-3-8B's prefill of 128K tokens took 11.35 s on an H100, with two 10.97 s.
 inline constexpr int32_t kWideLanes = 2;
 // What a planned call may take for itself (cuDNN 9.14 takes 256 bytes on an H100).
 inline constexpr int64_t kWideWorkspaceBytes = int64_t{1} << 20;
