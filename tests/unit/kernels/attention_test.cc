@@ -223,6 +223,13 @@ std::vector<const cpu::TileAttention*> AllTileAttention() {
   return all;
 }
 
+// What the tests below mean on this processor.
+TEST(TileAttention, IsTriedWithAmx) {
+  if (!cpu::HasAmx()) GTEST_SKIP() << "no AMX here: only the portable tiles are tried";
+  EXPECT_EQ(cpu::BestTileAttention(), &cpu::kAmxAttention);
+  EXPECT_EQ(AllTileAttention().back(), &cpu::kAmxAttention);
+}
+
 // Queries that bfloat16 holds, times a scale that is a power of two where head_dim is not 128: what
 // is left are the rounded weights.
 TEST(TileAttention, IsTheReferenceToWithinTheRoundingOfItsFactors) {
