@@ -19,6 +19,7 @@ struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
   int64_t per_block;  // consecutive ones that a block of threads computes
+  int64_t parts;      // blocks of threads that makes of the window
   int64_t heads;      // of the item that has the most
   int64_t queries;    // likewise
   __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
@@ -63,16 +64,16 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
   if (!GoesByUnits(item, work.group)) return;
-  const int64_t parts = (window.count + window.per_block - 1) / window.per_block;
-  const int64_t heads = item.kv_head_end - item.kv_head_begin;
+  const auto parts = static_cast<unsigned>(window.parts);
+  const auto heads = static_cast<unsigned>(item.kv_head_end - item.kv_head_begin);
   const int64_t head = blockIdx.x / parts % heads;
-  const int64_t first_query = blockIdx.x / parts / heads * kQueries;
+  const int64_t first_query = int64_t{blockIdx.x / parts / heads} * kQueries;
   if (first_query >= work.num_queries()) return;
   // Units count from that of the item's first key.
   const int64_t begin_pos = work.begin_pos();
   const int64_t end_pos = work.end_pos();
   const int64_t first_unit = begin_pos / kUnitTokens;
-  int64_t unit = window.first + blockIdx.x % parts * window.per_block;
+  int64_t unit = window.first + int64_t{blockIdx.x % parts} * window.per_block;
   int64_t end_unit = unit + window.per_block;
   if (end_unit > window.first + window.count) end_unit = window.first + window.count;
   const int64_t item_units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
@@ -112,10 +113,22 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   }
 }
 
-// Units whose results are on their way at once: a load takes as long as some hundred additions.
-constexpr int kFoldAhead = 16;
+// Units whose results are on their way at once, and those that are asked for and awaited together: a
+// load takes as long as some hundred additions.
+constexpr int kFoldAhead = 128;
+constexpr int kFoldStage = 16;
+constexpr int kFoldStages = kFoldAhead / kFoldStage;
 
-// Block (query and head, item): folds the window's units in order. A thread for each column.
+// Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
+// before it, or nothing in it, the one has weight 0 and the other 1.
+struct __align__(16) UnitWeights {
+  float before;
+  float unit;
+  float l;
+};
+
+// Block (query and head, item): folds the window's units in order. A thread for each column; it copies
+// its own into shared memory, [up to kFoldAhead units][kD], so that none waits for another's.
 //
 // 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights
 // of each unit) is found for kD units at once, so that only a multiplication and an addition a unit
@@ -124,16 +137,15 @@ template <int kD>
 __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
                                                  UnitWindow window) {
   BeginDependent();
-  // Of the unit: weights of what is before it and of itself, and its l. Where nothing is before it the
-  // first is negative.
-  __shared__ float weight_before[kD], weight[kD], unit_l[kD];
+  extern __shared__ float ahead[];
+  __shared__ UnitWeights weights[kD];
   __shared__ float largest_of_warp[kD / kWarp];
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
   if (!GoesByUnits(item, work.group)) return;
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
-  const int64_t head = blockIdx.x / window.queries;
-  const int64_t query = blockIdx.x % window.queries;
+  const int64_t head = blockIdx.x / static_cast<unsigned>(window.queries);
+  const int64_t query = blockIdx.x % static_cast<unsigned>(window.queries);
   if (head >= heads || query >= work.num_queries()) return;
   const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
   const int64_t first_unit = work.begin_pos() / kUnitTokens;
@@ -143,25 +155,54 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   if (window.first > 0 && window.first >= units) return;
   const int64_t last = window.first + window.count < units ? window.first + window.count : units;
   const bool opens = last == units && units > 0 && end_pos % kUnitTokens != 0;
-  const int64_t last_whole = opens ? last - 1 : last;
-  const auto part_of = [&](int64_t unit) {
-    return a.scratch + window.Slot(blockIdx.y, unit - window.first, head, query) * (kD + 2);
-  };
+  // Whole units, counted from the window's first, and what the unit kernel left of each.
+  const auto whole = static_cast<int>((opens ? last - 1 : last) - window.first);
+  const float* const parts = a.scratch + window.Slot(blockIdx.y, 0, head, query) * (kD + 2);
+  const int64_t stride = window.heads * window.queries * (kD + 2);
 
   const int i = static_cast<int>(threadIdx.x);
+  int asked = 0;  // units, and where the thread's column of the next one lies
+  const float* from = parts + i;
+  const auto ask = [&] {
+    float* const to = ahead + asked % kFoldAhead * kD + i;
+    if (asked + kFoldStage <= whole) {
+#pragma unroll
+      for (int k = 0; k < kFoldStage; ++k, from += stride) CopyAsync4(to + k * kD, from);
+    } else if (asked < whole) {
+#pragma unroll
+      for (int k = 0; k < kFoldStage; ++k, from += stride) {
+        if (asked + k < whole) {
+          CopyAsync4(to + k * kD, from);
+        } else {
+          to[k * kD] = 0;
+        }
+      }
+    }
+    asked += kFoldStage;
+    CommitCopies();  // of nothing, too: the wait below counts them
+  };
+  for (int stage = 0; stage < kFoldStages; ++stage) ask();
+
   float* const r = work.state(kv_head, query);
   float* const u = r + kD + 2;
   const bool empty = window.first == 0 && item.reset != 0;
   float o = empty ? 0.0f : r[i];
   float m = empty ? -CUDART_INF_F : r[kD];
   float l = empty ? 0.0f : r[kD + 1];
-  for (int64_t begin = window.first; begin < last_whole; begin += kD) {
-    const int count = static_cast<int>(last_whole - begin < kD ? last_whole - begin : kD);
-    const float* const part = part_of(begin + (i < count ? i : 0));
-    const float its_m = i < count ? part[kD] : -CUDART_INF_F;
-    const float its_l = i < count ? part[kD + 1] : 0.0f;
+  float next_m = -CUDART_INF_F, next_l = 0;  // of the round to come, unit i
+  const auto look = [&](int begin) {
+    const bool there = begin + i < whole;
+    next_m = there ? parts[(begin + i) * stride + kD] : -CUDART_INF_F;
+    next_l = there ? parts[(begin + i) * stride + kD + 1] : 0.0f;
+  };
+  look(0);
+  for (int begin = 0; begin < whole; begin += kD) {
+    const int count = whole - begin < kD ? whole - begin : kD;
+    const float round_m = next_m;
+    const float round_l = next_l;
+    look(begin + kD);
     // The largest up to and with each unit.
-    float upto = its_m;
+    float upto = round_m;
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const float left = __shfl_up_sync(kFullMask, upto, offset);
@@ -181,30 +222,29 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
     before = fmaxf(before, earlier);
     upto = fmaxf(upto, earlier);
     const bool nothing_before = before == -CUDART_INF_F;
-    weight_before[i] = its_l == 0 ? 1.0f : nothing_before ? -1.0f : expf(__fsub_rn(before, upto));
-    weight[i] = its_l == 0 ? 0.0f : nothing_before ? 1.0f : expf(__fsub_rn(its_m, upto));
-    unit_l[i] = its_l;
+    UnitWeights its = {1, 0, round_l};
+    if (round_l != 0) {
+      its.before = nothing_before ? 0.0f : expf(__fsub_rn(before, upto));
+      its.unit = nothing_before ? 1.0f : expf(__fsub_rn(round_m, upto));
+    }
+    weights[i] = its;
     __syncthreads();
-    for (int n = 0; n < count; n += kFoldAhead) {
-      float its_o[kFoldAhead];
+    for (int n = 0; n < count; n += kFoldStage) {
+      AwaitCopies<kFoldStages - 1>();
+      const float* const stage = ahead + (begin + n) % kFoldAhead * kD + i;
 #pragma unroll
-      for (int k = 0; k < kFoldAhead; ++k) {
-        its_o[k] = n + k < count ? part_of(begin + n + k)[i] : 0.0f;
+      for (int k = 0; k < kFoldStage; ++k) {  // what is past the last unit is nothing
+        const UnitWeights weight = weights[n + k];
+        o = __fmaf_rn(stage[k * kD], weight.unit, __fmul_rn(o, weight.before));
+        l = __fmaf_rn(weight.l, weight.unit, __fmul_rn(l, weight.before));
       }
-#pragma unroll
-      for (int k = 0; k < kFoldAhead; ++k) {  // weights past the last are those of nothing
-        const float wa = n + k < kD ? weight_before[n + k] : 1.0f;
-        const float wb = n + k < kD ? weight[n + k] : 0.0f;
-        const float its_l = n + k < kD ? unit_l[n + k] : 0.0f;
-        o = wa < 0 ? its_o[k] : __fmaf_rn(its_o[k], wb, __fmul_rn(o, wa));
-        l = wa < 0 ? its_l : __fmaf_rn(its_l, wb, __fmul_rn(l, wa));
-      }
+      ask();
     }
   }
   // What was open went into the first unit's partial, if there is one.
   float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;
   if (opens || (units == 0 && item.reset == 0)) {
-    const float* const part = opens ? part_of(last - 1) : u;
+    const float* const part = opens ? parts + whole * stride : u;
     open_o = part[i];
     open_m = part[kD];
     open_l = part[kD + 1];
@@ -233,6 +273,12 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
 constexpr int64_t kFullGrid = 528;
 template <int kD>
 constexpr int kShared = 2 * static_cast<int>(sizeof(Partials<kD>));
+
+template <int kD>
+int64_t FoldBytes(int64_t units) {
+  const int64_t slots = CeilDiv(units, kFoldStage) * kFoldStage;
+  return (slots < kFoldAhead ? slots : kFoldAhead) * kD * static_cast<int64_t>(sizeof(float));
+}
 
 // The largest of each over the items that go by units.
 struct Extents {
@@ -273,19 +319,21 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
     const int64_t items = all.items.count - item < most_items ? all.items.count - item : most_items;
     a.items = {all.items.device + item, all.items.host + item, static_cast<int32_t>(items)};
     const int64_t fit = a.scratch_floats / (items * an_item);
-    UnitWindow window = {0, fit < e.units ? fit : e.units, 1, e.heads, e.queries};
+    UnitWindow window = {0, fit < e.units ? fit : e.units, 1, 1, e.heads, e.queries};
     if (window.count == 0) window.count = 1;
     const auto y = static_cast<unsigned>(items);
     const int64_t tasks = e.heads * CeilDiv(e.queries, kQueries);
     window.per_block = CeilDiv(window.count * tasks * items, kFullGrid);
+    window.parts = CeilDiv(window.count, window.per_block);
     do {
       const dim3 units(
-          static_cast<unsigned>(CeilDiv(window.count, window.per_block) * tasks), y);
+          static_cast<unsigned>(window.parts * tasks), y);
       HEADROOM_CUDA_RETURN_IF_ERROR(
           LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads, kShared<kD>, a, window));
       const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
       HEADROOM_CUDA_RETURN_IF_ERROR(
-          LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
+          LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, FoldBytes<kD>(window.count), a,
+                            window));
       window.first += window.count;
     } while (window.first < e.units);
   }
@@ -295,7 +343,7 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
 template <int kD>
 cudaError_t Load() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, kShared<kD>));
-  return LoadKernel(FoldKernel<kD>);
+  return LoadKernel(FoldKernel<kD>, FoldBytes<kD>(kFoldAhead));
 }
 
 }  // namespace
