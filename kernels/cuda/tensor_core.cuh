@@ -24,11 +24,6 @@ __device__ inline void CopyAsync16(void* shared, const void* global, int bytes) 
                : "r"(to), "l"(global), "r"(bytes)
                : "memory");
 }
-// Likewise 4 bytes.
-__device__ inline void CopyAsync4(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(global) : "memory");
-}
 __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int kLeft>
 __device__ void AwaitCopies() {

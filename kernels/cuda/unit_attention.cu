@@ -58,11 +58,14 @@ __device__ void FoldPartials(const Partials<kD>& partials, int query, int column
 template <int kD>
 __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
     UnitKernel(const __grid_constant__ AttendArgs a, UnitWindow window) {
-  BeginDependent();
   extern __shared__ __align__(16) uint8_t memory[];
   auto* const partials = reinterpret_cast<Partials<kD>*>(memory);  // two, by turns
+  // The tables are copied to the device, which no kernel overtakes: read while the one before still runs.
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
+  const int64_t begin_pos = work.begin_pos();
+  const int64_t end_pos = work.end_pos();
+  BeginDependent();
   if (!GoesByUnits(item, work.group)) return;
   const auto parts = static_cast<unsigned>(window.parts);
   const auto heads = static_cast<unsigned>(item.kv_head_end - item.kv_head_begin);
@@ -70,8 +73,6 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   const int64_t first_query = int64_t{blockIdx.x / parts / heads} * kQueries;
   if (first_query >= work.num_queries()) return;
   // Units count from that of the item's first key.
-  const int64_t begin_pos = work.begin_pos();
-  const int64_t end_pos = work.end_pos();
   const int64_t first_unit = begin_pos / kUnitTokens;
   int64_t unit = window.first + int64_t{blockIdx.x % parts} * window.per_block;
   int64_t end_unit = unit + window.per_block;
@@ -113,11 +114,10 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   }
 }
 
-// Units whose results are on their way at once, and those that are asked for and awaited together: a
-// load takes as long as some hundred additions.
-constexpr int kFoldAhead = 128;
+// Units whose results are on their way at once, and those that are looked at together: a load takes as
+// long as some hundred additions.
+constexpr int kFoldAhead = 64;
 constexpr int kFoldStage = 16;
-constexpr int kFoldStages = kFoldAhead / kFoldStage;
 
 // Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
 // before it, or nothing in it, the one has weight 0 and the other 1.
@@ -127,8 +127,7 @@ struct __align__(16) UnitWeights {
   float l;
 };
 
-// Block (query and head, item): folds the window's units in order. A thread for each column; it copies
-// its own into shared memory, [up to kFoldAhead units][kD], so that none waits for another's.
+// Block (query and head, item): folds the window's units in order. A thread for each column.
 //
 // 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights
 // of each unit) is found for kD units at once, so that only a multiplication and an addition a unit
@@ -136,20 +135,20 @@ struct __align__(16) UnitWeights {
 template <int kD>
 __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
                                                  UnitWindow window) {
-  BeginDependent();
-  extern __shared__ float ahead[];
   __shared__ UnitWeights weights[kD];
   __shared__ float largest_of_warp[kD / kWarp];
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
+  const int64_t begin_pos = work.begin_pos();
+  const int64_t end_pos = work.end_pos();
+  BeginDependent();
   if (!GoesByUnits(item, work.group)) return;
   const int64_t heads = item.kv_head_end - item.kv_head_begin;
   const int64_t head = blockIdx.x / static_cast<unsigned>(window.queries);
   const int64_t query = blockIdx.x % static_cast<unsigned>(window.queries);
   if (head >= heads || query >= work.num_queries()) return;
   const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
-  const int64_t first_unit = work.begin_pos() / kUnitTokens;
-  const int64_t end_pos = work.end_pos();
+  const int64_t first_unit = begin_pos / kUnitTokens;
   const int64_t units =
       item.span_count == 0 ? 0 : (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
   if (window.first > 0 && window.first >= units) return;
@@ -158,30 +157,21 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   // Whole units, counted from the window's first, and what the unit kernel left of each.
   const auto whole = static_cast<int>((opens ? last - 1 : last) - window.first);
   const float* const parts = a.scratch + window.Slot(blockIdx.y, 0, head, query) * (kD + 2);
-  const int64_t stride = window.heads * window.queries * (kD + 2);
+  const auto stride = static_cast<uint32_t>(window.heads * window.queries * (kD + 2));
 
   const int i = static_cast<int>(threadIdx.x);
-  int asked = 0;  // units, and where the thread's column of the next one lies
+  // The thread's column of units, unit u in ahead[u % kFoldAhead]; loaded in order, a stage at once.
+  float ahead[kFoldAhead];
   const float* from = parts + i;
-  const auto ask = [&] {
-    float* const to = ahead + asked % kFoldAhead * kD + i;
-    if (asked + kFoldStage <= whole) {
-#pragma unroll
-      for (int k = 0; k < kFoldStage; ++k, from += stride) CopyAsync4(to + k * kD, from);
-    } else if (asked < whole) {
-#pragma unroll
-      for (int k = 0; k < kFoldStage; ++k, from += stride) {
-        if (asked + k < whole) {
-          CopyAsync4(to + k * kD, from);
-        } else {
-          to[k * kD] = 0;
-        }
-      }
-    }
-    asked += kFoldStage;
-    CommitCopies();  // of nothing, too: the wait below counts them
+  const auto load = [&](int unit, float& to) {
+    to = unit < whole ? *from : 0.0f;
+    from += stride;
   };
-  for (int stage = 0; stage < kFoldStages; ++stage) ask();
+#pragma unroll
+  for (int k = 0; k < kFoldAhead; ++k) {
+    if (k % kFoldStage == 0 && k >= whole) break;
+    load(k, ahead[k]);
+  }
 
   float* const r = work.state(kv_head, query);
   float* const u = r + kD + 2;
@@ -192,8 +182,9 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   float next_m = -CUDART_INF_F, next_l = 0;  // of the round to come, unit i
   const auto look = [&](int begin) {
     const bool there = begin + i < whole;
-    next_m = there ? parts[(begin + i) * stride + kD] : -CUDART_INF_F;
-    next_l = there ? parts[(begin + i) * stride + kD + 1] : 0.0f;
+    const float* const its = parts + int64_t{begin + i} * stride + kD;
+    next_m = there ? its[0] : -CUDART_INF_F;
+    next_l = there ? its[1] : 0.0f;
   };
   look(0);
   for (int begin = 0; begin < whole; begin += kD) {
@@ -229,16 +220,16 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
     }
     weights[i] = its;
     __syncthreads();
-    for (int n = 0; n < count; n += kFoldStage) {
-      AwaitCopies<kFoldStages - 1>();
-      const float* const stage = ahead + (begin + n) % kFoldAhead * kD + i;
+    for (int first = 0; first < count; first += kFoldAhead) {
 #pragma unroll
-      for (int k = 0; k < kFoldStage; ++k) {  // what is past the last unit is nothing
-        const UnitWeights weight = weights[n + k];
-        o = __fmaf_rn(stage[k * kD], weight.unit, __fmul_rn(o, weight.before));
+      for (int k = 0; k < kFoldAhead; ++k) {  // what is past the last unit is nothing
+        const int n = first + k;
+        if (k % kFoldStage == 0 && n >= count) break;
+        const UnitWeights weight = weights[n];
+        o = __fmaf_rn(ahead[k], weight.unit, __fmul_rn(o, weight.before));
         l = __fmaf_rn(weight.l, weight.unit, __fmul_rn(l, weight.before));
+        load(begin + n + kFoldAhead, ahead[k]);
       }
-      ask();
     }
   }
   // What was open went into the first unit's partial, if there is one.
@@ -273,12 +264,6 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
 constexpr int64_t kFullGrid = 528;
 template <int kD>
 constexpr int kShared = 2 * static_cast<int>(sizeof(Partials<kD>));
-
-template <int kD>
-int64_t FoldBytes(int64_t units) {
-  const int64_t slots = CeilDiv(units, kFoldStage) * kFoldStage;
-  return (slots < kFoldAhead ? slots : kFoldAhead) * kD * static_cast<int64_t>(sizeof(float));
-}
 
 // The largest of each over the items that go by units.
 struct Extents {
@@ -332,8 +317,7 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
           LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads, kShared<kD>, a, window));
       const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
       HEADROOM_CUDA_RETURN_IF_ERROR(
-          LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, FoldBytes<kD>(window.count), a,
-                            window));
+          LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
       window.first += window.count;
     } while (window.first < e.units);
   }
@@ -343,7 +327,7 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
 template <int kD>
 cudaError_t Load() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, kShared<kD>));
-  return LoadKernel(FoldKernel<kD>, FoldBytes<kD>(kFoldAhead));
+  return LoadKernel(FoldKernel<kD>);
 }
 
 }  // namespace
