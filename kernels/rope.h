@@ -37,9 +37,14 @@ struct AppendItem {
   KvSpan target;
 };
 
-// Rotates q in place and k into the target, copies v to the target; both rounded to bfloat16.
+// Adds a bias to q, k and v and normalises each head of q and k, where there are such weights, in place;
+// then rotates q in place and k into the target, copies v to the target; both rounded to bfloat16.
 struct RopeAppendArgs {
   float* qkv = nullptr;  // [rows, (num_q_heads + 2 num_kv_heads) * head_dim]: q heads, k heads, v heads
+  const BFloat16* bias = nullptr;    // of a row of qkv; null: none
+  const BFloat16* q_norm = nullptr;  // [head_dim], of kernels/rms_norm.h over one head; null: none
+  const BFloat16* k_norm = nullptr;  // likewise; both or neither
+  float norm_epsilon = 0;
   const float* cos_sin = nullptr;  // [rows, head_dim]
   Table<AppendItem> items;
   int64_t rows = 0;
@@ -52,6 +57,12 @@ template <typename F>
 void ForEachRange(const RopeAppendArgs& a, F&& f) {
   const int64_t width = int64_t{a.num_q_heads + 2 * a.num_kv_heads} * a.head_dim;
   f(a.qkv, a.rows * width * static_cast<int64_t>(sizeof(float)), Access::kReadWrite);
+  const auto weights = [&f](const BFloat16* data, int64_t count) {
+    if (data != nullptr) f(data, count * static_cast<int64_t>(sizeof(BFloat16)), Access::kRead);
+  };
+  weights(a.bias, width);
+  weights(a.q_norm, a.head_dim);
+  weights(a.k_norm, a.head_dim);
   f(a.cos_sin, a.rows * a.head_dim * static_cast<int64_t>(sizeof(float)), Access::kRead);
   f(a.items.device, a.items.count * static_cast<int64_t>(sizeof(AppendItem)), Access::kRead);
   for (int32_t i = 0; i < a.items.count; ++i) {

@@ -7,28 +7,33 @@
 
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 
+namespace {
+
+// out[size] = the normalised x[size], times the weights; out may be x.
+void NormRow(const float* x, const BFloat16* weight, int64_t size, float epsilon, float* out) {
+  const int64_t whole = size / kLanes * kLanes;
+  F32x16 sum = Zero();
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const F32x16 v = Load(x + i);
+    sum = Fma(v, v, sum);
+  }
+  float total = ReduceAdd(sum);
+  for (int64_t i = whole; i < size; ++i) total = std::fma(x[i], x[i], total);
+  const float scale = 1.0f / std::sqrt(total / static_cast<float>(size) + epsilon);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    Store(out + i, Mul(Mul(Load(x + i), Broadcast(scale)), LoadBf16(weight + i)));
+  }
+  for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * ToFloat(weight[i]);
+}
+
+}  // namespace
+
 void RmsNorm(const RmsNormArgs& args, CpuTeam& team) {
   team.ForEach(args.rows, [&](int64_t row) {
     const int64_t from =
         args.row_index.device != nullptr ? args.row_index.device[row] : row;
-    const float* x = args.x + from * args.hidden;
-    float* out = args.out.floats() + row * args.hidden;
-    const int64_t whole = args.hidden / kLanes * kLanes;
-    F32x16 sum = Zero();
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const F32x16 v = Load(x + i);
-      sum = Fma(v, v, sum);
-    }
-    float total = ReduceAdd(sum);
-    for (int64_t i = whole; i < args.hidden; ++i) total = std::fma(x[i], x[i], total);
-    const float scale =
-        1.0f / std::sqrt(total / static_cast<float>(args.hidden) + args.epsilon);
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      Store(out + i, Mul(Mul(Load(x + i), Broadcast(scale)), LoadBf16(args.weight + i)));
-    }
-    for (int64_t i = whole; i < args.hidden; ++i) {
-      out[i] = x[i] * scale * ToFloat(args.weight[i]);
-    }
+    NormRow(args.x + from * args.hidden, args.weight, args.hidden, args.epsilon,
+            args.out.floats() + row * args.hidden);
   });
 }
 
@@ -92,6 +97,23 @@ void Rotate(const float* x, const float* cos_sin, int32_t half, Write&& write) {
   }
 }
 
+// What a row of q, k and v gets before it is turned.
+void BiasAndNorm(const RopeAppendArgs& args, float* qkv) {
+  const int32_t d = args.head_dim;
+  const int64_t rotated = int64_t{args.num_q_heads + args.num_kv_heads} * d;
+  const int64_t width = rotated + int64_t{args.num_kv_heads} * d;
+  if (args.bias != nullptr) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Store(qkv + i, Add(Load(qkv + i), LoadBf16(args.bias + i)));
+    }
+  }
+  if (args.q_norm == nullptr) return;
+  for (int64_t i = 0; i < rotated; i += d) {
+    const bool is_q = i < int64_t{args.num_q_heads} * d;
+    NormRow(qkv + i, is_q ? args.q_norm : args.k_norm, d, args.norm_epsilon, qkv + i);
+  }
+}
+
 }  // namespace
 
 void RopeAppend(const RopeAppendArgs& args, CpuTeam& team) {
@@ -105,6 +127,7 @@ void RopeAppend(const RopeAppendArgs& args, CpuTeam& team) {
     team.ForEach(to.count, [&](int64_t at) {
       const int64_t row = item.row_begin + at;
       float* q = args.qkv + row * width;
+      BiasAndNorm(args, q);
       const float* k = q + int64_t{args.num_q_heads} * d;
       const float* v = k + int64_t{args.num_kv_heads} * d;
       const float* cos_sin = args.cos_sin + row * d;

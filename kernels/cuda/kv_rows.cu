@@ -21,6 +21,39 @@ __device__ float Turned(const float* x, const float* cos_sin, int32_t i, int32_t
                 : __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
 }
 
+// What a row of q, k and v gets before it is turned: a warp a head at a time, the first heads' warps the
+// first. REQUIRES: a head_dim of at most kMostOfALane x 32.
+constexpr int kMostOfALane = 8;
+__device__ void BiasAndNorm(const RopeAppendArgs& a, float* qkv) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int32_t d = a.head_dim;
+  const int32_t turned = a.num_q_heads + a.num_kv_heads;
+  for (int32_t head = static_cast<int32_t>(threadIdx.x) / kWarp; head < turned + a.num_kv_heads;
+       head += static_cast<int32_t>(blockDim.x) / kWarp) {
+    float values[kMostOfALane];
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < kMostOfALane; ++n) {
+      const int32_t i = n * kWarp + lane;
+      if (i >= d) continue;
+      values[n] = qkv[head * d + i];
+      if (a.bias != nullptr) values[n] = __fadd_rn(values[n], Widen(a.bias[head * d + i]));
+      sum = __fmaf_rn(values[n], values[n], sum);
+    }
+    const bool norm = a.q_norm != nullptr && head < turned;
+    const BFloat16* const weight = head < a.num_q_heads ? a.q_norm : a.k_norm;
+    const float scale =
+        1.0f / sqrtf(WarpReduce(sum, Sum()) / static_cast<float>(d) + a.norm_epsilon);
+#pragma unroll
+    for (int n = 0; n < kMostOfALane; ++n) {
+      const int32_t i = n * kWarp + lane;
+      if (i >= d) continue;
+      qkv[head * d + i] = norm ? values[n] * scale * Widen(weight[i]) : values[n];
+    }
+  }
+  __syncthreads();
+}
+
 // Block (at, item): position `at` of an item. A thread turns pairs of q, then of k, and rounds v.
 __global__ void __launch_bounds__(kRopeThreads) RopeAppendKernel(RopeAppendArgs a) {
   BeginDependent();
@@ -35,6 +68,7 @@ __global__ void __launch_bounds__(kRopeThreads) RopeAppendKernel(RopeAppendArgs 
   const float* const k = q + int64_t{a.num_q_heads} * d;
   const float* const v = k + int64_t{a.num_kv_heads} * d;
   const float* const cos_sin = a.cos_sin + row * d;
+  if (a.bias != nullptr || a.q_norm != nullptr) BiasAndNorm(a, q);
   for (int32_t n = threadIdx.x; n < a.num_q_heads * half; n += blockDim.x) {
     float* const x = q + n / half * d;
     const int32_t i = n % half;
@@ -91,7 +125,9 @@ cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream) {
     longest = longest < count ? count : longest;
   }
   if (longest == 0) return cudaSuccess;
-  if (args.items.count > kMaxGridY) return cudaErrorInvalidValue;
+  if (args.items.count > kMaxGridY || args.head_dim > kMostOfALane * kWarp) {
+    return cudaErrorInvalidValue;
+  }
   const dim3 grid(static_cast<unsigned>(longest), static_cast<unsigned>(args.items.count));
   return LaunchDependentOn(stream, RopeAppendKernel, grid, kRopeThreads, 0, args);
 }

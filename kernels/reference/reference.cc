@@ -115,6 +115,12 @@ void RopeAppend(const RopeAppendArgs& args) {
     for (int64_t at = 0; at < item.target.count; ++at) {
       const int64_t row = item.row_begin + at;
       float* const base = args.qkv + row * width;
+      for (int64_t j = 0; args.bias != nullptr && j < width; ++j) base[j] += ToFloat(args.bias[j]);
+      for (int32_t head = 0; args.q_norm != nullptr && head < args.num_q_heads + args.num_kv_heads;
+           ++head) {
+        const BFloat16* weight = head < args.num_q_heads ? args.q_norm : args.k_norm;
+        RmsNorm({base + head * d, 1, weight, base + head * d, 1, d, args.norm_epsilon, {}});
+      }
       const float* cos_sin = args.cos_sin + row * d;
       const auto rotated = [&](const float* x, int32_t j) {
         const int32_t pair = j % half;

@@ -4,6 +4,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/device/device_factory.h"
 #include "services/headroom/bench/bench.h"
+#include "services/headroom/bench/geometries.h"
 #include "services/headroom/commands.h"
 #include "services/headroom/exit_code.h"
 #include "services/headroom/plan.h"
@@ -51,6 +52,8 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.Text("model", "DIR", &options.model_dir, "Folder of the model.");
   flags.Text("random-weights", "FILE", &options.random_weights,
              "Instead of --model: a config.json, whose weights are drawn on the device.");
+  flags.Choice("geometry", GeometryNames(), &options.geometry,
+               "Instead of --model: a published model's shape and options, with such weights.");
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], LANE resident, "
                  "fetched, in_place or, for decode, auto. May be given several times. Default: the "

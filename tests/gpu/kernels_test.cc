@@ -337,6 +337,62 @@ TEST_F(KernelTest, RopeAppendRoundsAsTheReferenceAlsoRoundTheTail) {
   }
 }
 
+TEST_F(KernelTest, RopeAppendAddsTheBiasAndNormalisesEachHead) {
+  Random random(8);
+  for (const int32_t d : {64, 128, 256}) {
+    for (const bool has_bias : {true, false}) {
+      for (const bool has_norm : {true, false}) {
+        RopeAppendArgs args;
+        args.num_q_heads = 21;  // more heads than warps, and no multiple of them
+        args.num_kv_heads = 3;
+        args.head_dim = d;
+        args.rows = 5;
+        args.norm_epsilon = 1e-3f;
+        const int64_t width = 27 * d;
+        const std::vector<float> qkv = random.Floats(args.rows * width, 2);
+        const std::vector<float> cos_sin = random.Floats(args.rows * d);
+        const std::vector<BFloat16> bias = random.Bf16(width), q_norm = random.Bf16(d),
+                                    k_norm = random.Bf16(d);
+        std::vector<uint8_t> memory(static_cast<size_t>(KvLayout{64, d}.BytesFor(3)), 0);
+        uint8_t* const there = gpu_.Put(memory);
+        const auto items = [](uint8_t* base) {
+          return std::vector<AppendItem>{{0, {base, 64, 70, 5, 64, 0, 3}}};
+        };
+        std::vector<float> expected = qkv;
+        const std::vector<AppendItem> host_items = items(memory.data());
+        RopeAppendArgs on_host = args;
+        on_host.qkv = expected.data();
+        on_host.cos_sin = cos_sin.data();
+        on_host.items = DeviceTable(host_items);
+        if (has_bias) on_host.bias = bias.data();
+        if (has_norm) on_host.q_norm = q_norm.data();
+        if (has_norm) on_host.k_norm = k_norm.data();
+        reference::RopeAppend(on_host);
+
+        const std::vector<AppendItem> gpu_items = items(there);
+        args.qkv = gpu_.Put(qkv);
+        args.cos_sin = gpu_.Put(cos_sin);
+        args.items = gpu_.PutTable(gpu_items);
+        if (has_bias) args.bias = gpu_.Put(bias);
+        if (has_norm) args.q_norm = gpu_.Put(q_norm);
+        if (has_norm) args.k_norm = gpu_.Put(k_norm);
+        const auto got =
+            After(device_.RopeAppend(gpu_.stream(), args), args.qkv, args.rows * width);
+        for (size_t i = 0; i < got.size(); ++i) {
+          ASSERT_NEAR(got[i], expected[i], 1e-5 + 1e-5 * std::abs(expected[i])) << d << ", " << i;
+        }
+        const std::vector<uint8_t> appended = gpu_.Fetch(there, static_cast<int64_t>(memory.size()));
+        for (size_t i = 0; i < memory.size() / 2; ++i) {
+          const float wanted = ToFloat(reinterpret_cast<const BFloat16*>(memory.data())[i]);
+          const float is = ToFloat(reinterpret_cast<const BFloat16*>(appended.data())[i]);
+          ASSERT_NEAR(is, wanted, 1e-4 + 0x1p-7 * std::abs(wanted)) << d << ", " << i;
+        }
+        gpu_.Reset();
+      }
+    }
+  }
+}
+
 TEST_F(KernelTest, CopyKvRowsSealsToHostMemoryAndToResidentCopies) {
   Random random(7);
   for (const int32_t d : {64, 128, 256}) {

@@ -99,6 +99,44 @@ TEST_F(Startup, AConfigOfAnotherArchitecture) {
   ExpectRefused(WorkerOfModel(), {"config.json", "BertModel"});
 }
 
+// Served all the same, each of these models would say something else than it should.
+TEST_F(Startup, AConfigWithAnOptionThatWouldChangeTheMaths) {
+  std::ifstream file(model_ + "/config.json");
+  const std::string config(std::istreambuf_iterator<char>(file), {});
+  const std::pair<const char*, const char*> options[] = {
+      {"alibi", "true"},
+      {"attention_chunk_size", "8192"},
+      {"attention_multiplier", "0.0078125"},
+      {"clip_qkv", "8.0"},
+      {"embedding_multiplier", "12.0"},
+      {"is_causal", "false"},
+      {"kv_lora_rank", "512"},
+      {"layer_types", "[\"chunked_attention\"]"},
+      {"logit_scale", "0.0625"},
+      {"logits_scaling", "8.0"},
+      {"no_rope_layers", "[1, 1, 1, 0]"},
+      {"num_experts", "128"},
+      {"num_local_experts", "8"},
+      {"partial_rotary_factor", "0.5"},
+      {"qk_layernorm", "true"},
+      {"quantization_config", "{\"quant_method\": \"awq\"}"},
+      {"residual_multiplier", "0.22"},
+      {"rope_local_base_freq", "10000.0"},
+      {"rope_parameters", "{\"rope_type\": \"yarn\", \"factor\": 4.0}"},
+      {"use_bidirectional_attention", "true"},
+      {"use_mrope", "true"},
+      {"use_qk_norm", "true"},
+  };
+  for (const auto& [name, value] : options) {
+    std::ofstream(model_ + "/config.json")
+        << "{\"" << name << "\": " << value << "," << config.substr(config.find('{') + 1);
+    const bool rope = std::string(name) == "rope_parameters";
+    ExpectRefused(WorkerOfModel(), {"config.json", rope ? "'rope_type'" : name});
+  }
+  std::ofstream(model_ + "/config.json") << config;
+  ExpectRefused(Worker({"--model", model_, "--gpu-memory", "1MiB"}), {"--gpu-memory"});
+}
+
 TEST_F(Startup, WeightsThatAreMissingOrCutOff) {
   const std::string weights = model_ + "/model.safetensors";
   std::filesystem::resize_file(weights, std::filesystem::file_size(weights) - 1000);

@@ -35,10 +35,13 @@ absl::Status CheckOptions(const BenchOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
   };
-  if (options.model_dir.empty() == options.random_weights.empty()) {
-    return absl::InvalidArgumentError(options.model_dir.empty()
-                                          ? "--model or --random-weights must be set"
-                                          : "--model and --random-weights exclude each other");
+  const int models = static_cast<int>(!options.model_dir.empty()) +
+                     static_cast<int>(!options.random_weights.empty()) +
+                     static_cast<int>(!options.geometry.empty());
+  if (models != 1) {
+    return absl::InvalidArgumentError(
+        models == 0 ? "--model, --random-weights or --geometry must be set"
+                    : "--model, --random-weights and --geometry exclude each other");
   }
   HEADROOM_RETURN_IF_ERROR(range("--threads", options.threads, 0, kMaxThreads));
   HEADROOM_RETURN_IF_ERROR(
@@ -71,6 +74,7 @@ EngineOptions EngineOptionsOf(const BenchOptions& options) {
   EngineOptions engine;
   engine.model_dir = options.model_dir;
   engine.random_weights = options.random_weights;
+  engine.geometry = options.geometry;
   engine.seed = options.seed;
   engine.device = ChooseDevice(options.device);
   engine.threads = options.threads != 0 ? options.threads : UsableThreads();
@@ -129,9 +133,9 @@ absl::Status BenchRun::Init(const BenchOptions& options, const std::vector<WorkI
     HEADROOM_ASSIGN_OR_RETURN(probe_, CpuCeilingProbe::Create(engine.threads));
   }
   BenchSetup setup;
-  setup.model = options.random_weights.empty()
+  setup.model = !options.model_dir.empty()
                     ? options.model_dir
-                    : absl::StrCat("random weights of ", options.random_weights);
+                    : absl::StrCat("random weights of ", options.random_weights, options.geometry);
   setup.device = std::string(device.name());
   setup.gpu = gpu_;
   setup.threads = engine.threads;

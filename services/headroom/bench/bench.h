@@ -18,9 +18,11 @@
 namespace headroom {
 
 struct BenchOptions {
-  // One of the two: a model's folder, or a config.json whose weights are drawn from `seed`.
+  // One of the three: a model's folder, or a config.json or a geometry by name (geometries.h), whose
+  // weights are drawn from `seed`.
   std::string model_dir;
   std::string random_weights;
+  std::string geometry;
   std::string device = "cpu";  // "auto", "cpu" or "cuda", as the worker takes it
   // Threads of the CPU device, and those that read and attend in host memory; 0: as many as this
   // process may run on.

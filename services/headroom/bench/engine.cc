@@ -13,6 +13,7 @@
 #include "common/status.h"
 #include "services/coordinator/placement/step_model.h"
 #include "services/headroom/bench/costs.h"
+#include "services/headroom/bench/geometries.h"
 #include "services/headroom/bench/host_memory.h"
 #include "services/worker/model/random_weights.h"
 
@@ -102,9 +103,11 @@ BenchEngine::~BenchEngine() {
 
 absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<WorkItem>& items) {
   chunk_tokens_ = options.chunk_tokens;
-  const bool random = !options.random_weights.empty();
-  HEADROOM_ASSIGN_OR_RETURN(config_, random ? ReadModelConfigFile(options.random_weights)
-                                            : ReadModelConfig(options.model_dir));
+  const bool random = options.model_dir.empty();
+  HEADROOM_ASSIGN_OR_RETURN(config_,
+                            !random                     ? ReadModelConfig(options.model_dir)
+                            : options.geometry.empty() ? ReadModelConfigFile(options.random_weights)
+                                                       : GeometryOf(options.geometry));
   HEADROOM_ASSIGN_OR_RETURN(device_, MakeDevice(options, config_));
   // A batch's tables name the keys of all its sequences.
   int64_t positions = 1;

@@ -27,6 +27,7 @@ namespace headroom {
 struct EngineOptions {
   std::string model_dir;
   std::string random_weights;  // a config.json whose weights are drawn; then there is no model_dir
+  std::string geometry;        // likewise a name (geometries.h)
   uint64_t seed = 0;           // draws them
   std::string device;          // as in DeviceOptions
   int32_t threads = 1;

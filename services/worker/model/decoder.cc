@@ -102,6 +102,10 @@ absl::Status Decoder::AttentionInput(int32_t layer, const float* x, const float*
   HEADROOM_RETURN_IF_ERROR(Linear(normed_, w.qkv, qkv_, rows, /*accumulate=*/false));
   kernels::RopeAppendArgs rope;
   rope.qkv = qkv_;
+  rope.bias = w.qkv_bias;
+  rope.q_norm = w.q_norm;
+  rope.k_norm = w.k_norm;
+  rope.norm_epsilon = static_cast<float>(config_.rms_norm_epsilon);
   rope.cos_sin = cos_sin;
   rope.items = items;
   rope.rows = rows;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <numbers>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/json.h"
@@ -20,42 +21,123 @@ absl::Status Unsupported(const JsonReader& config, absl::string_view name, absl:
                                                value, ", supported: ", supported));
 }
 
-absl::Status CheckArchitecture(const JsonReader& config, ModelConfig& model) {
+// An architecture: what it does that no member of its config.json says, and what a file may leave out, as
+// transformers fills that in.
+struct Family {
+  absl::string_view architecture;
+  int64_t kv_heads_otherwise = 0;  // of num_key_value_heads; 0: num_attention_heads
+  int64_t head_dim_otherwise = 0;  // of head_dim; 0: hidden_size / num_attention_heads
+  int64_t window_otherwise = 0;    // of sliding_window
+  bool window_switch = false;      // use_sliding_window says whether there is one
+  bool qkv_bias = false;
+  bool qk_norm = false;
+};
+constexpr Family kFamilies[] = {
+    {.architecture = "LlamaForCausalLM"},
+    {.architecture = "MistralForCausalLM", .kv_heads_otherwise = 8, .window_otherwise = 4096},
+    {.architecture = "Qwen2ForCausalLM",
+     .kv_heads_otherwise = 32,
+     .window_switch = true,
+     .qkv_bias = true},
+    {.architecture = "Qwen3ForCausalLM",
+     .kv_heads_otherwise = 32,
+     .head_dim_otherwise = 128,
+     .window_switch = true,
+     .qk_norm = true},
+};
+
+absl::StatusOr<const Family*> FindFamily(const JsonReader& config) {
   const Json* list = config.object().Find("architectures");
   if (list == nullptr || !list->is_array() || list->as_array().size() != 1 ||
       !list->as_array()[0].is_string()) {
     return config.Wrong("architectures", "a list of one name");
   }
-  model.architecture = list->as_array()[0].as_string();
-  if (model.architecture != "LlamaForCausalLM") {
-    return Unsupported(config, "architectures", BriefText(model.architecture), "LlamaForCausalLM");
+  const std::string& name = list->as_array()[0].as_string();
+  std::string known;
+  for (const Family& family : kFamilies) {
+    if (family.architecture == name) return &family;
+    absl::StrAppend(&known, known.empty() ? "" : ", ", family.architecture);
+  }
+  return Unsupported(config, "architectures", BriefText(name), known);
+}
+
+// Not even null: what a file does not name at all is as the family has it.
+bool IsLeftOut(const JsonReader& config, absl::string_view name) {
+  const Json::Object& members = config.object().as_object();
+  return std::none_of(members.begin(), members.end(),
+                      [name](const Json::Member& member) { return member.first == name; });
+}
+
+bool SameValue(const Json& a, const Json& b) {
+  if (a.is_number() && b.is_number()) return a.as_number() == b.as_number();
+  if (a.is_bool() && b.is_bool()) return a.as_bool() == b.as_bool();
+  return a.is_string() && b.is_string() && a.as_string() == b.as_string();
+}
+
+// Options of these families and of their relatives that change the maths: each must be absent, null, or
+// say what the decoder does; a null here, that nothing else will do.
+absl::Status CheckOptions(const JsonReader& config) {
+  const std::pair<const char*, Json> options[] = {
+      {"alibi", false},
+      {"attention_bias", false},
+      {"attention_chunk_size", nullptr},
+      {"attention_multiplier", nullptr},
+      {"attn_logit_softcapping", nullptr},
+      {"clip_qkv", nullptr},
+      {"embedding_multiplier", 1},
+      {"final_logit_softcapping", nullptr},
+      {"hidden_act", "silu"},
+      {"is_causal", true},
+      {"kv_lora_rank", nullptr},
+      {"logit_scale", 1},
+      {"logits_scaling", 1},
+      {"mlp_bias", false},
+      {"no_rope_layers", nullptr},
+      {"num_experts", 0},
+      {"num_local_experts", 0},
+      {"partial_rotary_factor", 1},
+      {"pretraining_tp", 1},
+      {"qk_layernorm", false},
+      {"quantization_config", nullptr},
+      {"query_pre_attn_scalar", nullptr},
+      {"residual_multiplier", 1},
+      {"rope_interleaved", false},
+      {"rope_local_base_freq", nullptr},
+      {"use_bidirectional_attention", false},
+      {"use_mrope", false},
+      {"use_qk_norm", false},
+      {"use_sliding_window", false},
+  };
+  for (const auto& [name, supported] : options) {
+    const Json* const found = config.object().Find(name);
+    if (found == nullptr || SameValue(*found, supported)) continue;
+    const std::string value = found->is_string() ? BriefText(found->as_string()) : Brief(*found);
+    const std::string wanted = supported.is_null()     ? "absent"
+                               : supported.is_string() ? supported.as_string()
+                                                       : Brief(supported);
+    return Unsupported(config, name, value, wanted);
   }
   return absl::OkStatus();
 }
 
-// Options that change the maths: each must be absent or say what the decoder does.
-absl::Status CheckOptions(const JsonReader& config) {
-  HEADROOM_ASSIGN_OR_RETURN(const std::string activation, config.StringOr("hidden_act", "silu"));
-  if (activation != "silu") {
-    return Unsupported(config, "hidden_act", BriefText(activation), "silu");
+// Layers that see a window of the last tokens only.
+absl::Status CheckWindow(const JsonReader& config, const Family& family) {
+  const Json* const window = config.object().Find("sliding_window");
+  if (window != nullptr && !family.window_switch) {
+    return Unsupported(config, "sliding_window", Brief(*window), "null");
   }
-  for (const char* name : {"attention_bias", "mlp_bias"}) {
-    HEADROOM_ASSIGN_OR_RETURN(const bool bias, config.BoolOr(name, false));
-    if (bias) return Unsupported(config, name, "true", "false");
+  if (family.window_otherwise != 0 && IsLeftOut(config, "sliding_window")) {
+    return Unsupported(config, "sliding_window",
+                       absl::StrCat("left out, which is ", family.window_otherwise), "null");
   }
-  HEADROOM_ASSIGN_OR_RETURN(const double partial,
-                            config.NumberOr("partial_rotary_factor", 1, 0, 1));
-  if (partial != 1) return Unsupported(config, "partial_rotary_factor", absl::StrCat(partial), "1");
-  constexpr std::array kRefused = {"quantization_config", "sliding_window",
-                                   "attn_logit_softcapping", "final_logit_softcapping",
-                                   "query_pre_attn_scalar"};
-  for (const char* name : kRefused) {
-    if (const Json* found = config.object().Find(name); found != nullptr) {
-      return Unsupported(config, name, Brief(*found), "absent");
+  const Json* const types = config.object().Find("layer_types");
+  if (types == nullptr) return absl::OkStatus();
+  if (!types->is_array()) return config.Wrong("layer_types", "a list");
+  for (const Json& type : types->as_array()) {
+    if (!type.is_string() || type.as_string() != "full_attention") {
+      return Unsupported(config, "layer_types", Brief(type), "full_attention");
     }
   }
-  HEADROOM_ASSIGN_OR_RETURN(const int64_t tp, config.IntOr("pretraining_tp", 1, 1, 1 << 20));
-  if (tp != 1) return Unsupported(config, "pretraining_tp", absl::StrCat(tp), "1");
   return absl::OkStatus();
 }
 
@@ -117,6 +199,50 @@ absl::Status ReadRope(const JsonReader& config, ModelConfig& model) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<ModelConfig> ReadModelConfigJson(const Json& json, const std::string& where) {
+  if (!json.is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(where, ": expected a JSON object"));
+  }
+  const JsonReader config(json, where);
+  HEADROOM_ASSIGN_OR_RETURN(const Family* const family, FindFamily(config));
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(config));
+  HEADROOM_RETURN_IF_ERROR(CheckWindow(config, *family));
+  ModelConfig model;
+  model.architecture = std::string(family->architecture);
+  model.qkv_bias = family->qkv_bias;
+  model.qk_norm = family->qk_norm;
+  HEADROOM_ASSIGN_OR_RETURN(model.num_layers, config.Int("num_hidden_layers", 1, 1024));
+  HEADROOM_ASSIGN_OR_RETURN(model.num_q_heads, config.Int("num_attention_heads", 1, 1024));
+  const int64_t kv_heads_otherwise =
+      family->kv_heads_otherwise == 0 || !IsLeftOut(config, "num_key_value_heads")
+          ? model.num_q_heads
+          : family->kv_heads_otherwise;
+  HEADROOM_ASSIGN_OR_RETURN(
+      model.num_kv_heads,
+      config.IntOr("num_key_value_heads", kv_heads_otherwise, 1, model.num_q_heads));
+  if (model.num_q_heads % model.num_kv_heads != 0) {
+    return config.Wrong("num_key_value_heads",
+                        absl::StrCat("a divisor of num_attention_heads, ", model.num_q_heads));
+  }
+  HEADROOM_ASSIGN_OR_RETURN(model.hidden, config.Int("hidden_size", 1, 1 << 20));
+  const int64_t head_dim_otherwise = family->head_dim_otherwise != 0
+                                         ? family->head_dim_otherwise
+                                         : model.hidden / model.num_q_heads;
+  HEADROOM_ASSIGN_OR_RETURN(
+      model.head_dim, config.IntOr("head_dim", head_dim_otherwise, 1, 1024));
+  if (model.head_dim != 64 && model.head_dim != 128) {
+    return Unsupported(config, "head_dim", absl::StrCat(model.head_dim), "64, 128");
+  }
+  HEADROOM_ASSIGN_OR_RETURN(model.intermediate, config.Int("intermediate_size", 1, 1 << 24));
+  HEADROOM_ASSIGN_OR_RETURN(model.vocab, config.Int("vocab_size", 1, 1 << 24));
+  HEADROOM_ASSIGN_OR_RETURN(model.max_position_tokens,
+                            config.Int("max_position_embeddings", 1, int64_t{1} << 31));
+  HEADROOM_ASSIGN_OR_RETURN(model.rms_norm_epsilon, config.NumberOr("rms_norm_eps", 1e-6, 0, 1));
+  HEADROOM_ASSIGN_OR_RETURN(model.tied_embeddings, config.BoolOr("tie_word_embeddings", false));
+  HEADROOM_RETURN_IF_ERROR(ReadRope(config, model));
+  return model;
+}
+
 }  // namespace
 
 std::vector<float> ModelConfig::InverseFrequencies() const {
@@ -152,36 +278,12 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir) {
 
 absl::StatusOr<ModelConfig> ReadModelConfigFile(const std::string& path) {
   HEADROOM_ASSIGN_OR_RETURN(const Json json, Json::ParseFile(path, kMaxConfigBytes));
-  if (!json.is_object()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));
-  }
-  const JsonReader config(json, path);
-  ModelConfig model;
-  HEADROOM_RETURN_IF_ERROR(CheckArchitecture(config, model));
-  HEADROOM_RETURN_IF_ERROR(CheckOptions(config));
-  HEADROOM_ASSIGN_OR_RETURN(model.num_layers, config.Int("num_hidden_layers", 1, 1024));
-  HEADROOM_ASSIGN_OR_RETURN(model.num_q_heads, config.Int("num_attention_heads", 1, 1024));
-  HEADROOM_ASSIGN_OR_RETURN(
-      model.num_kv_heads,
-      config.IntOr("num_key_value_heads", model.num_q_heads, 1, model.num_q_heads));
-  if (model.num_q_heads % model.num_kv_heads != 0) {
-    return config.Wrong("num_key_value_heads",
-                        absl::StrCat("a divisor of num_attention_heads, ", model.num_q_heads));
-  }
-  HEADROOM_ASSIGN_OR_RETURN(model.hidden, config.Int("hidden_size", 1, 1 << 20));
-  HEADROOM_ASSIGN_OR_RETURN(
-      model.head_dim, config.IntOr("head_dim", model.hidden / model.num_q_heads, 1, 1024));
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    return Unsupported(config, "head_dim", absl::StrCat(model.head_dim), "64, 128");
-  }
-  HEADROOM_ASSIGN_OR_RETURN(model.intermediate, config.Int("intermediate_size", 1, 1 << 24));
-  HEADROOM_ASSIGN_OR_RETURN(model.vocab, config.Int("vocab_size", 1, 1 << 24));
-  HEADROOM_ASSIGN_OR_RETURN(model.max_position_tokens,
-                            config.Int("max_position_embeddings", 1, int64_t{1} << 31));
-  HEADROOM_ASSIGN_OR_RETURN(model.rms_norm_epsilon, config.NumberOr("rms_norm_eps", 1e-6, 0, 1));
-  HEADROOM_ASSIGN_OR_RETURN(model.tied_embeddings, config.BoolOr("tie_word_embeddings", false));
-  HEADROOM_RETURN_IF_ERROR(ReadRope(config, model));
-  return model;
+  return ReadModelConfigJson(json, path);
+}
+
+absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, const std::string& where) {
+  HEADROOM_ASSIGN_OR_RETURN(const Json json, Json::Parse(text, kMaxConfigBytes));
+  return ReadModelConfigJson(json, where);
 }
 
 }  // namespace headroom

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "common/kv_layout.h"
 
 namespace headroom {
@@ -34,6 +35,8 @@ struct ModelConfig {
   double rope_theta = 10000;
   std::optional<Llama3RopeScaling> rope_scaling;
   bool tied_embeddings = false;
+  bool qkv_bias = false;  // q, k and v have one
+  bool qk_norm = false;   // each head of q and k is normalised before it is turned
 
   KvGeometry kv_geometry() const { return {num_layers, num_kv_heads, head_dim}; }
   int64_t qkv_width() const { return int64_t{num_q_heads + 2 * num_kv_heads} * head_dim; }
@@ -48,6 +51,8 @@ struct ModelConfig {
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& model_dir);
 // ... of a file of any name.
 absl::StatusOr<ModelConfig> ReadModelConfigFile(const std::string& path);
+// ... of such a file's content; errors name `where`.
+absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view text, const std::string& where);
 
 }  // namespace headroom
 

@@ -58,6 +58,15 @@ absl::StatusOr<LayerWeights> DrawLayer(const ModelConfig& config, Drawer& drawer
   LayerWeights weights;
   HEADROOM_ASSIGN_OR_RETURN(weights.attention_norm, drawer.Norm(config.hidden));
   HEADROOM_ASSIGN_OR_RETURN(weights.qkv, drawer.Matrix(config.qkv_width(), config.hidden));
+  if (config.qkv_bias) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        weights.qkv_bias,
+        drawer.Vector(std::vector<BFloat16>(static_cast<size_t>(config.qkv_width()))));
+  }
+  if (config.qk_norm) {
+    HEADROOM_ASSIGN_OR_RETURN(weights.q_norm, drawer.Norm(config.head_dim));
+    HEADROOM_ASSIGN_OR_RETURN(weights.k_norm, drawer.Norm(config.head_dim));
+  }
   HEADROOM_ASSIGN_OR_RETURN(weights.output, drawer.Matrix(config.hidden, q_width));
   HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, drawer.Norm(config.hidden));
   HEADROOM_ASSIGN_OR_RETURN(weights.gate_up,
@@ -73,6 +82,7 @@ std::array<uint8_t, 16> Fingerprint(const ModelConfig& config, uint64_t seed,
       static_cast<double>(config.num_kv_heads), static_cast<double>(config.head_dim),
       static_cast<double>(config.hidden),       static_cast<double>(config.intermediate),
       static_cast<double>(config.vocab),        static_cast<double>(config.tied_embeddings),
+      static_cast<double>(config.qkv_bias),     static_cast<double>(config.qk_norm),
       config.rms_norm_epsilon};
   numbers.insert(numbers.end(), frequencies.begin(), frequencies.end());
   XXH128_canonical_t canonical;

@@ -13,8 +13,9 @@ namespace headroom {
 
 // Drawn on the device, in the arena, WeightBytes() of it: the same weights on every device. An
 // output of a matrix [n, k] has variance 1 where its inputs have (elements uniform within
-// +-sqrt(3 / k)) and norms are 1, so that activations and logits stay finite and near 1 through any
-// number of layers. The fingerprint is of seed and geometry. Errors as those of the device.
+// +-sqrt(3 / k)), norms are 1 and biases 0, so that activations and logits stay finite and near 1
+// through any number of layers. The fingerprint is of seed and geometry. Errors as those of the
+// device.
 absl::StatusOr<ModelWeights> DrawWeights(const ModelConfig& config, uint64_t seed, Device& device);
 
 }  // namespace headroom

@@ -68,13 +68,29 @@ class Loader {
     return PackedWeight{reinterpret_cast<const BFloat16*>(packed), n, k};
   }
 
-  absl::StatusOr<const BFloat16*> Vector(const std::string& name, int64_t size) {
-    HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor, reader_.Expect(name, "BF16", {size}));
-    HashName(name, *tensor);
-    HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, 0, tensor->size_bytes));
-    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(tensor->size_bytes, name));
-    HEADROOM_RETURN_IF_ERROR(device_.Upload(data, piece_.data(), tensor->size_bytes));
+  // One vector made of several tensors, one behind the other.
+  absl::StatusOr<const BFloat16*> Vector(
+      const std::vector<std::pair<std::string, int64_t>>& parts) {
+    int64_t bytes = 0;
+    for (const auto& [name, size] : parts) {  // before memory is taken for what may not be there
+      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
+                                reader_.Expect(name, "BF16", {size}));
+      bytes += tensor->size_bytes;
+    }
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, parts[0].first));
+    int64_t at = 0;
+    for (const auto& [name, size] : parts) {
+      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
+                                reader_.Expect(name, "BF16", {size}));
+      HashName(name, *tensor);
+      HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, 0, tensor->size_bytes));
+      HEADROOM_RETURN_IF_ERROR(device_.Upload(data + at, piece_.data(), tensor->size_bytes));
+      at += tensor->size_bytes;
+    }
     return reinterpret_cast<const BFloat16*>(data);
+  }
+  absl::StatusOr<const BFloat16*> Vector(const std::string& name, int64_t size) {
+    return Vector({{name, size}});
   }
 
   // A tensor that was not loaded: a wrong guess about the architecture must not pass silently. A
@@ -143,6 +159,18 @@ absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config
                                   {prefix + "self_attn.k_proj.weight", kv_width},
                                   {prefix + "self_attn.v_proj.weight", kv_width}},
                                  config.hidden));
+  if (config.qkv_bias) {
+    HEADROOM_ASSIGN_OR_RETURN(weights.qkv_bias,
+                              loader.Vector({{prefix + "self_attn.q_proj.bias", q_width},
+                                             {prefix + "self_attn.k_proj.bias", kv_width},
+                                             {prefix + "self_attn.v_proj.bias", kv_width}}));
+  }
+  if (config.qk_norm) {
+    HEADROOM_ASSIGN_OR_RETURN(weights.q_norm,
+                              loader.Vector(prefix + "self_attn.q_norm.weight", config.head_dim));
+    HEADROOM_ASSIGN_OR_RETURN(weights.k_norm,
+                              loader.Vector(prefix + "self_attn.k_norm.weight", config.head_dim));
+  }
   HEADROOM_ASSIGN_OR_RETURN(
       weights.output,
       loader.Matrix("weights", {{prefix + "self_attn.o_proj.weight", config.hidden}}, q_width));
@@ -171,9 +199,14 @@ int64_t WeightBytes(const ModelConfig& config,
   constexpr int64_t kAlign = 256;
   const auto aligned = [](int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; };
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t norm = aligned(config.hidden * static_cast<int64_t>(sizeof(BFloat16)));
+  const auto vector = [&](int64_t size) {
+    return aligned(size * static_cast<int64_t>(sizeof(BFloat16)));
+  };
+  const int64_t norm = vector(config.hidden);
+  const int64_t bias = config.qkv_bias ? vector(config.qkv_width()) : 0;
+  const int64_t head_norms = config.qk_norm ? 2 * vector(config.head_dim) : 0;
   const auto packed = [&](int64_t n, int64_t k) { return aligned(packed_bytes(n, k)); };
-  const int64_t layer = 2 * norm + packed(config.qkv_width(), config.hidden) +
+  const int64_t layer = 2 * norm + bias + head_norms + packed(config.qkv_width(), config.hidden) +
                         packed(config.hidden, q_width) +
                         packed(2 * config.intermediate, config.hidden) +
                         packed(config.hidden, config.intermediate);

@@ -19,6 +19,9 @@ namespace headroom {
 struct LayerWeights {
   const kernels::BFloat16* attention_norm = nullptr;  // [hidden]
   kernels::PackedWeight qkv;                          // [(q + 2 kv heads) * head_dim, hidden]
+  const kernels::BFloat16* qkv_bias = nullptr;        // [(q + 2 kv heads) * head_dim], or none
+  const kernels::BFloat16* q_norm = nullptr;          // [head_dim], or none
+  const kernels::BFloat16* k_norm = nullptr;          // likewise
   kernels::PackedWeight output;                       // [hidden, q heads * head_dim]
   const kernels::BFloat16* mlp_norm = nullptr;        // [hidden]
   kernels::PackedWeight gate_up;                      // [2 * intermediate, hidden]

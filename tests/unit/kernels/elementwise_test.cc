@@ -290,6 +290,77 @@ TEST(RopeAppend, RotatesAndAppendsLikeTheReference) {
   }
 }
 
+TEST(RopeAppend, AddsTheBiasAndNormalisesEachHeadFirst) {
+  CpuTeam team(2);
+  for (const int32_t d : {64, 128, 256}) {
+    Random random(7);
+    const std::vector<BFloat16> bias = random.Bf16(10 * d), q_norm = random.Bf16(d),
+                                k_norm = random.Bf16(d);
+    Append plain(d);
+    plain.Run([](const RopeAppendArgs& args) { reference::RopeAppend(args); });
+    for (const bool has_bias : {true, false}) {
+      for (const bool has_norm : {true, false}) {
+        const auto with = [&](RopeAppendArgs args) {
+          if (has_bias) args.bias = bias.data();
+          if (has_norm) args.q_norm = q_norm.data();
+          if (has_norm) args.k_norm = k_norm.data();
+          args.norm_epsilon = 1e-3f;
+          return args;
+        };
+        Append expected(d);
+        expected.Run([&](const RopeAppendArgs& args) { reference::RopeAppend(with(args)); });
+        EXPECT_EQ(expected.chunk == plain.chunk, !has_bias && !has_norm);
+        std::vector<float> first;
+        for (const cpu::KernelTable* kernels : AllKernels()) {
+          Append actual(d);
+          actual.Run([&](const RopeAppendArgs& args) { kernels->rope_append(with(args), team); });
+          for (size_t i = 0; i < actual.qkv.size(); ++i) {
+            ASSERT_NEAR(actual.qkv[i], expected.qkv[i], 1e-5 + 1e-5 * std::abs(expected.qkv[i]));
+          }
+          if (first.empty()) first = actual.qkv;
+          EXPECT_TRUE(SameBits(actual.qkv, first)) << kernels->name;
+          // What is appended is rounded to bfloat16, half a unit of 2^-8 away at most.
+          const auto values = [d](int64_t capacity, const uint8_t* from) {
+            std::vector<float> all;
+            for (int64_t i = 0; i < KvLayout{capacity, d}.BytesFor(2) / 2; ++i) {
+              all.push_back(ToFloat(reinterpret_cast<const BFloat16*>(from)[i]));
+            }
+            return all;
+          };
+          const auto got = values(64, actual.chunk.data());
+          const auto wanted = values(64, expected.chunk.data());
+          for (size_t i = 0; i < got.size(); ++i) {
+            ASSERT_NEAR(got[i], wanted[i], 1e-4 + 0x1p-7 * std::abs(wanted[i])) << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+// By hand: a bias that makes all of a head 3, whose norm is 1 in the mean square, times the weight.
+TEST(RopeAppend, TheNormIsOfOneHeadAfterTheBias) {
+  CpuTeam team(1);
+  Append append(64);
+  std::fill(append.qkv.begin(), append.qkv.end(), 1.0f);
+  for (int64_t i = 0; i < append.rows * 64; ++i) append.cos_sin[i] = i % 64 < 32 ? 1.0f : 0.0f;
+  const std::vector<BFloat16> bias(640, ToBFloat16(2)), q_norm(64, ToBFloat16(0.5f)),
+      k_norm(64, ToBFloat16(4));
+  append.Run([&](RopeAppendArgs args) {
+    args.bias = bias.data();
+    args.q_norm = q_norm.data();
+    args.k_norm = k_norm.data();
+    cpu::RopeAppend(args, team);
+  });
+  EXPECT_NEAR(append.qkv[0], 0.5, 1e-6);
+  const KvLayout layout{64, 64};
+  const auto at = [&](int64_t offset) {
+    return ToFloat(*reinterpret_cast<const BFloat16*>(append.chunk.data() + offset));
+  };
+  EXPECT_EQ(at(layout.KeyOffset(1, 2)), 4);
+  EXPECT_EQ(at(layout.ValueOffset(1, 2)), 3);  // no norm
+}
+
 TEST(RopeAppend, APairKeepsItsLength) {
   CpuTeam team(1);
   Append append(64);

@@ -10,6 +10,7 @@
 
 #include "common/json.h"
 #include "services/headroom/bench/costs.h"
+#include "services/headroom/bench/geometries.h"
 #include "services/headroom/bench/work_item.h"
 #include "tests/common/random_model.h"
 
@@ -201,6 +202,28 @@ TEST(Bench, RefusesWrongOptions) {
   options.chunk_tokens = 0;
   options.random_weights = "/nowhere/config.json";
   EXPECT_EQ(RunBench(options), 2);  // and a model
+  options.model_dir.clear();
+  options.geometry = "llama-3-8b";
+  EXPECT_EQ(RunBench(options), 2);  // and random weights
+}
+
+TEST(Geometries, AreEachReadByTheName) {
+  EXPECT_EQ(GeometryNames().front(), "llama-3-8b");
+  for (const std::string& name : GeometryNames()) {
+    const absl::StatusOr<ModelConfig> config = GeometryOf(name);
+    ASSERT_TRUE(config.ok()) << name << ": " << config.status();
+    EXPECT_GE(config->num_layers, 26) << name;
+  }
+  // Bytes of keys and values of a token, of all layers, which the models' papers and cards give.
+  EXPECT_EQ(GeometryOf("llama-2-7b")->kv_geometry().BytesPerToken(), 512 << 10);
+  EXPECT_EQ(GeometryOf("llama-3-8b")->kv_geometry().BytesPerToken(), 128 << 10);
+  EXPECT_EQ(GeometryOf("mistral-7b")->kv_geometry().BytesPerToken(), 128 << 10);
+  EXPECT_EQ(GeometryOf("qwen2-7b")->kv_geometry().BytesPerToken(), 56 << 10);
+  EXPECT_TRUE(GeometryOf("qwen2-7b")->qkv_bias);
+  EXPECT_TRUE(GeometryOf("qwen3-8b")->qk_norm);
+  const absl::Status unknown = GeometryOf("llama-9").status();
+  EXPECT_EQ(unknown.code(), absl::StatusCode::kNotFound);
+  EXPECT_NE(unknown.message().find("qwen2-7b"), std::string::npos) << unknown;
 }
 
 // ---- Random weights -----------------------------------------------------------------------------

@@ -162,11 +162,67 @@ TEST_F(ReadModelConfigTest, EachOptionThatWouldChangeTheMathsIsRefusedByName) {
   EXPECT_TRUE(IsUnsupported("attn_logit_softcapping", "50.0"));
   EXPECT_TRUE(IsUnsupported("final_logit_softcapping", "30.0"));
   EXPECT_TRUE(IsUnsupported("query_pre_attn_scalar", "256"));
+  EXPECT_TRUE(IsUnsupported("use_sliding_window", "true"));
+  EXPECT_TRUE(IsUnsupported("layer_types", "[\"full_attention\", \"sliding_attention\"]"));
+  EXPECT_TRUE(IsUnsupported("attention_chunk_size", "8192"));
+  EXPECT_TRUE(IsUnsupported("no_rope_layers", "[1, 1, 1, 0]"));
+  EXPECT_TRUE(IsUnsupported("rope_local_base_freq", "10000"));
+  EXPECT_TRUE(IsUnsupported("is_causal", "false", "false, supported: true"));
+  EXPECT_TRUE(IsUnsupported("embedding_multiplier", "12.0", "supported: 1"));
+  EXPECT_TRUE(IsUnsupported("residual_multiplier", "0.22"));
+  EXPECT_TRUE(IsUnsupported("attention_multiplier", "0.0078125"));
+  EXPECT_TRUE(IsUnsupported("logits_scaling", "8.0"));
+  EXPECT_TRUE(IsUnsupported("logit_scale", "0.0625"));
+  EXPECT_TRUE(IsUnsupported("clip_qkv", "8.0"));
+  EXPECT_TRUE(IsUnsupported("num_local_experts", "8"));
+  EXPECT_TRUE(IsUnsupported("num_experts", "128"));
+  EXPECT_TRUE(IsUnsupported("use_qk_norm", "true"));
+  EXPECT_TRUE(IsUnsupported("qk_layernorm", "true"));
+  EXPECT_TRUE(IsUnsupported("kv_lora_rank", "512"));
   EXPECT_TRUE(IsUnsupported("pretraining_tp", "2"));
   EXPECT_TRUE(IsUnsupported("head_dim", "96", "96, supported: 64, 128"));
   // Absent is what null says.
   EXPECT_TRUE(ReadWith("sliding_window", "null").ok());
   EXPECT_TRUE(ReadWith("quantization_config", "null").ok());
+  // ... and what is done anyway may be said.
+  EXPECT_TRUE(ReadWith("is_causal", "true").ok());
+  EXPECT_TRUE(ReadWith("residual_multiplier", "1.0").ok());
+  EXPECT_TRUE(ReadWith("use_mrope", "false").ok());
+  EXPECT_TRUE(ReadWith("layer_types", "[\"full_attention\"]").ok());
+}
+
+// What published files of the families say beside the members of a Llama.
+TEST_F(ReadModelConfigTest, AFamilyIsWhatItsArchitectureSays) {
+  const auto read = [&](const std::string& architecture, const std::string& members) {
+    return Read(absl::StrReplaceAll(
+        kConfig, {{"LlamaForCausalLM", architecture}, {"\"attention_bias\": false", members}}));
+  };
+  absl::StatusOr<ModelConfig> config =
+      read("Qwen2ForCausalLM",
+           R"("use_sliding_window": false, "sliding_window": 131072, "max_window_layers": 28)");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_TRUE(config->qkv_bias);
+  EXPECT_FALSE(config->qk_norm);
+  EXPECT_EQ(config->head_dim, 64);
+  config = read("Qwen3ForCausalLM", R"("attention_bias": false, "sliding_window": null)");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_FALSE(config->qkv_bias);
+  EXPECT_TRUE(config->qk_norm);
+  EXPECT_EQ(config->head_dim, 128);  // whatever hidden_size is
+  config = read("MistralForCausalLM", R"("sliding_window": null)");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_FALSE(config->qkv_bias || config->qk_norm);
+  // A window that a Mistral's file has, and one that it leaves to transformers.
+  for (const char* members : {R"("sliding_window": 4096)", R"("attention_bias": false)"}) {
+    const absl::Status status = read("MistralForCausalLM", members).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << members;
+    EXPECT_THAT(status.message(), AllOf(HasSubstr("'sliding_window'"), HasSubstr("4096")));
+  }
+  // Qwen2's bias is no option, so its file does not name one.
+  EXPECT_THAT(read("Qwen2ForCausalLM", R"("attention_bias": true)").status().message(),
+              HasSubstr("'attention_bias'"));
+  EXPECT_THAT(read("Qwen3ForCausalLM", R"("attention_bias": true)").status().message(),
+              HasSubstr("'attention_bias'"));
 }
 
 TEST_F(ReadModelConfigTest, WhatIsQuotedFromTheFileIsOneShortLine) {
