@@ -59,12 +59,16 @@ int BenchCommand(const std::vector<std::string>& args) {
                  "fetched, in_place or, for decode, auto. May be given several times. Default: the "
                  "items of --set.");
   flags.Text("set", "NAME", &options.set,
-             "A named set of items: default, prefill, decode; quick and 128k for a GPU; or plan, "
-             "which sets what the planner predicts for --gpu-memory against what is measured.");
+             "A named set of items: default, prefill, decode; quick, 128k and million for a GPU; or "
+             "plan, which sets what the planner predicts for --gpu-memory against what is measured.");
   flags.Integer("seed", &options.seed, 0, int64_t{1} << 62,
                 "Draws random weights and one context of the set plan.");
   flags.Integer("repeat", &options.repeat, kMinBenchRepeats, kMaxBenchRepeats,
-                "Measurements of each item.");
+                "Measurements of each item; those of the set million are measured once.");
+  flags.Integer("stop-after", &options.stop_after_seconds, 0, kMaxBenchStopAfterSeconds,
+                "Seconds after the start from which on no chunk of a prefill begins. What came until "
+                "then is reported, as cut off.",
+                "never");
   flags.Group("Device");
   flags.Choice("device", {"auto", "cpu", "cuda"}, &options.device, "What computes.");
   flags.Integer("threads", &options.threads, 0, 1024,

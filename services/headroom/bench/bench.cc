@@ -50,6 +50,8 @@ absl::Status CheckOptions(const BenchOptions& options) {
     HEADROOM_RETURN_IF_ERROR(
         range("--chunk-tokens", options.chunk_tokens, kMinChunkTokens, kMaxChunkTokens));
   }
+  HEADROOM_RETURN_IF_ERROR(
+      range("--stop-after", options.stop_after_seconds, 0, kMaxBenchStopAfterSeconds));
   return range("--repeat", options.repeat, kMinBenchRepeats, kMaxBenchRepeats);
 }
 
@@ -95,11 +97,16 @@ class BenchRun {
 
  private:
   BenchRun(const BenchOptions& options, BenchReport report)
-      : repeat_(options.repeat), report_(std::move(report)) {}
+      : repeat_(options.repeat),
+        deadline_(options.stop_after_seconds == 0
+                      ? absl::InfiniteFuture()
+                      : absl::Now() + absl::Seconds(options.stop_after_seconds)),
+        report_(std::move(report)) {}
   absl::Status Init(const BenchOptions& options, const std::vector<WorkItem>& items);
   absl::Status LookAtMemory(BenchResult& result);
 
   const int32_t repeat_;
+  const absl::Time deadline_;  // of the prefills
   BenchReport report_;
   bool gpu_ = false;
   Ceilings known_;
@@ -155,16 +162,24 @@ absl::Status BenchRun::Measure(const WorkItem& item) {
     BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
   }
   HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());
-  for (int32_t i = 0; i < repeat_; ++i) {
-    HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine_->Measure(item));
+  const auto on_chunk = [&](int64_t tokens, double seconds) {
+    return report_.AddChunk(item, tokens, seconds);
+  };
+  for (int32_t i = 0; i < (item.once ? 1 : repeat_); ++i) {
+    HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine_->Measure(item, deadline_, on_chunk));
+    // Of prefills that are whole and one that is cut off there is no median: either those or this one.
+    const bool cut_off =
+        item.kind == WorkItem::Kind::kPrefill && measurement.prefilled_tokens < item.context_tokens;
+    if (cut_off && !result.measurements.empty()) break;
     result.measurements.push_back(measurement);
     HEADROOM_RETURN_IF_ERROR(LookAtMemory(result));
+    if (cut_off) break;
   }
   HEADROOM_ASSIGN_OR_RETURN(const Ceilings after, probe_->Measure());
   result.ceilings = Larger(before, after);
   result.floor_ceilings = FloorCeilings(result.ceilings, known_);
   const bool prefill = item.kind == WorkItem::Kind::kPrefill;
-  result.costs = prefill ? PrefillCosts(engine_->config(), item.context_tokens)
+  result.costs = prefill ? PrefillCosts(engine_->config(), result.median().prefilled_tokens)
                          : DecodeCosts(engine_->config(), BenchEngine::MeanDecodeContext(item),
                                        item.batch);
   const Measurement& median = result.median();

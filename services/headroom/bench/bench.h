@@ -35,17 +35,21 @@ struct BenchOptions {
   std::vector<std::string> work;
   std::string set = "default";  // see work_item.h
   uint64_t seed = 0;            // draws what a set draws, and random weights
-  // Measurements of each item, at least kMinBenchRepeats.
+  // Measurements of each item, at least kMinBenchRepeats; of those of the set `million` one.
   int32_t repeat = 5;
   // Longest chunk of a prefill, beside what the memory allows; 0: 1,024 on the CPU device, 8,192 on
   // a GPU.
   int64_t chunk_tokens = 0;
-  // If set: one JSON object per line, flushed line by line.
+  // Seconds after the start from which on no chunk of a prefill begins: what was prefilled until then is
+  // what is reported. 0: never.
+  int64_t stop_after_seconds = 0;
+  // If set: one JSON object per line, flushed line by line; of a prefill one for each chunk, too.
   std::string json_path;
 };
 
 inline constexpr int32_t kMinBenchRepeats = 3;
 inline constexpr int32_t kMaxBenchRepeats = 1000;
+inline constexpr int64_t kMaxBenchStopAfterSeconds = 1000000;
 
 // Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for
 // options that are wrong.

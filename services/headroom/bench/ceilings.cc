@@ -66,6 +66,7 @@ absl::Status CpuCeilingProbe::Init(int threads) {
   // Untouched memory is one page of zeros over and over, which a cache holds.
   std::memset(arena_buffer_, 1, kBufferBytes);
   HEADROOM_ASSIGN_OR_RETURN(mapped_, MapSharedMemory(kBufferBytes, "headroom-bench-probe"));
+  mapped_.MakeHugePages(0, kBufferBytes);
   std::memset(mapped_.data(), 1, kBufferBytes);
   return device_->RegisterHost(mapped_.data(), mapped_.bytes());
 }

@@ -14,7 +14,6 @@
 #include "services/coordinator/placement/step_model.h"
 #include "services/headroom/bench/costs.h"
 #include "services/headroom/bench/geometries.h"
-#include "services/headroom/bench/host_memory.h"
 #include "services/worker/model/random_weights.h"
 
 namespace headroom {
@@ -61,8 +60,9 @@ absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const EngineOptions& options,
 }
 
 int64_t PositionsOf(const WorkItem& item) {
-  return item.context_tokens + BenchEngine::kWarmSteps + BenchEngine::kMeasuredSteps + 1;
+  return item.context_tokens + BenchEngine::WarmSteps(item) + BenchEngine::MeasuredSteps(item) + 1;
 }
+
 
 }  // namespace
 
@@ -98,7 +98,7 @@ absl::StatusOr<std::unique_ptr<BenchEngine>> BenchEngine::Create(
 BenchEngine::~BenchEngine() {
   executor_.reset();  // waits for what is in flight; then nothing names the segment
   pool_.reset();
-  for (uint8_t* const data : registered_) device_->UnregisterHost(data).IgnoreError();
+  segment_.reset();  // the device outlives it
 }
 
 absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<WorkItem>& items) {
@@ -150,7 +150,7 @@ absl::Status BenchEngine::OpenInPlace(int32_t threads) {
   shape.generation = 1;
   HEADROOM_ASSIGN_OR_RETURN(const std::shared_ptr<Mailbox> mailbox, Mailbox::CreateUnnamed(shape));
   pool_ = std::make_unique<kvstore::AttendPool>(
-      segment_.data(), [this] { return segment_.bytes(); }, threads);
+      segment_->data(), [this] { return segment_->bytes(); }, threads);
   pool_->Attach(mailbox);
   return executor_->SetMailbox(mailbox);
 }
@@ -162,17 +162,12 @@ absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items, int32_t
     for (int32_t i = 0; i < item.batch; ++i) Layout(0, PositionsOf(item), used);
     bytes = std::max(bytes, used);
   }
-  HEADROOM_ASSIGN_OR_RETURN(segment_, MapSharedMemory(bytes, "headroom-bench-segment"));
-  {
-    kernels::CpuTeam team(threads);
-    FillWithKeys(segment_, team);
+  HEADROOM_ASSIGN_OR_RETURN(segment_, BenchSegment::Create(*device_, bytes, threads));
+  // What is measured more than once is not to meet the preparations the first time.
+  if (std::none_of(items.begin(), items.end(), [](const WorkItem& item) { return item.once; })) {
+    HEADROOM_RETURN_IF_ERROR(segment_->Await(bytes));
   }
-  for (int64_t at = 0; at < bytes; at += kRegistrationBytes) {
-    HEADROOM_RETURN_IF_ERROR(device_->RegisterHost(segment_.data() + at,
-                                                   std::min(kRegistrationBytes, bytes - at)));
-    registered_.push_back(segment_.data() + at);
-  }
-  return executor_->AttachSegment({segment_.data(), segment_.bytes()});
+  return executor_->AttachSegment({segment_->data(), segment_->bytes()});
 }
 
 OpenSequence BenchEngine::Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const {
@@ -198,15 +193,27 @@ OpenSequence BenchEngine::Layout(uint64_t id, int64_t tokens, int64_t& used_byte
   return open;
 }
 
+int64_t BenchEngine::EndOfRuns(const std::vector<Run>& runs, int64_t tokens) const {
+  int64_t end = 0;
+  for (const Run& run : runs) {
+    if (run.first_pos >= tokens) break;
+    const int64_t bytes = run.capacity_tokens * config_.kv_geometry().BytesPerTokenPerLayer();
+    for (const int64_t offset : run.data_offsets) end = std::max(end, offset + bytes);
+  }
+  return end;
+}
+
 int64_t BenchEngine::PrefillChunkTokens() const {
   return FloorToBlock(std::max(kBlockTokens, std::min(chunk_tokens_, budget_.max_chunk_tokens)));
 }
 
 // ---------------------------------------------------------------- measurements
 
-absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item) {
-  absl::StatusOr<Measurement> measured =
-      item.kind == WorkItem::Kind::kPrefill ? MeasurePrefill(item) : MeasureDecode(item);
+absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item, absl::Time deadline,
+                                                 const OnChunk& on_chunk) {
+  absl::StatusOr<Measurement> measured = item.kind == WorkItem::Kind::kPrefill
+                                             ? MeasurePrefill(item, deadline, on_chunk)
+                                             : MeasureDecode(item);
   if (measured.ok()) measured->kv_pool_used_bytes = executor_->memory().kv_pool_used_bytes;
   HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
   HEADROOM_RETURN_IF_ERROR(measured.status());
@@ -238,26 +245,31 @@ absl::StatusOr<std::unique_ptr<Step>> BenchEngine::TakeDone() {
   return step;
 }
 
-absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item) {
+absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item, absl::Time deadline,
+                                                        const OnChunk& on_chunk) {
   int64_t used = 0;
   OpenSequence open = Layout(next_sequence_++, PositionsOf(item), used);
   const uint64_t id = open.sequence_id;
+  const std::vector<Run> runs = open.runs;
   Measurement measured;
-  int in_flight = 0;
+  std::deque<int64_t> in_flight;  // where the chunks end
   const double begin = Now();
   const double cpu_begin = CpuSeconds();
   const auto take = [&]() -> absl::Status {
     HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
     measured.Add(step->result, 1);
-    --in_flight;
-    return absl::OkStatus();
+    measured.prefilled_tokens = in_flight.front();
+    in_flight.pop_front();
+    return on_chunk ? on_chunk(measured.prefilled_tokens, Now() - begin) : absl::OkStatus();
   };
   for (int64_t pos = 0; pos < item.context_tokens;) {
-    if (in_flight == kStepsInFlight) HEADROOM_RETURN_IF_ERROR(take());
+    if (in_flight.size() == kStepsInFlight) HEADROOM_RETURN_IF_ERROR(take());
+    if (pos > 0 && absl::Now() > deadline) break;
+    const int64_t tokens = std::min(PrefillChunkTokens(), item.context_tokens - pos);
+    HEADROOM_RETURN_IF_ERROR(segment_->Await(EndOfRuns(runs, pos + tokens)));
     StepSequence sequence;
     sequence.sequence_id = id;
     sequence.first_pos = sequence.sealed_tokens = pos;
-    const int64_t tokens = std::min(PrefillChunkTokens(), item.context_tokens - pos);
     for (int64_t i = 0; i < tokens; ++i) {
       sequence.token_ids.push_back(static_cast<int32_t>((pos + i) * 7919 % config_.vocab));
     }
@@ -267,9 +279,9 @@ absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item) {
     if (sequence.first_pos == 0) step->open.push_back(std::move(open));
     step->sequences.push_back(std::move(sequence));
     HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
-    ++in_flight;
+    in_flight.push_back(pos);
   }
-  while (in_flight > 0) HEADROOM_RETURN_IF_ERROR(take());
+  while (!in_flight.empty()) HEADROOM_RETURN_IF_ERROR(take());
   measured.seconds = Now() - begin;
   measured.cpu_seconds = CpuSeconds() - cpu_begin;
   return measured;
@@ -287,19 +299,20 @@ absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   DecodeWork work;
   work.plan_version = item.planned ? planned_version_ : PlanVersionOf(item.lane);
   work.context_tokens = item.context_tokens;
-  work.warm_steps = kWarmSteps;
-  work.measured_steps = kMeasuredSteps;
+  work.warm_steps = WarmSteps(item);
+  work.measured_steps = MeasuredSteps(item);
   int64_t used = 0;
   for (int32_t i = 0; i < item.batch; ++i) {
     work.sequences.push_back(Layout(next_sequence_++, PositionsOf(item), used));
   }
+  HEADROOM_RETURN_IF_ERROR(segment_->Await(used));
   double cpu_begin = 0;
   work.on_measured_begin = [&cpu_begin] { cpu_begin = CpuSeconds(); };
   HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes times, headroom::MeasureDecode(work, Port()));
   Measurement measured;
   static_cast<StepTimes&>(measured) = times;
   measured.seconds = times.step_seconds;
-  measured.cpu_seconds = (CpuSeconds() - cpu_begin) / kMeasuredSteps;
+  measured.cpu_seconds = (CpuSeconds() - cpu_begin) / work.measured_steps;
   return measured;
 }
 
@@ -336,8 +349,9 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
 }
 
 absl::StatusOr<LaneCosts> BenchEngine::Calibrate() {
+  HEADROOM_RETURN_IF_ERROR(segment_->Await(segment_->bytes()));
   CalibrationOptions options;
-  options.segment_bytes = segment_.bytes();
+  options.segment_bytes = segment_->bytes();
   options.budget = budget_;
   return CalibrateLanes(*executor_, config_, options, Port());
 }

@@ -4,15 +4,17 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "common/device/device.h"
 #include "common/mutex.h"
-#include "common/segment/mapped_region.h"
+#include "services/headroom/bench/bench_segment.h"
 #include "services/headroom/bench/work_item.h"
 #include "services/kvstore/attend_pool.h"
 #include "services/worker/decode_probe.h"
@@ -41,20 +43,26 @@ struct EngineOptions {
 struct Measurement : StepTimes {
   double seconds = 0;      // of the prefill; of one decode step (mean over a window of steps)
   double cpu_seconds = 0;  // of the whole process
+  int64_t prefilled_tokens = 0;  // of the prefill: fewer than asked for if it was cut off
   int64_t kv_pool_used_bytes = 0;  // at its end, when it holds the most
 };
 
 // Driven by one thread.
 class BenchEngine {
  public:
-  // Keys and values of whatever `items` need are laid out once, finite and random. Errors as those
-  // of the model's parts; UNAVAILABLE for a device that is not there.
+  // Keys and values of whatever `items` need are laid out once, finite and random, in the background:
+  // an item waits for what it needs. Errors as those of the model's parts; UNAVAILABLE for a device that
+  // is not there.
   static absl::StatusOr<std::unique_ptr<BenchEngine>> Create(const EngineOptions& options,
                                                              const std::vector<WorkItem>& items);
   ~BenchEngine();
 
+  // A chunk of a prefill has been computed: tokens so far, seconds since the first was submitted.
+  using OnChunk = std::function<absl::Status(int64_t tokens, double seconds)>;
+  // No chunk of a prefill begins after `deadline`, but for the first. `on_chunk` may be empty.
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
-  absl::StatusOr<Measurement> Measure(const WorkItem& item);
+  absl::StatusOr<Measurement> Measure(const WorkItem& item, absl::Time deadline,
+                                      const OnChunk& on_chunk);
 
   // What the planner balances with, as of now. Takes some seconds.
   absl::StatusOr<LaneCosts> Calibrate();
@@ -66,10 +74,11 @@ class BenchEngine {
   absl::StatusOr<Planned> PlanFor(const WorkItem& item);
 
   // Steps of a decode measurement, and the mean context over them.
-  static constexpr int kWarmSteps = 4;
-  static constexpr int kMeasuredSteps = 32;
+  static int WarmSteps(const WorkItem& item) { return item.once ? 2 : 4; }
+  static int MeasuredSteps(const WorkItem& item) { return item.once ? 6 : 32; }
   static double MeanDecodeContext(const WorkItem& item) {
-    return static_cast<double>(item.context_tokens) + kWarmSteps + (kMeasuredSteps + 1) / 2.0;
+    return static_cast<double>(item.context_tokens) + WarmSteps(item) +
+           (MeasuredSteps(item) + 1) / 2.0;
   }
   int64_t PrefillChunkTokens() const;
 
@@ -98,7 +107,11 @@ class BenchEngine {
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;
 
-  absl::StatusOr<Measurement> MeasurePrefill(const WorkItem& item);
+  // Where the extents of positions [0, tokens) end in the segment.
+  int64_t EndOfRuns(const std::vector<Run>& runs, int64_t tokens) const;
+
+  absl::StatusOr<Measurement> MeasurePrefill(const WorkItem& item, absl::Time deadline,
+                                             const OnChunk& on_chunk);
   StepPort Port();
   absl::StatusOr<Measurement> MeasureDecode(const WorkItem& item);
   std::unique_ptr<Step> NewStep(const WorkItem& item);
@@ -109,9 +122,8 @@ class BenchEngine {
   ModelConfig config_;
   ModelWeights weights_;
   DeviceBudget budget_;
-  MappedRegion segment_;
+  std::unique_ptr<BenchSegment> segment_;
   std::unique_ptr<kvstore::AttendPool> pool_;
-  std::vector<uint8_t*> registered_;
   int64_t chunk_tokens_ = 0;
   uint64_t planned_version_ = 1000;  // of the latest planned item
   uint64_t next_step_ = 1;

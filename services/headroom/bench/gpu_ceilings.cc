@@ -95,7 +95,8 @@ absl::Status GpuCeilingProbe::Init() {
   HEADROOM_RETURN_IF_ERROR(device_.PrepareGemm(shape_.gemm_n, shape_.gemm_k));
   HEADROOM_ASSIGN_OR_RETURN(MappedRegion host,
                             MapSharedMemory(2 * half_bytes_, "headroom-bench-probe"));
-  FillWithKeys(host, readers_);
+  host.MakeHugePages(0, host.bytes());
+  FillWithKeys(host.data(), host.bytes(), readers_);
   HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(host.data(), host.bytes()));
   host_ = std::move(host);
   return absl::OkStatus();

@@ -61,23 +61,19 @@ absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view wh
   if (ftruncate(fd.get(), bytes) != 0) {
     return absl::ErrnoToStatus(errno, absl::StrCat(bytes, " bytes of shared memory for ", what));
   }
-  HEADROOM_ASSIGN_OR_RETURN(MappedRegion region,
-                            MappedRegion::Map(fd.get(), bytes, MappedRegion::Access::kReadWrite,
-                                              /*huge_pages=*/true, what));
-  region.MakeHugePages(0, bytes);
-  return region;
+  return MappedRegion::Map(fd.get(), bytes, MappedRegion::Access::kReadWrite, /*huge_pages=*/true,
+                           what);
 }
 
-void FillWithKeys(const MappedRegion& region, kernels::CpuTeam& team) {
+void FillWithKeys(uint8_t* data, int64_t bytes, kernels::CpuTeam& team) {
   std::vector<kernels::BFloat16> values(kPieceBytes / sizeof(kernels::BFloat16));
   std::mt19937 random(1);
   for (kernels::BFloat16& value : values) {
     value = kernels::ToBFloat16(static_cast<float>(random()) * 0x1p-31f - 1.0f);
   }
-  team.ForEach((region.bytes() + kPieceBytes - 1) / kPieceBytes, [&](int64_t i) {
+  team.ForEach((bytes + kPieceBytes - 1) / kPieceBytes, [&](int64_t i) {
     const int64_t at = i * kPieceBytes;
-    std::memcpy(region.data() + at, values.data(),
-                static_cast<size_t>(std::min(kPieceBytes, region.bytes() - at)));
+    std::memcpy(data + at, values.data(), static_cast<size_t>(std::min(kPieceBytes, bytes - at)));
   });
 }
 

@@ -14,11 +14,12 @@
 
 namespace headroom {
 
-// Shared memory as a store's data file is mapped; zeroed. Errors name `what`.
+// Shared memory as a store's data file is mapped; zeroed, and not backed before it is written. Errors
+// name `what`.
 absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view what);
 
 // Finite keys and values: bfloat16 in (-1, 1), a MiB of them over and over.
-void FillWithKeys(const MappedRegion& region, kernels::CpuTeam& team);
+void FillWithKeys(uint8_t* data, int64_t bytes, kernels::CpuTeam& team);
 
 // Bytes/s at which the team reads a region that is larger than the caches and not constant (memory
 // that was never written is one page of zeros over and over, which a cache holds). Best of several.

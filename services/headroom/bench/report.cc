@@ -77,8 +77,12 @@ Spread BenchResult::seconds() const {
 }
 
 double BenchResult::tokens() const {
-  return item.kind == WorkItem::Kind::kPrefill ? static_cast<double>(item.context_tokens)
+  return item.kind == WorkItem::Kind::kPrefill ? static_cast<double>(median().prefilled_tokens)
                                                : item.batch;
+}
+
+bool BenchResult::cut_off() const {
+  return item.kind == WorkItem::Kind::kPrefill && median().prefilled_tokens < item.context_tokens;
 }
 
 Json ToJson(const BenchSetup& setup) {
@@ -113,6 +117,8 @@ Json ToJson(const BenchResult& result) {
                                {"least", seconds.least},
                                {"most", seconds.most}}},
       {"tokens_per_second", result.tokens() / seconds.median},
+      {"prefilled_tokens", median.prefilled_tokens},
+      {"cut_off", result.cut_off()},
       {"floor_seconds", result.floor_seconds},
       {"predicted_seconds", result.predicted_seconds},
       {"ratio", seconds.median / result.floor_seconds},
@@ -186,6 +192,21 @@ void BenchReport::PrintPlan(const WorkItem& item, double step_seconds,
   std::fflush(stdout);
 }
 
+absl::Status BenchReport::AddChunk(const WorkItem& item, int64_t tokens, double seconds) {
+  constexpr double kSayEverySeconds = 10;
+  if (seconds < said_at_) said_at_ = 0;  // another prefill
+  if (seconds >= said_at_ + kSayEverySeconds) {
+    said_at_ = seconds;
+    std::printf("%-26s %ld tokens after %.1f s\n", item.ToString().c_str(),
+                static_cast<long>(tokens), seconds);
+    std::fflush(stdout);
+  }
+  return WriteJson(Json::Object{{"type", "chunk"},
+                                {"work", item.ToString()},
+                                {"prefilled_tokens", tokens},
+                                {"seconds", seconds}});
+}
+
 absl::Status BenchReport::Add(const BenchResult& result) {
   const Spread seconds = result.seconds();
   const Measurement& median = result.median();
@@ -195,6 +216,10 @@ absl::Status BenchReport::Add(const BenchResult& result) {
               seconds.most * kMilli, result.tokens() / seconds.median,
               result.floor_seconds * kMilli, seconds.median / result.floor_seconds,
               seconds.least / result.floor_seconds);
+  if (result.cut_off()) {
+    std::printf("    CUT OFF   after %.0f of %ld tokens, by --stop-after: all figures are of those\n",
+                result.tokens(), static_cast<long>(result.item.context_tokens));
+  }
   PrintCeilings(result);
   std::printf(
       "    costs     %9.2f GFLOP linear, %.2f GFLOP attention, %.1f MB weights, %.1f MB keys and "

@@ -46,6 +46,7 @@ struct BenchResult {
   const Measurement& median() const;
   Spread seconds() const;
   double tokens() const;  // that one measurement's seconds yield
+  bool cut_off() const;   // a prefill that --stop-after ended
 };
 
 Json ToJson(const BenchSetup& setup);
@@ -65,6 +66,8 @@ class BenchReport {
                         const double (&lane_bytes)[kNumLanes]);
 
   absl::Status Begin(const BenchSetup& setup);
+  // A chunk of a prefill: a JSON line, and now and then one of text.
+  absl::Status AddChunk(const WorkItem& item, int64_t tokens, double seconds);
   absl::Status Add(const BenchResult& result);
 
  private:
@@ -73,6 +76,7 @@ class BenchReport {
 
   std::string json_path_;
   std::FILE* json_ = nullptr;
+  double said_at_ = 0;  // seconds of the prefill of which something was last said
 };
 
 }  // namespace headroom

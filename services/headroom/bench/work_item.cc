@@ -52,6 +52,10 @@ const std::vector<NamedSet>& Sets() {
        {{Kind::kDecode, 131072, Lane::kResident, 1},
         {Kind::kDecode, 131072, Lane::kFetched, 1},
         {Kind::kPrefill, 131072, Lane::kFetched, 1}}},
+      {"million",
+       {{Kind::kPrefill, 1000000, Lane::kFetched, 1, /*planned=*/false, /*once=*/true},
+        {Kind::kDecode, 1000000, Lane::kFetched, 1, /*planned=*/false, /*once=*/true},
+        {Kind::kDecode, 1000000, Lane::kFetched, 1, /*planned=*/true, /*once=*/true}}},
   };
   return sets;
 }

@@ -22,8 +22,10 @@ struct WorkItem {
   Lane lane = Lane::kResident;  // of every head
   int32_t batch = 1;            // sequences of a decode step
   bool planned = false;         // in the lanes that the planner chooses, not in `lane`
+  // Measured once and, a decode, over few steps, whatever is asked for: what takes minutes.
+  bool once = false;
 
-  // The text that ParseWorkItem() takes.
+  // The text that ParseWorkItem() takes, which says nothing of `once`.
   std::string ToString() const;
   friend bool operator==(const WorkItem&, const WorkItem&) = default;
 };

@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/json.h"
 #include "services/headroom/bench/costs.h"
 #include "services/headroom/bench/geometries.h"
@@ -304,11 +306,17 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
 
   std::ifstream file(options.json_path);
   std::vector<Json> lines;
+  int chunks = 0;
   for (std::string line; std::getline(file, line);) {
     absl::StatusOr<Json> json = Json::Parse(line, 1 << 20);
     ASSERT_TRUE(json.ok()) << json.status();
-    lines.push_back(*std::move(json));
+    if (json->Find("type")->as_string() == "chunk") {
+      ++chunks;
+    } else {
+      lines.push_back(*std::move(json));
+    }
   }
+  EXPECT_EQ(chunks, 3 * 4);  // each measurement's
   ASSERT_EQ(lines.size(), 5);
   EXPECT_EQ(lines[0].Find("type")->as_string(), "setup");
   EXPECT_EQ(lines[0].Find("threads")->as_int(), 2);
@@ -351,6 +359,52 @@ TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {
   testing::internal::CaptureStderr();
   EXPECT_EQ(RunBench(options), 1);
   EXPECT_NE(testing::internal::GetCapturedStderr().find("raise --gpu-memory"), std::string::npos);
+}
+
+// What a run of minutes is worth when its time is over.
+TEST(Bench, ReportsHowFarAPrefillCameThatWasCutOff) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
+#endif
+  constexpr int64_t kTokens = 1000000;
+  const TempDir dir;
+  BenchOptions options;
+  options.random_weights = dir.File("geometry.json");
+  std::ofstream(options.random_weights) << R"({
+    "architectures": ["LlamaForCausalLM"], "head_dim": 64, "hidden_size": 64,
+    "intermediate_size": 64, "max_position_embeddings": 2000000, "num_attention_heads": 1,
+    "num_hidden_layers": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": false, "vocab_size": 300})";
+  options.threads = 2;
+  options.gpu_memory_bytes = int64_t{1} << 30;
+  options.repeat = 3;
+  options.chunk_tokens = 1024;
+  options.stop_after_seconds = 2;
+  options.work = {absl::StrCat("prefill:", kTokens, ":fetched")};
+  options.json_path = dir.File("bench.json");
+  ASSERT_EQ(RunBench(options), 0);
+  std::ifstream file(options.json_path);
+  int64_t of_chunks = 0;
+  bool reported = false;
+  for (std::string line; std::getline(file, line);) {
+    const absl::StatusOr<Json> json = Json::Parse(line, 1 << 20);
+    ASSERT_TRUE(json.ok()) << json.status();
+    const std::string type = json->Find("type")->as_string();
+    if (type == "chunk") {
+      of_chunks = std::max(of_chunks, json->Find("prefilled_tokens")->as_int());
+    } else if (type == "prefill") {
+      reported = true;
+      SCOPED_TRACE(line);
+      EXPECT_TRUE(json->Find("cut_off")->as_bool());
+      EXPECT_EQ(json->Find("prefilled_tokens")->as_int(), of_chunks);
+      EXPECT_EQ(json->Find("repeats")->as_int(), 1);
+      EXPECT_EQ(json->Find("prefilled_tokens")->as_int() % 1024, 0);
+      EXPECT_GT(json->Find("ratio")->as_number(), 0);
+    }
+  }
+  EXPECT_TRUE(reported);
+  EXPECT_GT(of_chunks, 0);
+  EXPECT_LT(of_chunks, kTokens);
 }
 
 }  // namespace
