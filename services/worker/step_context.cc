@@ -35,6 +35,7 @@ StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
                          std::unique_ptr<FetchPipeline> pipeline)
     : config_(config),
       geometry_(config.kv_geometry()),
+      group_(config.num_q_heads / config.num_kv_heads),
       max_rows_(max_rows),
       kv_(kv),
       in_place_(in_place),
@@ -354,7 +355,7 @@ int64_t StepContext::SealedTokens(const Part& part, int run) const {
 }
 
 int StepContext::RunsInPlace(const Part& part, int32_t layer, int32_t head) const {
-  if (!may_ask_store_) return 0;
+  if (!may_ask_store_ || part.what->num_tokens() * group_ > kMaxInPlaceQueries) return 0;
   const int runs = SealedRuns(part);
   int run = 0;
   while (run < runs && kv_.Resident(*part.kv, run, layer, head).base == nullptr &&

@@ -146,6 +146,7 @@ class StepContext {
 
   const ModelConfig& config_;
   const KvGeometry geometry_;
+  const int64_t group_;  // query heads of a KV head
   const int64_t max_rows_;
   GpuKv& kv_;
   InPlaceLane& in_place_;

@@ -30,8 +30,7 @@ struct BenchOptions {
   // Device memory for everything but the ceilings' probe; 0: the weights and 2 GiB on the CPU
   // device, on a GPU what is free less 1 GiB and the probe.
   int64_t gpu_memory_bytes = 0;
-  // What to measure: prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH], LANE one of resident,
-  // fetched and in_place. Empty: the items of `set`.
+  // What to measure, as ParseWorkItem() takes it. Empty: the items of `set`.
   std::vector<std::string> work;
   std::string set = "default";  // see work_item.h
   uint64_t seed = 0;            // draws what a set draws, and random weights

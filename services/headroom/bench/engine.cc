@@ -60,7 +60,9 @@ absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const EngineOptions& options,
 }
 
 int64_t PositionsOf(const WorkItem& item) {
-  return item.context_tokens + BenchEngine::WarmSteps(item) + BenchEngine::MeasuredSteps(item) + 1;
+  const int64_t question = item.kind == WorkItem::Kind::kQuestion ? kQuestionTokens : 0;
+  return item.context_tokens + BenchEngine::WarmSteps(item) + BenchEngine::MeasuredSteps(item) +
+         question + 1;
 }
 
 
@@ -214,6 +216,7 @@ absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item, absl::Tim
   absl::StatusOr<Measurement> measured = item.kind == WorkItem::Kind::kPrefill
                                              ? MeasurePrefill(item, deadline, on_chunk)
                                              : MeasureDecode(item);
+  if (measured.ok() && item.kind == WorkItem::Kind::kQuestion) measured = MeasureQuestion(item);
   if (measured.ok()) measured->kv_pool_used_bytes = executor_->memory().kv_pool_used_bytes;
   HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
   HEADROOM_RETURN_IF_ERROR(measured.status());
@@ -231,10 +234,14 @@ absl::Status BenchEngine::CheckResident(const WorkItem& item,
                    "--gpu-memory"));
 }
 
+uint64_t BenchEngine::PlanVersion(const WorkItem& item) const {
+  return item.planned ? planned_version_ : PlanVersionOf(item.lane);
+}
+
 std::unique_ptr<Step> BenchEngine::NewStep(const WorkItem& item) {
   auto step = std::make_unique<Step>();
   step->number = next_step_++;
-  step->plan_version = PlanVersionOf(item.lane);
+  step->plan_version = PlanVersion(item);
   return step;
 }
 
@@ -297,7 +304,7 @@ StepPort BenchEngine::Port() {
 
 absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   DecodeWork work;
-  work.plan_version = item.planned ? planned_version_ : PlanVersionOf(item.lane);
+  work.plan_version = PlanVersion(item);
   work.context_tokens = item.context_tokens;
   work.warm_steps = WarmSteps(item);
   work.measured_steps = MeasuredSteps(item);
@@ -313,6 +320,26 @@ absl::StatusOr<Measurement> BenchEngine::MeasureDecode(const WorkItem& item) {
   static_cast<StepTimes&>(measured) = times;
   measured.seconds = times.step_seconds;
   measured.cpu_seconds = (CpuSeconds() - cpu_begin) / work.measured_steps;
+  return measured;
+}
+
+absl::StatusOr<Measurement> BenchEngine::MeasureQuestion(const WorkItem& item) {
+  StepSequence sequence;
+  sequence.sequence_id = next_sequence_ - 1;
+  sequence.first_pos = item.context_tokens + WarmSteps(item) + MeasuredSteps(item);
+  sequence.sealed_tokens = FloorToBlock(item.context_tokens);
+  sequence.token_ids.assign(kQuestionTokens, 1);
+  sequence.draw = true;
+  std::unique_ptr<Step> step = NewStep(item);
+  step->sequences.push_back(std::move(sequence));
+  Measurement measured;
+  const double begin = Now();
+  const double cpu_begin = CpuSeconds();
+  HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> done, TakeDone());
+  measured.seconds = Now() - begin;
+  measured.cpu_seconds = CpuSeconds() - cpu_begin;
+  measured.Add(done->result, 1);
   return measured;
 }
 

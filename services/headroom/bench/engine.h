@@ -75,7 +75,9 @@ class BenchEngine {
 
   // Steps of a decode measurement, and the mean context over them.
   static int WarmSteps(const WorkItem& item) { return item.once ? 2 : 4; }
-  static int MeasuredSteps(const WorkItem& item) { return item.once ? 6 : 32; }
+  static int MeasuredSteps(const WorkItem& item) {
+    return item.kind == WorkItem::Kind::kQuestion ? 1 : item.once ? 6 : 32;
+  }
   static double MeanDecodeContext(const WorkItem& item) {
     return static_cast<double>(item.context_tokens) + WarmSteps(item) +
            (MeasuredSteps(item) + 1) / 2.0;
@@ -114,6 +116,9 @@ class BenchEngine {
                                              const OnChunk& on_chunk);
   StepPort Port();
   absl::StatusOr<Measurement> MeasureDecode(const WorkItem& item);
+  // The step that takes a question in, of the sequence that MeasureDecode() has left.
+  absl::StatusOr<Measurement> MeasureQuestion(const WorkItem& item);
+  uint64_t PlanVersion(const WorkItem& item) const;
   std::unique_ptr<Step> NewStep(const WorkItem& item);
   absl::StatusOr<std::unique_ptr<Step>> TakeDone();
   absl::Status CheckResident(const WorkItem& item, const Measurement& measurement) const;

@@ -39,6 +39,15 @@ Json CeilingsJson(const Ceilings& ceilings) {
   return object;
 }
 
+const char* TypeOf(WorkItem::Kind kind) {
+  switch (kind) {
+    case WorkItem::Kind::kPrefill: return "prefill";
+    case WorkItem::Kind::kQuestion: return "question";
+    case WorkItem::Kind::kDecode: break;
+  }
+  return "decode";
+}
+
 void PrintCeilings(const BenchResult& result) {
   const Ceilings& c = result.ceilings;
   std::printf("    machine   %9.1f GFLOP/s GEMM, %.1f GFLOP/s attention, %.1f GB/s reads, "
@@ -107,7 +116,7 @@ Json ToJson(const BenchResult& result) {
   const Spread seconds = result.seconds();
   const Measurement& median = result.median();
   return Json::Object{
-      {"type", result.item.kind == WorkItem::Kind::kPrefill ? "prefill" : "decode"},
+      {"type", TypeOf(result.item.kind)},
       {"work", result.item.ToString()},
       {"context_tokens", result.item.context_tokens},
       {"lane", result.item.planned ? "auto" : std::string(LaneName(result.item.lane))},

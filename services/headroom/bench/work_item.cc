@@ -82,9 +82,10 @@ absl::string_view LaneName(Lane lane) {
 }
 
 std::string WorkItem::ToString() const {
-  if (planned) return absl::StrCat("decode:", context_tokens, ":auto:", batch);
-  if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", LaneName(lane));
-  return absl::StrCat("decode:", context_tokens, ":", LaneName(lane), ":", batch);
+  const absl::string_view where = planned ? "auto" : LaneName(lane);
+  if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", where);
+  if (kind == Kind::kQuestion) return absl::StrCat("question:", context_tokens, ":", where);
+  return absl::StrCat("decode:", context_tokens, ":", where, ":", batch);
 }
 
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
@@ -95,8 +96,11 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
   WorkItem item;
   if (parts[0] == "prefill") {
     item.kind = Kind::kPrefill;
+  } else if (parts[0] == "question") {
+    item.kind = WorkItem::Kind::kQuestion;
   } else if (parts[0] != "decode") {
-    return wrong("expected prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH]");
+    return wrong(
+        "expected prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE]");
   }
   if (parts.size() < 2) return wrong("no context length");
   HEADROOM_ASSIGN_OR_RETURN(item.context_tokens,
@@ -112,13 +116,13 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       return wrong(
           absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place or auto"));
     }
-    if (item.kind == Kind::kPrefill && item.planned) return wrong("only decode can be planned");
+    if (item.kind == Kind::kPrefill && item.planned) return wrong("no prefill is planned");
     if (item.kind == Kind::kPrefill && item.lane == Lane::kInPlace) {
       return wrong("a prefill has too many rows to be attended to in place");
     }
   }
   if (parts.size() > 3) {
-    if (item.kind == Kind::kPrefill) return wrong("a prefill has no batch");
+    if (item.kind != Kind::kDecode) return wrong("only a decode has a batch");
     HEADROOM_ASSIGN_OR_RETURN(const int64_t batch,
                               Number(text, "batch", parts[3], 1, kMaxDecodeRows));
     item.batch = static_cast<int32_t>(batch);

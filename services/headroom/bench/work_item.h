@@ -13,9 +13,11 @@
 namespace headroom {
 
 inline constexpr int64_t kMaxBenchContextTokens = int64_t{1} << 24;
+inline constexpr int64_t kQuestionTokens = 30;
 
 struct WorkItem {
-  enum class Kind { kPrefill, kDecode };
+  // kQuestion: kQuestionTokens at once behind a context, and the first token of the answer.
+  enum class Kind { kPrefill, kDecode, kQuestion };
 
   Kind kind = Kind::kDecode;
   int64_t context_tokens = 0;
@@ -32,7 +34,8 @@ struct WorkItem {
 
 absl::string_view LaneName(Lane lane);
 
-// prefill:CONTEXT[:LANE] or decode:CONTEXT[:LANE][:BATCH], for decode also with `auto` as LANE: planned.
+// prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE]; but for prefill
+// also with `auto` as LANE: planned.
 // INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 

@@ -54,6 +54,10 @@ TEST(WorkItem, IsReadFromItsText) {
   const absl::StatusOr<WorkItem> decode = ParseWorkItem("decode:7168:fetched:4");
   ASSERT_TRUE(decode.ok()) << decode.status();
   EXPECT_EQ(*decode, (WorkItem{WorkItem::Kind::kDecode, 7168, Lane::kFetched, 4}));
+  const absl::StatusOr<WorkItem> question = ParseWorkItem("question:7168:auto");
+  ASSERT_TRUE(question.ok()) << question.status();
+  EXPECT_EQ(*question, (WorkItem{WorkItem::Kind::kQuestion, 7168, Lane::kResident, 1, true}));
+  EXPECT_EQ(question->ToString(), "question:7168:auto");
   const absl::StatusOr<WorkItem> prefill = ParseWorkItem("prefill:2048");
   ASSERT_TRUE(prefill.ok()) << prefill.status();
   EXPECT_EQ(*prefill, (WorkItem{WorkItem::Kind::kPrefill, 2048, Lane::kResident, 1}));
@@ -80,9 +84,10 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"decode", "no context"},         {"decode:0", "context '0'"},
       {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
       {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
-      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"}, {"prefill:5:auto", "only decode"},
+      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"}, {"prefill:5:auto", "no prefill is planned"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
+      {"question:5:resident:2", "only a decode"},
   };
   for (const auto& c : cases) {
     const absl::Status status = ParseWorkItem(c.text).status();
