@@ -31,7 +31,7 @@
 namespace headroom {
 
 inline constexpr std::array<char, 8> kMailboxMagic = {'H', 'D', 'R', 'M', 'M', 'B', 'O', 'X'};
-inline constexpr uint32_t kMailboxFormatVersion = 1;
+inline constexpr uint32_t kMailboxFormatVersion = 2;
 
 // How queries are stored.
 inline constexpr uint32_t kQueriesFloat32 = 1;
@@ -85,7 +85,8 @@ struct MailboxPost {
   uint32_t rows;   // queries are [rows][num_q_heads][head_dim]
   float scale;     // of the scores, usually 1 / sqrt(head_dim)
   float soft_cap;  // scores become soft_cap * tanh(score / soft_cap); 0: none
-  uint64_t reserved[4];
+  int64_t window;  // tokens that a row sees, its own among them; 0: all
+  uint64_t reserved[3];
 };
 
 struct MailboxAnswer {
@@ -140,7 +141,7 @@ struct MailboxItem {
   int32_t row_begin;
   int32_t row_count;
   int64_t first_pos;        // of row_begin; the others follow
-  int64_t first_valid_pos;  // keys below are not seen (a window)
+  int64_t first_valid_pos;  // keys below are not read: all lie behind the rows' windows
   int32_t kv_head_begin;
   int32_t kv_head_end;
   uint32_t span_begin;
@@ -180,6 +181,7 @@ static_assert(sizeof(MailboxPost) == 64 && sizeof(MailboxAnswer) == 64);
 static_assert(offsetof(MailboxPost, attempt) == 8 && offsetof(MailboxPost, layer) == 12);
 static_assert(offsetof(MailboxPost, table) == 16 && offsetof(MailboxPost, rows) == 20);
 static_assert(offsetof(MailboxPost, scale) == 24 && offsetof(MailboxPost, soft_cap) == 28);
+static_assert(offsetof(MailboxPost, window) == 32);
 static_assert(offsetof(MailboxAnswer, step) == 8 && offsetof(MailboxAnswer, attempt) == 16);
 static_assert(offsetof(MailboxAnswer, layer) == 20 && offsetof(MailboxAnswer, code) == 24);
 static_assert(sizeof(MailboxTotals) == 32 && sizeof(MailboxTableHeader) == 64);

@@ -13,7 +13,8 @@
 //
 // (On a GPU, rows of up to 64 queries a KV head: U is the fold of its blocks, each from empty.)
 //
-// Masking is causal by absolute position: a row at position p sees keys <= p.
+// Masking is causal by absolute position: a row at position p sees keys <= p, with a window of w of them
+// those > p - w. A score is q . k * scale, or, with a soft cap c, c * tanh(q . k * scale / c).
 //
 // A device may have a faster way for items of at least kWideRows rows (kernels/wide_shape.h), which
 // rounds q, p and each piece's result to bfloat16 and cuts keys at multiples of kWidePieceTokens; then
@@ -69,6 +70,8 @@ struct AttendArgs {
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
   float scale = 0;  // usually 1 / sqrt(head_dim)
+  float soft_cap = 0;  // 0: none
+  int64_t window = 0;  // tokens that a row sees, its own among them; 0: all up to it
   int32_t num_q_heads = 0;  // num_kv_heads x at most kMaxGqaGroup
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;  // 64, 128 or 256
@@ -76,6 +79,11 @@ struct AttendArgs {
 
 // The least scratch that an AttendArgs may come with.
 inline constexpr int64_t kMinAttendScratchFloats = int64_t{1} << 18;
+
+// The first position that a row at `pos` sees.
+HEADROOM_HOST_DEVICE inline int64_t FirstSeen(int64_t window, int64_t pos) {
+  return window == 0 || pos < window ? 0 : pos - window + 1;
+}
 
 template <typename F>
 void ForEachRange(const AttendArgs& a, F&& f) {

@@ -1,4 +1,4 @@
-// Token embedding: out[row] = table[id of row].
+// Token embedding: out[row] = table[id of row] * scale.
 #ifndef HEADROOM_KERNELS_EMBED_H_
 #define HEADROOM_KERNELS_EMBED_H_
 
@@ -22,6 +22,7 @@ struct EmbedArgs {
   const int32_t* last_tokens = nullptr;  // [slots]
   int32_t num_slots = 0;
   float* out = nullptr;  // [rows.count, hidden]
+  float scale = 1;
 };
 
 template <typename F>

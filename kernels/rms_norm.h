@@ -1,4 +1,6 @@
-// Root-mean-square normalisation: out[r] = x[row(r)] / sqrt(mean(x[row(r)]^2) + epsilon) * weight.
+// Root-mean-square normalisation:
+//   out[r] = x[row(r)] / sqrt(mean(x[row(r)]^2) + epsilon) * (weight + weight_offset),
+// added to what out[r] was with `accumulate`.
 // Source: Zhang and Sennrich, arXiv 1910.07467. Mean in float32, in a fixed order.
 #ifndef HEADROOM_KERNELS_RMS_NORM_H_
 #define HEADROOM_KERNELS_RMS_NORM_H_
@@ -20,13 +22,16 @@ struct RmsNormArgs {
   // Which rows of x to take, each in [0, x_rows); without it row r is x[r]. Only rows that sample
   // need the final norm.
   Table<int32_t> row_index;
+  float weight_offset = 0;  // Gemma's weights are stored less 1
+  bool accumulate = false;  // REQUIRES: out is float32
 };
 
 template <typename F>
 void ForEachRange(const RmsNormArgs& a, F&& f) {
   f(a.x, a.x_rows * a.hidden * static_cast<int64_t>(sizeof(float)), Access::kRead);
   f(a.weight, a.hidden * static_cast<int64_t>(sizeof(BFloat16)), Access::kRead);
-  f(a.out.data, a.out.Bytes(a.rows * a.hidden), Access::kWrite);
+  f(a.out.data, a.out.Bytes(a.rows * a.hidden),
+    a.accumulate ? Access::kReadWrite : Access::kWrite);
   if (a.row_index.device != nullptr) {
     f(a.row_index.device, a.rows * static_cast<int64_t>(sizeof(int32_t)), Access::kRead);
   }

@@ -1,6 +1,8 @@
-// Gated activation of the MLP: out[m, i] = silu(gate[m, i]) * up[m, i], with
-// gate_up[m] = [gate: width][up: width] and silu(x) = x / (1 + exp(-x)).
-// Source: Shazeer, arXiv 2002.05202.
+// Gated activation of the MLP: out[m, i] = act(gate[m, i]) * up[m, i], with
+// gate_up[m] = [gate: width][up: width]. SwiGLU: act(x) = x / (1 + exp(-x)). GeGLU, with the tanh
+// approximation of GELU: act(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)),
+// y = sqrt(2 / pi) * (x + 0.044715 x^3).
+// Sources: Shazeer, arXiv 2002.05202; Hendrycks and Gimpel, arXiv 1606.08415.
 #ifndef HEADROOM_KERNELS_SWIGLU_H_
 #define HEADROOM_KERNELS_SWIGLU_H_
 
@@ -11,11 +13,18 @@ namespace headroom::kernels {
 
 class CpuTeam;
 
+enum class GateActivation : int32_t { kSilu, kGeluTanh };
+
+// 2 y = x * (kGeluLinear + kGeluCubic * x^2).
+inline constexpr float kGeluLinear = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+inline constexpr float kGeluCubic = 0.07135481627260025f;  // 0.044715 of that
+
 struct SwiGluArgs {
   Activations gate_up;  // [rows, 2 * width], read
   Activations out;      // [rows, width]
   int64_t rows = 0;
   int64_t width = 0;
+  GateActivation activation = GateActivation::kSilu;
 };
 
 template <typename F>

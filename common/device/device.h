@@ -35,6 +35,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
+#include "kernels/soft_cap.h"
 #include "kernels/swiglu.h"
 
 namespace headroom {
@@ -181,6 +182,7 @@ class Device {
   virtual WideAttendUse wide_attend_use() const { return {}; }
   virtual absl::Status CopyKvRows(StreamId stream, const kernels::CopyKvRowsArgs& args,
                                   OpAccount* account = nullptr) = 0;
+  virtual absl::Status SoftCap(StreamId stream, const kernels::SoftCapArgs& args) = 0;
   virtual absl::Status Sample(StreamId stream, const kernels::SampleArgs& args) = 0;
 
   // ---- Record and replay (on CUDA a graph). Between BeginRecording and EndRecording operations of

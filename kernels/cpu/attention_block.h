@@ -76,11 +76,24 @@ inline void Fold(const Partial& a, const Partial& b) {
   a.m() = m;
 }
 
-// One query: where it reads, its open unit, its position.
+// One query: where it reads, its open unit, the positions [first_seen, pos] that it sees.
 struct Query {
   const float* q;
   Partial unit;
   int64_t pos;
+  int64_t first_seen;
+};
+
+// How scores become what softmax takes.
+struct Scoring {
+  float scale;
+  float soft_cap;  // 0: none
+};
+
+// The keys [begin, end) of a block that a query sees; none: {0, 0}.
+struct Seen {
+  int begin;
+  int end;
 };
 
 // Where one block's K and V rows of a head lie.
@@ -323,16 +336,18 @@ inline void Scores(const Query* queries, const Block& block, int32_t d, Group gr
 // Scores to weights exp(score * scale - m), with the unit's m and l brought forward; rescale[n] is
 // what its o must be multiplied with.
 template <int kN>
-inline void Softmax(const Query* queries, const int* seen, float scale, float (*scores)[kBlock],
-                    float* rescale) {
+inline void Softmax(const Query* queries, const Seen* seen, const Scoring& scoring,
+                    float (*scores)[kBlock], float* rescale) {
   alignas(64) float difference[kLanes] = {};
   float maximum[kN];
   for (int n = 0; n < kN; ++n) {
-    if (seen[n] == 0) continue;
+    if (seen[n].end == 0) continue;
     F32x16 top = Broadcast(kMinusInfinity);
     for (int v = 0; v < kBlockVectors; ++v) {
-      F32x16 score = Mul(Load(scores[n] + v * kLanes), Broadcast(scale));
-      if (seen[n] < kBlock) score = FirstLanes(score, seen[n] - v * kLanes, kMinusInfinity);
+      F32x16 score = Mul(Load(scores[n] + v * kLanes), Broadcast(scoring.scale));
+      if (scoring.soft_cap != 0) score = Capped(score, scoring.soft_cap);
+      if (seen[n].end < kBlock) score = FirstLanes(score, seen[n].end - v * kLanes, kMinusInfinity);
+      if (seen[n].begin > 0) score = LanesFrom(score, seen[n].begin - v * kLanes, kMinusInfinity);
       Store(scores[n] + v * kLanes, score);
       top = Max(top, score);
     }
@@ -344,7 +359,7 @@ inline void Softmax(const Query* queries, const int* seen, float scale, float (*
   Store(factors, Exp(Load(difference)));
   for (int n = 0; n < kN; ++n) {
     rescale[n] = factors[n];  // 1 where nothing is seen
-    if (seen[n] == 0) continue;
+    if (seen[n].end == 0) continue;
     F32x16 e[kBlockVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kBlockVectors; ++v) {
@@ -360,11 +375,18 @@ inline void Softmax(const Query* queries, const int* seen, float scale, float (*
 
 // o = o * rescale + weights . V over the keys that each query sees.
 template <int kN, typename Block>
-inline void AddValues(const Query* queries, const int* seen, const Block& block, int32_t d,
+inline void AddValues(const Query* queries, const Seen* seen, const Block& block, int32_t d,
                       Group group, const float (*weights)[kBlock], const float* rescale) {
   constexpr int kPass = Block::template kPass<kN>;
-  const int common = *std::min_element(seen, seen + kN);
-  const int last = *std::max_element(seen, seen + kN);
+  // All see [common, common_end), some [first, common) and [common_end, last).
+  int first = kBlock, common = 0, common_end = kBlock, last = 0;
+  for (int n = 0; n < kN; ++n) {
+    first = std::min(first, seen[n].begin);
+    common = std::max(common, seen[n].begin);
+    common_end = std::min(common_end, seen[n].end);
+    last = std::max(last, seen[n].end);
+  }
+  common_end = std::max(common, common_end);
   for (int32_t column = 0; column < d; column += kPass * kLanes) {
     constexpr int kLines = std::max(1, kPass / 2);
     const int64_t first_line = column / (kPass * kLanes) * kBlock * kLines;
@@ -390,8 +412,14 @@ inline void AddValues(const Query* queries, const int* seen, const Block& block,
         for (int v = 0; v < kPass; ++v) o[n][v] = Fma(weight, value[v], o[n][v]);
       }
     };
-    for (int j = 0; j < common; ++j) take(j, [](int) { return true; });
-    for (int j = common; j < last; ++j) take(j, [&](int n) { return j < seen[n]; });
+    const auto some = [&](int begin, int end) __attribute__((always_inline)) {
+      for (int j = begin; j < end; ++j) {
+        take(j, [&](int n) { return j >= seen[n].begin && j < seen[n].end; });
+      }
+    };
+    some(first, std::min(common, last));
+    for (int j = common; j < std::min(common_end, last); ++j) take(j, [](int) { return true; });
+    some(common_end, last);
 #pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
       Block::FromLanes(o[n]);
@@ -402,39 +430,46 @@ inline void AddValues(const Query* queries, const int* seen, const Block& block,
 }
 
 template <int kN, typename Block>
-void AttendGroup(const Query* queries, const Block& block, int32_t d, float scale, Group group) {
+void AttendGroup(const Query* queries, const Block& block, int32_t d, const Scoring& scoring,
+                 Group group) {
   alignas(64) float scores[kN][kBlock];
   float rescale[kN];
-  int seen[kN];
+  Seen seen[kN];
   for (int n = 0; n < kN; ++n) {
-    seen[n] = static_cast<int>(std::clamp<int64_t>(queries[n].pos - block.rows().first_pos + 1, 0,
-                                                   block.rows().count));
+    const BlockRows& rows = block.rows();
+    const auto within = [&rows](int64_t pos) {
+      return static_cast<int>(std::clamp<int64_t>(pos - rows.first_pos, 0, rows.count));
+    };
+    seen[n] = {within(queries[n].first_seen), within(queries[n].pos + 1)};
+    if (seen[n].begin >= seen[n].end) seen[n] = {0, 0};
   }
   Scores<kN>(queries, block, d, group, scores);
-  Softmax<kN>(queries, seen, scale, scores, rescale);
+  Softmax<kN>(queries, seen, scoring, scores, rescale);
   AddValues<kN>(queries, seen, block, d, group, scores, rescale);
 }
 
 // Only sizes of groups that the block has are compiled.
 template <int kN, typename Block>
-void AttendUpTo(const Query* queries, const Block& block, int32_t d, float scale, Group group) {
-  if constexpr (kN <= Block::kGroup) AttendGroup<kN>(queries, block, d, scale, group);
+void AttendUpTo(const Query* queries, const Block& block, int32_t d, const Scoring& scoring,
+                Group group) {
+  if constexpr (kN <= Block::kGroup) AttendGroup<kN>(queries, block, d, scoring, group);
 }
 
 // All of `queries` against one block.
 template <typename Block>
-void AttendBlock(const Query* queries, int count, const Block& block, int32_t d, float scale) {
+void AttendBlock(const Query* queries, int count, const Block& block, int32_t d,
+                 const Scoring& scoring) {
   // Even groups: 8 queries as 4 + 4, not 6 + 2.
   const int groups = (count + Block::kGroup - 1) / Block::kGroup;
   for (int g = 0; g < groups; ++g) {
     const Query* at = queries + count * g / groups;
     switch (count * (g + 1) / groups - count * g / groups) {
-      case 1: AttendGroup<1>(at, block, d, scale, {g, groups}); break;
-      case 2: AttendUpTo<2>(at, block, d, scale, {g, groups}); break;
-      case 3: AttendUpTo<3>(at, block, d, scale, {g, groups}); break;
-      case 4: AttendUpTo<4>(at, block, d, scale, {g, groups}); break;
-      case 5: AttendUpTo<5>(at, block, d, scale, {g, groups}); break;
-      case 6: AttendUpTo<6>(at, block, d, scale, {g, groups}); break;
+      case 1: AttendGroup<1>(at, block, d, scoring, {g, groups}); break;
+      case 2: AttendUpTo<2>(at, block, d, scoring, {g, groups}); break;
+      case 3: AttendUpTo<3>(at, block, d, scoring, {g, groups}); break;
+      case 4: AttendUpTo<4>(at, block, d, scoring, {g, groups}); break;
+      case 5: AttendUpTo<5>(at, block, d, scoring, {g, groups}); break;
+      case 6: AttendUpTo<6>(at, block, d, scoring, {g, groups}); break;
     }
   }
 }

@@ -29,13 +29,27 @@ constexpr int64_t kNarrowQueries = 2 * kNarrowGroup;
 
 // ---- Many rows -----------------------------------------------------------------------------------
 
+// Of `count` queries in order of position, those that see some of the block: [first, last).
+struct Seers {
+  int first = 0;
+  int last = 0;
+};
+Seers SeersOf(const Query* queries, int count, const BlockRows& block) {
+  Seers seers{0, count};
+  while (seers.first < count && queries[seers.first].pos < block.first_pos) ++seers.first;
+  const int64_t end = block.first_pos + block.count;
+  while (seers.last > seers.first && queries[seers.last - 1].first_seen >= end) --seers.last;
+  return seers;
+}
+
 // The keys [begin, end) of one launch for the queries of a task, states brought forward.
 void WalkKeys(const Launch& launch, const AttendItem& item, int32_t head, const Query* queries,
               int count) {
   const int32_t d = launch.a.head_dim;
   const int64_t end = launch.end_pos(item);
   const int64_t seen_end = std::min(end, queries[count - 1].pos + 1);
-  int64_t done = launch.begin_pos(item);
+  // What lies behind the first query's window no query sees, nor has seen.
+  int64_t done = std::max(launch.begin_pos(item), FloorToBlock(queries[0].first_seen));
   const auto fold = [&] {
     for (int n = 0; n < count; ++n) {
       const Partial unit = queries[n].unit;
@@ -45,10 +59,8 @@ void WalkKeys(const Launch& launch, const AttendItem& item, int32_t head, const 
   };
   WideBlock block;
   ForEachBlock(launch, item, head, done, seen_end, block, [&](const WideBlock& loaded) {
-    // Queries are in order of position: the first that sees the block.
-    int first = 0;
-    while (first < count && queries[first].pos < loaded.rows().first_pos) ++first;
-    AttendBlock(queries + first, count - first, loaded, d, launch.a.scale);
+    const Seers seers = SeersOf(queries, count, loaded.rows());
+    AttendBlock(queries + seers.first, seers.last - seers.first, loaded, d, launch.scoring());
     done = loaded.rows().first_pos + loaded.rows().count;
     if (done % kUnitTokens == 0) fold();
   });
@@ -72,7 +84,8 @@ void AttendRows(const Launch& launch, const AttendItem& item, int64_t task) {
         launch.finished(at, q_head).Reset();
         launch.open(at, q_head).Reset();
       }
-      queries[count++] = {launch.q(at, q_head), launch.open(at, q_head), item.first_pos + row};
+      queries[count++] =
+          launch.query(item, head, row * launch.group + g, launch.open(at, q_head));
     }
   }
   if (launch.has_keys(item)) WalkKeys(launch, item, head, queries, count);
@@ -108,10 +121,9 @@ void AttendUnitBlocks(const Launch& launch, const UnitWork& work, int64_t unit,
   Block block;
   ForEachBlock(launch, item, work.head, unit * kUnitTokens, (unit + 1) * kUnitTokens, block,
                [&](const Block& loaded) {
-                 int first = 0;
-                 while (first < count && queries[first].pos < loaded.rows().first_pos) ++first;
-                 AttendBlock(queries + first, count - first, loaded, launch.a.head_dim,
-                             launch.a.scale);
+                 const Seers seers = SeersOf(queries, count, loaded.rows());
+                 AttendBlock(queries + seers.first, seers.last - seers.first, loaded,
+                             launch.a.head_dim, launch.scoring());
                });
 }
 
@@ -136,7 +148,7 @@ void Float32Units::operator()(const Launch& launch, const UnitWork& work, int64_
     } else {
       partial.Reset();
     }
-    queries[n] = {launch.q(row, q_head), partial, item.first_pos + n / launch.group};
+    queries[n] = launch.query(item, work.head, n, partial);
   }
   if (count <= kNarrowQueries) {
     AttendUnitBlocks<NarrowBlock>(launch, work, unit, queries, count);

@@ -28,6 +28,13 @@ struct Launch {
   bool has_keys(const AttendItem& item) const {
     return item.span_count > 0 && end_pos(item) > begin_pos(item);
   }
+  Scoring scoring() const { return {a.scale, a.soft_cap}; }
+  // One query of an item: `n` counts rows x group.
+  Query query(const AttendItem& item, int32_t kv_head, int64_t n, const Partial& unit) const {
+    const int64_t pos = item.first_pos + n / group;
+    return {q(item.row_begin + n / group, int64_t{kv_head} * group + n % group), unit, pos,
+            FirstSeen(a.window, pos)};
+  }
   int64_t queries(const AttendItem& item) const { return int64_t{item.row_count} * group; }
   float* state(int64_t row, int64_t q_head) const {
     return a.state + (row * a.num_q_heads + q_head) * AttentionStateFloats(a.head_dim);

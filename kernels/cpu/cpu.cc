@@ -55,6 +55,7 @@ void RmsNorm(const RmsNormArgs& args, CpuTeam& team) { Best().rms_norm(args, tea
 void RopeTable(const RopeTableArgs& args, CpuTeam& team) { Best().rope_table(args, team); }
 void RopeAppend(const RopeAppendArgs& args, CpuTeam& team) { Best().rope_append(args, team); }
 void Sample(const SampleArgs& args, CpuTeam& team) { Best().sample(args, team); }
+void SoftCap(const SoftCapArgs& args, CpuTeam& team) { Best().soft_cap(args, team); }
 void SwiGlu(const SwiGluArgs& args, CpuTeam& team) { Best().swiglu(args, team); }
 
 void PackWeightRows(const BFloat16* rows_data, int64_t row_begin, int64_t rows, int64_t n,

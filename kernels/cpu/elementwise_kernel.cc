@@ -9,8 +9,14 @@ namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 
 namespace {
 
-// out[size] = the normalised x[size], times the weights; out may be x.
-void NormRow(const float* x, const BFloat16* weight, int64_t size, float epsilon, float* out) {
+struct NormWeight {
+  const BFloat16* data;
+  float offset = 0;
+};
+
+// write(i, value, vector or float) gets the normalised x, times the weights; it may write to x[i].
+template <typename Write>
+void NormRow(const float* x, NormWeight weight, int64_t size, float epsilon, Write&& write) {
   const int64_t whole = size / kLanes * kLanes;
   F32x16 sum = Zero();
   for (int64_t i = 0; i < whole; i += kLanes) {
@@ -21,10 +27,23 @@ void NormRow(const float* x, const BFloat16* weight, int64_t size, float epsilon
   for (int64_t i = whole; i < size; ++i) total = std::fma(x[i], x[i], total);
   const float scale = 1.0f / std::sqrt(total / static_cast<float>(size) + epsilon);
   for (int64_t i = 0; i < whole; i += kLanes) {
-    Store(out + i, Mul(Mul(Load(x + i), Broadcast(scale)), LoadBf16(weight + i)));
+    write(i, Mul(Mul(Load(x + i), Broadcast(scale)),
+                 Add(LoadBf16(weight.data + i), Broadcast(weight.offset))));
   }
-  for (int64_t i = whole; i < size; ++i) out[i] = x[i] * scale * ToFloat(weight[i]);
+  for (int64_t i = whole; i < size; ++i) {
+    write(i, x[i] * scale * (ToFloat(weight.data[i]) + weight.offset));
+  }
 }
+
+// Writes to out[i]; with `add`, what was there is added.
+struct ToRow {
+  float* out;
+  bool add = false;
+  void operator()(int64_t i, F32x16 value) const {
+    Store(out + i, add ? Add(Load(out + i), value) : value);
+  }
+  void operator()(int64_t i, float value) const { out[i] = add ? out[i] + value : value; }
+};
 
 }  // namespace
 
@@ -32,18 +51,33 @@ void RmsNorm(const RmsNormArgs& args, CpuTeam& team) {
   team.ForEach(args.rows, [&](int64_t row) {
     const int64_t from =
         args.row_index.device != nullptr ? args.row_index.device[row] : row;
-    NormRow(args.x + from * args.hidden, args.weight, args.hidden, args.epsilon,
-            args.out.floats() + row * args.hidden);
+    NormRow(args.x + from * args.hidden, {args.weight, args.weight_offset}, args.hidden, args.epsilon,
+            ToRow{args.out.floats() + row * args.hidden, args.accumulate});
   });
 }
 
+namespace {
+
+// silu(g) * u = g / (1 + exp(-g)) * u. Gates below -88, where exp(88) ends, are taken as -88: a result of
+// -5e-37. A NaN stays one.
+F32x16 SiluTimes(F32x16 gate, F32x16 up) {
+  const F32x16 g = Max(Broadcast(-88.0f), gate);
+  return Mul(Div(g, Add(Broadcast(1.0f), Exp(Sub(Zero(), g)))), up);
+}
+
+// Likewise: what goes into the exponential is taken as -88, the gate, which falls more slowly, as -16.
+F32x16 GeluTimes(F32x16 gate, F32x16 up) {
+  const F32x16 g = Max(Broadcast(-16.0f), gate);
+  const F32x16 twice =
+      Mul(g, Fma(Mul(g, g), Broadcast(kGeluCubic), Broadcast(kGeluLinear)));
+  const F32x16 y = Max(Broadcast(-88.0f), twice);
+  return Mul(Div(g, Add(Broadcast(1.0f), Exp(Sub(Zero(), y)))), up);
+}
+
+}  // namespace
+
 void SwiGlu(const SwiGluArgs& args, CpuTeam& team) {
-  // silu(g) * u = g / (1 + exp(-g)) * u. Gates below -88, where exp(88) ends, are taken as -88: a
-  // result of -5e-37. A NaN stays one.
-  const auto vector = [](F32x16 gate, F32x16 up) {
-    const F32x16 g = Max(Broadcast(-88.0f), gate);
-    return Mul(Div(g, Add(Broadcast(1.0f), Exp(Sub(Zero(), g)))), up);
-  };
+  const auto vector = args.activation == GateActivation::kSilu ? &SiluTimes : &GeluTimes;
   team.ForEach(args.rows, [&](int64_t row) {
     const float* gate = args.gate_up.floats() + row * 2 * args.width;
     const float* up = gate + args.width;
@@ -67,7 +101,20 @@ void Embed(const EmbedArgs& args, CpuTeam& team) {
     const int64_t id = what.token_id >= 0 ? what.token_id : args.last_tokens[what.slot];
     const BFloat16* from = args.table.data + PackedWeightIndex(k, id, 0);
     float* out = args.out + row * k;
-    for (int64_t i = 0; i < k; ++i) out[i] = ToFloat(from[i * kPanelOutputs]);
+    for (int64_t i = 0; i < k; ++i) out[i] = ToFloat(from[i * kPanelOutputs]) * args.scale;
+  });
+}
+
+void SoftCap(const SoftCapArgs& args, CpuTeam& team) {
+  team.ForEach(args.rows, [&](int64_t row) {
+    float* const x = args.x + row * args.width;
+    int64_t i = 0;
+    for (; i + kLanes <= args.width; i += kLanes) Store(x + i, Capped(Load(x + i), args.cap));
+    for (; i < args.width; ++i) {
+      alignas(64) float lane[kLanes];
+      Store(lane, Capped(Broadcast(x[i]), args.cap));
+      x[i] = lane[0];
+    }
   });
 }
 
@@ -110,7 +157,7 @@ void BiasAndNorm(const RopeAppendArgs& args, float* qkv) {
   if (args.q_norm == nullptr) return;
   for (int64_t i = 0; i < rotated; i += d) {
     const bool is_q = i < int64_t{args.num_q_heads} * d;
-    NormRow(qkv + i, is_q ? args.q_norm : args.k_norm, d, args.norm_epsilon, qkv + i);
+    NormRow(qkv + i, {is_q ? args.q_norm : args.k_norm}, d, args.norm_epsilon, ToRow{qkv + i});
   }
 }
 

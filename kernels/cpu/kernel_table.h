@@ -12,6 +12,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
+#include "kernels/soft_cap.h"
 #include "kernels/swiglu.h"
 
 namespace headroom::kernels::cpu {
@@ -27,6 +28,7 @@ struct KernelTable {
   void (*rope_table)(const RopeTableArgs&, CpuTeam&);
   void (*rope_append)(const RopeAppendArgs&, CpuTeam&);
   void (*sample)(const SampleArgs&, CpuTeam&);
+  void (*soft_cap)(const SoftCapArgs&, CpuTeam&);
   void (*swiglu)(const SwiGluArgs&, CpuTeam&);
 };
 

@@ -17,6 +17,7 @@ void RmsNorm(const RmsNormArgs& args, CpuTeam& team);
 void RopeTable(const RopeTableArgs& args, CpuTeam& team);
 void RopeAppend(const RopeAppendArgs& args, CpuTeam& team);
 void Sample(const SampleArgs& args, CpuTeam& team);
+void SoftCap(const SoftCapArgs& args, CpuTeam& team);
 void SwiGlu(const SwiGluArgs& args, CpuTeam& team);
 
 }  // namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE

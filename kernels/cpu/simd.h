@@ -67,6 +67,11 @@ inline F32x16 FirstLanes(F32x16 a, int n, float other) {
   const __mmask16 mask = n >= kLanes ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
   return {_mm512_mask_mov_ps(_mm512_set1_ps(other), mask, a.v)};
 }
+// Lanes from `n` on of `a`, the others `other`.
+inline F32x16 LanesFrom(F32x16 a, int n, float other) {
+  const unsigned below = n >= kLanes ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1;
+  return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(below), _mm512_set1_ps(other))};
+}
 // The bfloat16 in the low (high) half of each of 16 words.
 inline F32x16 LowBf16(const void* words) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(words), 16))};
@@ -160,6 +165,13 @@ inline F32x16 FirstLanes(F32x16 a, int n, float other) {
   const __m256 lo = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), index));
   const __m256 hi = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), index));
   return {_mm256_blendv_ps(o, a.lo, lo), _mm256_blendv_ps(o, a.hi, hi)};
+}
+inline F32x16 LanesFrom(F32x16 a, int n, float other) {
+  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 o = _mm256_set1_ps(other);
+  const __m256 lo = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), index));
+  const __m256 hi = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), index));
+  return {_mm256_blendv_ps(a.lo, o, lo), _mm256_blendv_ps(a.hi, o, hi)};
 }
 inline __m256i LoadWords(const void* words, int half) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(words) + half);
@@ -263,6 +275,9 @@ inline F32x16 ZeroWhereBelow(const F32x16& a, const F32x16& x, float limit) {
 inline F32x16 FirstLanes(const F32x16& a, int n, float other) {
   return Lanes([&](int i) { return i < n ? a.v[i] : other; });
 }
+inline F32x16 LanesFrom(const F32x16& a, int n, float other) {
+  return Lanes([&](int i) { return i >= n ? a.v[i] : other; });
+}
 inline F32x16 LowBf16(const void* words) {
   return Lanes([&](int i) { return FromBits(WordAt(words, i) << 16); });
 }
@@ -335,6 +350,14 @@ inline F32x16 Exp(F32x16 x) {
   p = Fma(p, r, Broadcast(5.0000001201e-1f));
   p = Fma(p, Mul(r, r), Add(r, Broadcast(1.0f)));
   return ZeroWhereBelow(ScaleByPower(p, n), x, -87.3f);
+}
+// cap * tanh(x / cap), tanh within 2^-23: 1 - 2 / (1 + exp(2 y)), which is 1 from y = 20 on. A NaN stays
+// one.
+inline F32x16 Capped(F32x16 x, float cap) {
+  const F32x16 negative = Mul(x, Broadcast(-2.0f / cap));
+  const F32x16 e = Exp(Sub(Zero(), Max(Broadcast(-40.0f), negative)));
+  const F32x16 tanh = Sub(Broadcast(1.0f), Div(Broadcast(2.0f), Add(Broadcast(1.0f), e)));
+  return Mul(tanh, Broadcast(cap));
 }
 inline float Exp(float x) {
   alignas(64) float lanes[kLanes];

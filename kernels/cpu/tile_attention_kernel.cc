@@ -152,7 +152,12 @@ class TileUnits {
       if (n % kTile == 0) TransposeScores(n, std::min(count - n, kTile));
       if (n % 4 == 0) ask(32);
       const int64_t pos = work.item->first_pos + (first + n) / launch.group;
-      Softmax(n, std::clamp<int64_t>(std::min(pos + 1, end_pos_) - first_pos_, 0, kUnitKeys));
+      const auto within = [this](int64_t key) {
+        return std::clamp<int64_t>(key - first_pos_, 0, kUnitKeys);
+      };
+      if (launch.a.soft_cap != 0) Cap(n, launch.a.soft_cap);
+      Softmax(n, std::max<int64_t>(skip_, within(FirstSeen(launch.a.window, pos))),
+              within(std::min(pos + 1, end_pos_)));
     }
     const int rows = std::min(count, kTile);
     ConfigureTiles(rows);
@@ -211,11 +216,18 @@ class TileUnits {
     }
   }
 
-  // The weights of query n of the pass, which sees keys [skip_, end) of the unit's.
-  void Softmax(int n, int64_t end) {
+  void Cap(int n, float soft_cap) {
+    float* const scores = by_query_ + n % kTile * kUnitKeys;
+    for (int key = 0; key < num_blocks_ * kBlock; key += kLanes) {
+      Store(scores + key, Capped(Load(scores + key), soft_cap));
+    }
+  }
+
+  // The weights of query n of the pass, which sees keys [begin, end) of the unit's.
+  void Softmax(int n, int64_t begin, int64_t end) {
     const int keys = num_blocks_ * kBlock;
     float* const scores = by_query_ + n % kTile * kUnitKeys;
-    std::fill_n(scores, skip_, kMinusInfinity);
+    std::fill_n(scores, std::min<int64_t>(begin, keys), kMinusInfinity);
     std::fill(scores + std::min<int64_t>(end, keys), scores + keys, kMinusInfinity);
     F32x16 top[4];
     for (F32x16& t : top) t = Broadcast(kMinusInfinity);

@@ -77,6 +77,10 @@ class Tile {
   }
 
   __device__ int64_t last_pos() const { return work_.pos(first_ + count_ - 1); }
+  // Of a block: what lies before it no query sees, nor has seen.
+  __device__ int64_t first_seen() const {
+    return FloorToBlock(FirstSeen(work_.a.window, work_.pos(first_)));
+  }
 
   // U and R as an earlier launch left them, or empty.
   __device__ void Open(bool u_from_state, bool r_from_state) {
@@ -238,11 +242,10 @@ class Tile {
     CommitCopies();
   }
 
-  // How many of the block's keys the query h sees.
-  __device__ int Seen(int h, const Block& block) const {
-    if (!Has(h)) return 0;
-    const int64_t seen = work_.pos(first_ + Query(h)) + 1 - block.pos;
-    return seen <= 0 ? 0 : seen < block.keys ? static_cast<int>(seen) : block.keys;
+  // Which of the block's keys the query h sees.
+  __device__ SeenKeys Seen(int h, const Block& block) const {
+    if (!Has(h)) return {};
+    return {work_.a, work_.pos(first_ + Query(h)), block.pos, block.keys};
   }
 
   // Of slice `slice` of the warp, the key that register i of its tile t belongs to.
@@ -253,7 +256,7 @@ class Tile {
   __device__ void TakeBlock(const Block& block, int stage) {
     float p[kSlices][2][4];  // scores, then exp(score - m)
     Score(stage, p);
-    const int seen[2] = {Seen(0, block), Seen(1, block)};
+    const SeenKeys seen[2] = {Seen(0, block), Seen(1, block)};
     float decay[2], sum[kWarps][2];
     uint32_t hi[kSlices][4], lo[kSlices][4];
     Softmax(seen, p, decay, sum);
@@ -331,7 +334,7 @@ class Tile {
   }
 
   // Scores to exp(score - m) with the new m; their sums by slice; what the old sums are scaled by.
-  __device__ void Softmax(const int (&seen)[2], float (&p)[kSlices][2][4], float (&decay)[2],
+  __device__ void Softmax(const SeenKeys (&seen)[2], float (&p)[kSlices][2][4], float (&decay)[2],
                           float (&sum)[kWarps][2]) {
     float largest[2] = {-CUDART_INF_F, -CUDART_INF_F};
 #pragma unroll
@@ -341,7 +344,7 @@ class Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = p[slice][t][i];
-          x = KeyOf(slice, t, i) < seen[i / 2] ? __fmul_rn(x, work_.a.scale) : -CUDART_INF_F;
+          x = seen[i / 2].Has(KeyOf(slice, t, i)) ? Scored(work_.a, x) : -CUDART_INF_F;
           largest[i / 2] = fmaxf(largest[i / 2], x);
         }
       }
@@ -364,7 +367,7 @@ class Tile {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float m = fmaxf(m_[h], largest[h]);
-      decay[h] = seen[h] > 0 ? expf(__fsub_rn(m_[h], m)) : 1.0f;
+      decay[h] = seen[h].Any() ? expf(__fsub_rn(m_[h], m)) : 1.0f;
       m_[h] = m;
     }
 #pragma unroll
@@ -374,7 +377,7 @@ class Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = p[slice][t][i];
-          x = KeyOf(slice, t, i) < seen[i / 2] ? expf(__fsub_rn(x, m_[i / 2])) : 0.0f;
+          x = seen[i / 2].Has(KeyOf(slice, t, i)) ? expf(__fsub_rn(x, m_[i / 2])) : 0.0f;
         }
       }
 #pragma unroll
@@ -454,7 +457,8 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
   tile.Open(item.reset == 0, item.reset == 0);
   const int64_t seen = tile.last_pos() + 1;
   const int64_t end = work.end_pos() < seen ? work.end_pos() : seen;
-  tile.Walk(work.begin_pos(), end);
+  const int64_t begin = work.begin_pos();
+  tile.Walk(begin < tile.first_seen() ? tile.first_seen() : begin, end);
   __syncthreads();
   tile.Close(item.finish != 0);
 }

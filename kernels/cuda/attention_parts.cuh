@@ -49,6 +49,32 @@ __device__ inline void StorePair(const Activations& to, int64_t i, float2 value)
   }
 }
 
+// What softmax takes: of q . k, scaled and capped.
+__device__ inline float Scored(const AttendArgs& a, float product) {
+  const float score = __fmul_rn(product, a.scale);
+  return a.soft_cap == 0 ? score : a.soft_cap * tanhf(score / a.soft_cap);
+}
+
+// The keys [begin, end) that a query sees, of some that follow each other; none: begin == end.
+struct SeenKeys {
+  int begin;
+  int end;
+  __device__ SeenKeys() : begin(0), end(0) {}
+  // Of `count` keys from `first_key` on, by a query at `pos`.
+  __device__ SeenKeys(const AttendArgs& a, int64_t pos, int64_t first_key, int count)
+      : begin(Within(FirstSeen(a.window, pos) - first_key, count)),
+        end(Within(pos + 1 - first_key, count)) {
+    if (begin > end) begin = end;
+  }
+  __device__ bool Any() const { return begin < end; }
+  __device__ bool Has(int key) const { return key >= begin && key < end; }
+
+ private:
+  __device__ static int Within(int64_t key, int count) {
+    return key <= 0 ? 0 : key < count ? static_cast<int>(key) : count;
+  }
+};
+
 // An item's keys and places of its queries.
 struct Work {
   const AttendArgs& a;

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/swiglu.h"
 #include "kernels/types.h"
 
 namespace headroom::kernels::cuda {
@@ -39,6 +40,15 @@ __device__ inline void StoreActivation(const Activations& to, int64_t i, float v
 }
 __device__ inline float LoadActivation(const Activations& from, int64_t i) {
   return from.type == ElementType::kFloat32 ? from.floats()[i] : Widen(from.bfloats()[i]);
+}
+
+// What a gate of kernels/swiglu.h comes to, times `up`.
+__device__ inline float Gated(GateActivation activation, float gate, float up) {
+  float y = gate;
+  if (activation == GateActivation::kGeluTanh) {
+    y = gate * __fmaf_rn(gate * gate, kGeluCubic, kGeluLinear);
+  }
+  return gate / (1.0f + expf(-y)) * up;
 }
 
 struct Sum {

@@ -1,4 +1,4 @@
-// Embed, RmsNorm, SwiGlu and the RoPE table.
+// Embed, RmsNorm, SwiGlu, SoftCap and the RoPE table.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 
@@ -32,7 +32,7 @@ __global__ void EmbedKernel(EmbedArgs a) {
   const int64_t id = what.token_id >= 0 ? what.token_id : a.last_tokens[what.slot];
   const BFloat16* from = a.table.data + id * a.table.k;
   for (int64_t i = threadIdx.x; i < a.table.k; i += blockDim.x) {
-    a.out[row * a.table.k + i] = Widen(from[i]);
+    a.out[row * a.table.k + i] = Widen(from[i]) * a.scale;
   }
 }
 
@@ -77,17 +77,24 @@ __global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
   for (int v = 0; v < kNormVectors; ++v) {
     const int64_t i = v * kNormThreads + threadIdx.x;
     if (i >= kept) continue;
-    Store4(a.out, row * a.hidden + i * 4,
-           make_float4(values[v].x * scale * WidenLow(w[v].x), values[v].y * scale * WidenHigh(w[v].x),
-                       values[v].z * scale * WidenLow(w[v].y),
-                       values[v].w * scale * WidenHigh(w[v].y)));
+    const float offset = a.weight_offset;
+    float4 value = make_float4(values[v].x * scale * (WidenLow(w[v].x) + offset),
+                               values[v].y * scale * (WidenHigh(w[v].x) + offset),
+                               values[v].z * scale * (WidenLow(w[v].y) + offset),
+                               values[v].w * scale * (WidenHigh(w[v].y) + offset));
+    if (a.accumulate) {
+      const float4 before = Load4(a.out, row * a.hidden + i * 4);
+      value = make_float4(before.x + value.x, before.y + value.y, before.z + value.z,
+                          before.w + value.w);
+    }
+    Store4(a.out, row * a.hidden + i * 4, value);
   }
   for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
-    StoreActivation(a.out, row * a.hidden + i, x[i] * scale * Widen(a.weight[i]));
+    const int64_t at = row * a.hidden + i;
+    const float value = x[i] * scale * (Widen(a.weight[i]) + a.weight_offset);
+    StoreActivation(a.out, at, a.accumulate ? LoadActivation(a.out, at) + value : value);
   }
 }
-
-__device__ float Gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 // Four elements a thread where the width allows it.
 __global__ void __launch_bounds__(kThreads) SwiGluKernel(SwiGluArgs a) {
@@ -101,13 +108,21 @@ __global__ void __launch_bounds__(kThreads) SwiGluKernel(SwiGluArgs a) {
     const float4 g = Load4(a.gate_up, gate);
     const float4 u = Load4(a.gate_up, up);
     Store4(a.out, to,
-           make_float4(Gated(g.x, u.x), Gated(g.y, u.y), Gated(g.z, u.z), Gated(g.w, u.w)));
+           make_float4(Gated(a.activation, g.x, u.x), Gated(a.activation, g.y, u.y),
+                       Gated(a.activation, g.z, u.z), Gated(a.activation, g.w, u.w)));
     return;
   }
   for (int64_t n = 0; n < 4 && i + n < a.width; ++n) {
     StoreActivation(a.out, to + n,
-                    Gated(LoadActivation(a.gate_up, gate + n), LoadActivation(a.gate_up, up + n)));
+                    Gated(a.activation, LoadActivation(a.gate_up, gate + n),
+                          LoadActivation(a.gate_up, up + n)));
   }
+}
+
+__global__ void __launch_bounds__(kThreads) SoftCapKernel(SoftCapArgs a) {
+  BeginDependent();
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < a.rows * a.width) a.x[i] = a.cap * tanhf(a.x[i] / a.cap);
 }
 
 // One block a row. Once a step, so float64 costs nothing that shows.
@@ -149,6 +164,12 @@ cudaError_t LaunchSwiGlu(const SwiGluArgs& args, cudaStream_t stream) {
   return cudaSuccess;
 }
 
+cudaError_t LaunchSoftCap(const SoftCapArgs& args, cudaStream_t stream) {
+  if (args.rows == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(args.rows * args.width, kThreads)));
+  return LaunchDependentOn(stream, SoftCapKernel, grid, kThreads, 0, args);
+}
+
 cudaError_t LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream) {
   if (args.positions.count == 0) return cudaSuccess;
   return LaunchOn(stream, RopeTableKernel, dim3(args.positions.count), 128, 0, args);
@@ -158,6 +179,7 @@ cudaError_t LoadElementwise() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(EmbedKernel));
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(RmsNormKernel));
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(SwiGluKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(SoftCapKernel));
   return LoadKernel(RopeTableKernel);
 }
 

@@ -27,6 +27,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
+#include "kernels/soft_cap.h"
 #include "kernels/swiglu.h"
 #include "kernels/wide_shape.h"
 
@@ -45,6 +46,7 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchSoftCap(const SoftCapArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchFillRandom(const FillRandomArgs& args, cudaStream_t stream);
 

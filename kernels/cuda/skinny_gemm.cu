@@ -49,10 +49,10 @@ struct Shape {
 };
 
 // g.c has kResults outputs a block: with kGated as many as half of the weights' rows, and it is out of
-// silu(gate) * up (kernels/swiglu.h).
+// act(gate) * up (kernels/swiglu.h).
 template <int kRowTiles, int kColumnTiles, bool kGated>
 __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGated>::kBlocks)
-    SkinnyKernel(const __grid_constant__ GemmArgs g) {
+    SkinnyKernel(const __grid_constant__ GemmArgs g, GateActivation activation) {
   using S = Shape<kRowTiles, kColumnTiles, kGated>;
   extern __shared__ __align__(16) float sums[];  // [warp][row][output]
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
     float value;
     if constexpr (kGated) {
       const int gate = result / 8 * 16 + result % 8;
-      value = total(row, gate);
-      value = value / (1.0f + expf(-value)) * total(row, gate + 8);
+      value = Gated(activation, total(row, gate), total(row, gate + 8));
     } else {
       value = total(row, result);
       if (g.accumulate) value = __fadd_rn(g.c.floats()[at], value);
@@ -163,11 +162,11 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
 }
 
 template <int kRowTiles, int kColumnTiles, bool kGated>
-cudaError_t Launch(const GemmArgs& g, cudaStream_t stream) {
+cudaError_t Launch(const GemmArgs& g, GateActivation activation, cudaStream_t stream) {
   using S = Shape<kRowTiles, kColumnTiles, kGated>;
   const dim3 grid(static_cast<unsigned>(CeilDiv(kGated ? g.w.n / 2 : g.w.n, S::kResults)));
   return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles, kGated>, grid, kThreads,
-                           S::kSharedBytes, g);
+                           S::kSharedBytes, g, activation);
 }
 
 template <int kRowTiles, int kColumnTiles, bool kGated>
@@ -178,11 +177,11 @@ cudaError_t Load() {
 
 // Of more rows, more outputs a block: each reads all rows' activations.
 template <bool kGated>
-cudaError_t LaunchFor(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m <= 8) return Launch<1, 1, kGated>(args, stream);
-  if (args.m <= 16) return Launch<2, 2, kGated>(args, stream);
-  if (args.m <= 32) return Launch<2, 4, kGated>(args, stream);
-  return Launch<2, 8, kGated>(args, stream);
+cudaError_t LaunchFor(const GemmArgs& args, GateActivation activation, cudaStream_t stream) {
+  if (args.m <= 8) return Launch<1, 1, kGated>(args, activation, stream);
+  if (args.m <= 16) return Launch<2, 2, kGated>(args, activation, stream);
+  if (args.m <= 32) return Launch<2, 4, kGated>(args, activation, stream);
+  return Launch<2, 8, kGated>(args, activation, stream);
 }
 
 template <bool kGated>
@@ -202,7 +201,7 @@ bool IsSkinny(const GemmArgs& g) {
 }
 
 cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream) {
-  return LaunchFor<false>(args, stream);
+  return LaunchFor<false>(args, GateActivation::kSilu, stream);
 }
 
 cudaError_t LaunchGatedGemm(const GatedGemmArgs& args, cudaStream_t stream) {
@@ -210,7 +209,7 @@ cudaError_t LaunchGatedGemm(const GatedGemmArgs& args, cudaStream_t stream) {
   if (g.m == 0) return cudaSuccess;
   g.c = args.swiglu.out;
   g.c_stride = args.swiglu.width;
-  return LaunchFor<true>(g, stream);
+  return LaunchFor<true>(g, args.swiglu.activation, stream);
 }
 
 cudaError_t LoadSkinnyGemm() {

@@ -231,25 +231,24 @@ class WarpBlock {
     for (int n = 0; n < 4; ++n) score[n] = __fadd_rn(hi[n], lo[n]);
   }
 
-  // How many of the keys query h sees.
-  __device__ int Seen(int h, const Keys& keys) const {
-    if (!Has(h)) return 0;
-    const int64_t seen = work_.pos(first_ + 2 * pair_ + h) + 1 - keys.pos;
-    return seen <= 0 ? 0 : seen < keys.count ? static_cast<int>(seen) : keys.count;
+  // Which of the keys query h sees.
+  __device__ SeenKeys Seen(int h, const Keys& keys) const {
+    if (!Has(h)) return {};
+    return {work_.a, work_.pos(first_ + 2 * pair_ + h), keys.pos, keys.count};
   }
 
   // Scores to exp(score - m).
   __device__ void Softmax(const Keys& keys, float (&p)[kGroups][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int seen = Seen(h, keys);
+      const SeenKeys seen = Seen(h, keys);
       float largest = -CUDART_INF_F;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
 #pragma unroll
         for (int n = h; n < 4; n += 2) {
           const int key = i * kGroup + quad_ + n / 2 * 8;
-          p[i][n] = key < seen ? __fmul_rn(p[i][n], work_.a.scale) : -CUDART_INF_F;
+          p[i][n] = seen.Has(key) ? Scored(work_.a, p[i][n]) : -CUDART_INF_F;
           largest = fmaxf(largest, p[i][n]);
         }
       }
@@ -260,7 +259,7 @@ class WarpBlock {
 #pragma unroll
         for (int n = h; n < 4; n += 2) {
           const int key = i * kGroup + quad_ + n / 2 * 8;
-          p[i][n] = key < seen ? expf(__fsub_rn(p[i][n], m_[h])) : 0.0f;
+          p[i][n] = seen.Has(key) ? expf(__fsub_rn(p[i][n], m_[h])) : 0.0f;
           sum = __fadd_rn(sum, p[i][n]);
         }
       }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -15,6 +16,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
+#include "kernels/soft_cap.h"
 #include "kernels/swiglu.h"
 
 namespace headroom::kernels::reference {
@@ -67,8 +69,9 @@ void RmsNorm(const RmsNormArgs& args) {
     for (int64_t i = 0; i < args.hidden; ++i) sum += static_cast<double>(x[i]) * x[i];
     const double scale = 1 / std::sqrt(sum / static_cast<double>(args.hidden) + args.epsilon);
     for (int64_t i = 0; i < args.hidden; ++i) {
-      args.out.Set(row * args.hidden + i,
-                   static_cast<float>(x[i] * scale * ToFloat(args.weight[i])));
+      const double value = x[i] * scale * (ToFloat(args.weight[i]) + args.weight_offset);
+      const int64_t at = row * args.hidden + i;
+      args.out.Set(at, static_cast<float>(args.accumulate ? args.out.Get(at) + value : value));
     }
   }
 }
@@ -78,7 +81,10 @@ void SwiGlu(const SwiGluArgs& args) {
     for (int64_t i = 0; i < args.width; ++i) {
       const double gate = args.gate_up.Get(row * 2 * args.width + i);
       const double up = args.gate_up.Get(row * 2 * args.width + args.width + i);
-      args.out.Set(row * args.width + i, static_cast<float>(gate / (1 + std::exp(-gate)) * up));
+      const double y = std::sqrt(2 / std::numbers::pi) * (gate + 0.044715 * gate * gate * gate);
+      const double act = args.activation == GateActivation::kSilu ? gate / (1 + std::exp(-gate))
+                                                                  : gate / 2 * (1 + std::tanh(y));
+      args.out.Set(row * args.width + i, static_cast<float>(act * up));
     }
   }
 }
@@ -89,8 +95,15 @@ void Embed(const EmbedArgs& args) {
     const int64_t id = what.token_id >= 0 ? what.token_id : args.last_tokens[what.slot];
     for (int64_t i = 0; i < args.table.k; ++i) {
       args.out[row * args.table.k + i] =
-          ToFloat(args.table.data[PackedWeightIndex(args.table.k, id, i)]);
+          ToFloat(args.table.data[PackedWeightIndex(args.table.k, id, i)]) * args.scale;
     }
+  }
+}
+
+void SoftCap(const SoftCapArgs& args) {
+  for (int64_t i = 0; i < args.rows * args.width; ++i) {
+    const double cap = args.cap;
+    args.x[i] = static_cast<float>(cap * std::tanh(args.x[i] / cap));
   }
 }
 
@@ -177,10 +190,13 @@ void Attend(const AttendArgs& args) {
           const KvSpan& span = args.spans.device[item.span_begin + s];
           for (int64_t pos = span.first_pos; pos < span.first_pos + span.count; ++pos) {
             if (pos > item.first_pos + row) continue;
+            if (args.window != 0 && pos <= item.first_pos + row - args.window) continue;
             const BFloat16* key = Key(span, q_head / group, pos, d);
             double score = 0;
             for (int32_t j = 0; j < d; ++j) score += static_cast<double>(q[j]) * ToFloat(key[j]);
-            scores.push_back(score * args.scale);
+            score *= args.scale;
+            if (args.soft_cap != 0) score = args.soft_cap * std::tanh(score / args.soft_cap);
+            scores.push_back(score);
             values.push_back(Value(span, q_head / group, pos, d));
           }
         }

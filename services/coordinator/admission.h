@@ -6,12 +6,14 @@
 #include <string>
 
 #include "common/kv_layout.h"
+#include "services/coordinator/placement/placement.h"
 
 namespace headroom::coordinator {
 
 // What the machine has.
 struct Capacity {
   KvGeometry geometry;
+  LayerWindows windows;
   int64_t host_bytes = 0;
   int64_t max_extents = 0;
   int64_t kv_pool_bytes = 0;            // of the device

@@ -76,7 +76,8 @@ Verdict Scheduler::JudgeShares(const Request& request, bool alone, Verdict verdi
       PoolBytes(capacity_, static_cast<int64_t>(shapes.size()),
                 beside.running_histories + (request.has_history() ? 1 : 0));
   const int64_t resident = ResidentBytes(
-      capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes);
+      capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes,
+      capacity_.windows);
   if (resident <= pool) return verdict;
   verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
   verdict.reason = absl::StrCat("the resident share takes ", resident,
@@ -240,7 +241,7 @@ Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
   const int64_t tails = PoolBytes(capacity_, static_cast<int64_t>(running_.size()),
                                   CommitmentsBeside(/*alone=*/false).running_histories);
   return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(),
-                       shapes);
+                       shapes, capacity_.windows);
 }
 
 // Steps of one row tell how fast the lanes are now; the plan follows when that is worth it.

@@ -47,6 +47,7 @@ void Scheduler::OnConnected(PeersFound found) {
                        found.store.generation(), " with ", found.stored.size(), " sequences"));
   const v1::GetWorkerInfoResponse& worker = found.worker;
   capacity_.geometry = FromProto(worker.geometry());
+  capacity_.windows.assign(worker.layer_windows().begin(), worker.layer_windows().end());
   capacity_.host_bytes = static_cast<int64_t>(found.store.capacity_bytes());
   capacity_.max_extents = found.store.max_extents();
   capacity_.kv_pool_bytes = worker.memory().kv_pool_bytes();

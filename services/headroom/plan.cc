@@ -86,6 +86,7 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCos
                    options.product_type));
   coordinator::PredictInput input;
   input.geometry = report.config.kv_geometry();
+  input.windows = report.config.windows;
   input.spec = *spec;
   input.num_sequences = options.sequences;
   input.prompt_tokens = options.context_tokens;

@@ -1,5 +1,6 @@
 #include "services/kvstore/post_reader.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -43,7 +44,8 @@ absl::Status PostReader::Read(const Mailbox& mailbox, uint32_t slot) {
   if (!std::isfinite(post_.scale)) return Hostile("scale");
   const int32_t d = shape.geometry.head_dim;
   if (d != 64 && d != 128 && d != 256) return absl::UnimplementedError("mailbox: the head size");
-  if (post_.soft_cap != 0) return absl::UnimplementedError("mailbox: a soft cap");
+  if (!std::isfinite(post_.soft_cap) || post_.soft_cap < 0) return Hostile("soft_cap");
+  if (post_.window < 0) return Hostile("window");
   HEADROOM_RETURN_IF_ERROR(ReadItems(mailbox, mailbox.table(slot, post_.table)));
   args_ = kernels::AttendArgs();
   args_.q = mailbox.queries(slot);
@@ -55,6 +57,8 @@ absl::Status PostReader::Read(const Mailbox& mailbox, uint32_t slot) {
   args_.scratch = scratch_.get();
   args_.scratch_floats = kScratchFloats;
   args_.scale = post_.scale;
+  args_.soft_cap = post_.soft_cap;
+  args_.window = post_.window;
   args_.num_q_heads = shape.num_q_heads;
   args_.num_kv_heads = shape.geometry.num_kv_heads;
   args_.head_dim = d;
@@ -105,6 +109,7 @@ absl::Status PostReader::AddItem(const MailboxItem& from, const MailboxShape& sh
   if (from.row_begin < 0 || from.row_count < 1 || row_end > int64_t{post_.rows} ||
       from.kv_head_begin < 0 || from.kv_head_begin >= from.kv_head_end ||
       from.kv_head_end > heads || from.first_pos < 0 ||
+      from.first_valid_pos < 0 || from.first_valid_pos % kBlockTokens != 0 ||
       !CheckedAdd(from.first_pos, from.row_count).has_value()) {
     return Hostile("an item");
   }
@@ -134,7 +139,7 @@ absl::Status PostReader::AddSpan(const MailboxSpan& from, const MailboxItem& ite
       !std::has_single_bit(static_cast<uint32_t>(from.capacity)) || from.count < 1 ||
       from.count > from.capacity || from.count % kBlockTokens != 0 || from.first_pos < 0 ||
       from.first_pos % kBlockTokens != 0 || from.first_pos >= kMaxPositions ||
-      from.first_pos < item.first_valid_pos) {
+      from.first_pos + from.count <= item.first_valid_pos) {
     return Hostile("a span");
   }
   kernels::AttendItem& to = items_.back();
@@ -152,13 +157,14 @@ absl::Status PostReader::AddSpan(const MailboxSpan& from, const MailboxItem& ite
   kernels::KvSpan span;
   // Attention reads keys only; a span is also a place to write to elsewhere.
   span.base = const_cast<uint8_t*>(data_) + from.data_offset;
-  span.origin_pos = span.first_pos = from.first_pos;
-  span.count = from.count;
+  span.origin_pos = from.first_pos;
+  span.first_pos = std::max(from.first_pos, item.first_valid_pos);
+  span.count = static_cast<int32_t>(from.first_pos + from.count - span.first_pos);
   span.capacity = from.capacity;
   span.kv_head_end = geometry.num_kv_heads;
   spans_.push_back(span);
   ++to.span_count;
-  bytes_ += int64_t{from.count} * (item.kv_head_end - item.kv_head_begin) *
+  bytes_ += int64_t{span.count} * (item.kv_head_end - item.kv_head_begin) *
             geometry.BytesPerTokenPerHead();
   return absl::OkStatus();
 }

@@ -56,7 +56,8 @@ int64_t AttendScratchFloats(const ModelConfig& config, kernels::ElementType prod
 
 int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t row_floats = config.qkv_width() + config.num_q_heads *
+  const int64_t row_floats = config.qkv_width() + (config.post_norms ? config.hidden : 0) +
+                             config.num_q_heads *
                                                       kernels::AttentionStateFloats(config.head_dim);
   const int64_t logit_floats = kLogitSliceRows * config.vocab +
                                kSampleSliceRows * kernels::SampleScratchFloats(config.vocab);

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/checked_math.h"
 #include "common/status.h"
+#include "kernels/attention.h"
 
 namespace headroom {
 namespace {
@@ -26,10 +27,11 @@ int64_t GranuleBytes(const KvGeometry& geometry) {
 }  // namespace
 
 GpuKv::GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences,
-             int64_t draw_state_bytes)
+             int64_t draw_state_bytes, std::vector<int64_t> windows)
     : geometry_(geometry),
       tail_layer_bytes_(kTailTokens * geometry.BytesPerTokenPerLayer()),
       draw_state_bytes_(draw_state_bytes),
+      windows_(std::move(windows)),
       pool_(pool, pool_bytes, GranuleBytes(geometry)) {
   sequences_.reserve(max_sequences);
   for (int32_t slot = max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
@@ -173,6 +175,15 @@ bool GpuKv::Holds(const RunGrant& grant) {
                      [&](const Run& run) { return SameRun(run, grant.run); });
 }
 
+// No query from the next position on sees the run. (A step that is repeated from an earlier one finds the
+// keys in the extent.)
+bool GpuKv::BehindWindow(const Sequence& sequence, int run, int32_t layer) const {
+  const int64_t window = layer < static_cast<int32_t>(windows_.size()) ? windows_[layer] : 0;
+  const Run& where = sequence.runs[run];
+  return where.first_pos + where.capacity_tokens <=
+         FloorToBlock(kernels::FirstSeen(window, sequence.known_end));
+}
+
 uint8_t*& GpuKv::ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const {
   return sequence.residents[(size_t{static_cast<size_t>(run)} * geometry_.num_layers + layer) *
                                 geometry_.num_kv_heads +
@@ -223,8 +234,8 @@ void GpuKv::ApplyPlan(
           for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
             const Run& where = sequence->runs[run];
             uint8_t*& copy = ResidentSlot(*sequence, run, layer, head);
-            const bool wanted =
-                plan.LaneOf(layer, head, where.first_pos) == Lane::kResident;
+            const bool wanted = plan.LaneOf(layer, head, where.first_pos) == Lane::kResident &&
+                                !BehindWindow(*sequence, run, layer);
             if (drop && !wanted) DropResident(*sequence, run, layer, head);
             if (drop || !wanted || copy != nullptr) continue;
             copy = pool_.Allocate(where.capacity_tokens * geometry_.BytesPerTokenPerHead());

@@ -57,8 +57,9 @@ class GpuKv {
   };
 
   // `draw_state_bytes` is what the history of one sequence's draws takes of the pool.
+  // `windows` are the layers' (ModelConfig::windows): of runs that lie behind one there are no copies.
   GpuKv(const KvGeometry& geometry, uint8_t* pool, int64_t pool_bytes, int32_t max_sequences,
-        int64_t draw_state_bytes);
+        int64_t draw_state_bytes, std::vector<int64_t> windows = {});
 
   // The segment that offsets refer to; open sequences must fit the new one too.
   void SetSegment(const SegmentView& segment) { segment_ = segment; }
@@ -99,6 +100,7 @@ class GpuKv {
  private:
   absl::Status CheckRun(const Sequence& sequence, const Run& run) const;
   void AddRun(Sequence& sequence, const Run& run);
+  bool BehindWindow(const Sequence& sequence, int run, int32_t layer) const;
   uint8_t*& ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const;
   void DropResident(Sequence& sequence, int run, int32_t layer, int32_t kv_head);
   // Of the pool, with resident copies dropped as need be; nullptr if there is no room even so.
@@ -109,6 +111,7 @@ class GpuKv {
   const KvGeometry geometry_;
   const int64_t tail_layer_bytes_;
   const int64_t draw_state_bytes_;
+  const std::vector<int64_t> windows_;
   KvPool pool_;
   SegmentView segment_;
   std::vector<std::unique_ptr<Sequence>> sequences_;

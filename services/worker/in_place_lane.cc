@@ -119,6 +119,8 @@ absl::Status InPlaceLane::Post(StreamId stream, uint32_t slot, const Step& step,
   post.post.table = tables_in_use_[slot];
   post.post.rows = static_cast<uint32_t>(args.rows);
   post.post.scale = args.scale;
+  post.post.soft_cap = args.soft_cap;
+  post.post.window = args.window;
   post.count = ++posts_[slot];
   return device_.PostQueries(stream, post);
 }

@@ -57,6 +57,7 @@ class Calibration {
   Calibration(StepExecutor& executor, const ModelConfig& config, const CalibrationOptions& options,
               const StepPort& port)
       : executor_(executor),
+        config_(config),
         geometry_(config.kv_geometry()),
         options_(options),
         port_(port),
@@ -74,7 +75,7 @@ class Calibration {
     Probe lanes[kNumLanes] = {{Lane::kResident, resident_tokens},
                               {Lane::kFetched, many_tokens_},
                               {Lane::kInPlace, many_tokens_}};
-    Probe half{Lane::kFetched, many_tokens_ / 2};
+    Probe half{Lane::kFetched, HalfTokens()};
     HEADROOM_RETURN_IF_ERROR(Measure({&none, &lanes[0], &lanes[1], &lanes[2], &half}));
 
     LaneCosts costs;
@@ -168,6 +169,16 @@ class Calibration {
     return open;
   }
 
+  // Of keys that a step reads, about half: where all layers have a window, half of the widest.
+  int64_t HalfTokens() const {
+    int64_t most = 0;
+    for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+      const int64_t window = config_.window(layer);
+      most = window == 0 ? many_tokens_ : std::max(most, std::min(window, many_tokens_));
+    }
+    return std::max(kFewTokens, FloorToBlock(most / 2));
+  }
+
   // A lane's costs from a step over many keys of it, against one over none.
   static void Fit(const DecodeTimes& times, int lane, LaneCosts& costs) {
     // Where no store attends, the bytes in place were fetched.
@@ -186,8 +197,9 @@ class Calibration {
   // the second is twice the first, time that is hidden does not double.
   static void FitHiddenBase(const DecodeTimes& many, const DecodeTimes& half, LaneCosts& costs) {
     const int lane = static_cast<int>(Lane::kFetched);
-    const double slope = (many.median_step_seconds - half.median_step_seconds) /
-                         (many.lane_bytes[lane] - half.lane_bytes[lane]);
+    const double more_bytes = many.lane_bytes[lane] - half.lane_bytes[lane];
+    if (more_bytes <= 0) return;  // both reach over all windows
+    const double slope = (many.median_step_seconds - half.median_step_seconds) / more_bytes;
     const double cost = costs.seconds_per_byte[lane];
     // All hidden: what the copies alone take is what they were busy.
     const double alone = std::max(slope, costs.busy_seconds_per_byte[lane]);
@@ -212,6 +224,7 @@ class Calibration {
   }
 
   StepExecutor& executor_;
+  const ModelConfig& config_;
   const KvGeometry geometry_;
   const CalibrationOptions options_;
   const StepPort& port_;

@@ -340,6 +340,20 @@ KvSpan StepContext::OwnKeys(const Part& part, int32_t layer) const {
   return span;
 }
 
+int64_t StepContext::FirstKey(const Part& part, int32_t layer) const {
+  return FloorToBlock(kernels::FirstSeen(config_.window(layer), part.what->first_pos));
+}
+
+int StepContext::FirstRun(const Part& part, int32_t layer) const {
+  const int64_t first_key = FirstKey(part, layer);
+  int run = 0;
+  while (run < SealedRuns(part) &&
+         part.kv->runs[run].first_pos + part.kv->runs[run].capacity_tokens <= first_key) {
+    ++run;
+  }
+  return run;
+}
+
 int StepContext::SealedRuns(const Part& part) const {
   int runs = 0;
   while (runs < static_cast<int>(part.kv->runs.size()) &&
@@ -349,15 +363,16 @@ int StepContext::SealedRuns(const Part& part) const {
   return runs;
 }
 
-int64_t StepContext::SealedTokens(const Part& part, int run) const {
+int64_t StepContext::SealedTokens(const Part& part, int run, int64_t from) const {
   const Run& where = part.kv->runs[run];
-  return std::min(part.what->sealed_tokens - where.first_pos, where.capacity_tokens);
+  const int64_t end = std::min(part.what->sealed_tokens, where.first_pos + where.capacity_tokens);
+  return std::max<int64_t>(0, end - std::max(from, where.first_pos));
 }
 
 int StepContext::RunsInPlace(const Part& part, int32_t layer, int32_t head) const {
   if (!may_ask_store_ || part.what->num_tokens() * group_ > kMaxInPlaceQueries) return 0;
   const int runs = SealedRuns(part);
-  int run = 0;
+  int run = FirstRun(part, layer);
   while (run < runs && kv_.Resident(*part.kv, run, layer, head).base == nullptr &&
          plan_->LaneOf(layer, head, part.kv->runs[run].first_pos) == Lane::kInPlace) {
     ++run;
@@ -385,12 +400,14 @@ void StepContext::BuildLayer(int32_t layer, StepTables& tables, Flight& flight) 
   for (const Part& part : parts_) {
     const double weight =
         1.0 / static_cast<double>(parts_.size()) / static_cast<double>(geometry_.num_layers);
-    const int64_t sealed = part.what->sealed_tokens;
+    const int64_t first_key = FirstKey(part, layer);
+    const int64_t seen = part.what->sealed_tokens - first_key;
     for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
-      if (sealed == 0) flight.kv_heads[static_cast<int>(Lane::kResident)] += weight;
-      for (int run = 0; run < SealedRuns(part); ++run) {
+      if (seen <= 0) flight.kv_heads[static_cast<int>(Lane::kResident)] += weight;
+      for (int run = FirstRun(part, layer); run < SealedRuns(part); ++run) {
         flight.kv_heads[static_cast<int>(LaneOf(part, run, layer, head))] +=
-            weight * static_cast<double>(SealedTokens(part, run)) / static_cast<double>(sealed);
+            weight * static_cast<double>(SealedTokens(part, run, first_key)) /
+            static_cast<double>(seen);
       }
     }
   }
@@ -459,9 +476,10 @@ void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
   work.tile_begin = static_cast<int32_t>(tile_launches_.size());
   for (const Part& part : parts_) {
     // Neighbouring heads whose runs lie alike go together.
+    const int first_run = FirstRun(part, layer);
     const int runs = SealedRuns(part);
     const auto alike = [&](int32_t a, int32_t b) {
-      for (int run = 0; run < runs; ++run) {
+      for (int run = first_run; run < runs; ++run) {
         if (LaneOf(part, run, layer, a) != LaneOf(part, run, layer, b)) return false;
       }
       return true;
@@ -482,13 +500,13 @@ void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
 // What the store is asked to attend to: the runs in place of heads that lie alike.
 void StepContext::AskStore(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end) {
   mailbox_scratch_.clear();
-  for (int run = 0; run < SealedRuns(part); ++run) {
+  for (int run = FirstRun(part, layer); run < SealedRuns(part); ++run) {
     if (LaneOf(part, run, layer, head_begin) != Lane::kInPlace) continue;
     const Run& where = part.kv->runs[run];
     MailboxSpan span;
     span.data_offset = static_cast<uint64_t>(where.data_offsets[layer]);
     span.first_pos = where.first_pos;
-    span.count = static_cast<int32_t>(SealedTokens(part, run));
+    span.count = static_cast<int32_t>(SealedTokens(part, run, where.first_pos));
     span.capacity = static_cast<int32_t>(where.capacity_tokens);
     mailbox_scratch_.push_back(span);
   }
@@ -496,6 +514,7 @@ void StepContext::AskStore(const Part& part, int32_t layer, int32_t head_begin, 
   item.row_begin = part.row_begin;
   item.row_count = static_cast<int32_t>(part.what->num_tokens());
   item.first_pos = part.what->first_pos;
+  item.first_valid_pos = FirstKey(part, layer);
   item.kv_head_begin = head_begin;
   item.kv_head_end = head_end;
   in_place_.AddItem(item, mailbox_scratch_);
@@ -504,12 +523,16 @@ void StepContext::AskStore(const Part& part, int32_t layer, int32_t head_begin, 
 // Heads [head_begin, head_end) of one sequence, whose runs lie in the same lanes. Runs in place go to
 // the store. The fetched ones become tiles, and each launch takes the keys since the one before, in
 // order of position. Of heads that lie in place as a whole, the launch after the store's answer goes on
-// from its states; to others, whatever they are cut into, the answer is added at the end.
+// from its states; to others, whatever they are cut into, the answer is added at the end. What lies behind
+// the window of all the sequence's rows is nobody's.
 void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begin,
                               int32_t head_end, StepTables& tables) {
-  const int64_t sealed = part.what->sealed_tokens;
+  const int64_t first_key = FirstKey(part, layer);
+  const int first_run = FirstRun(part, layer);
+  const int64_t sealed = std::max(part.what->sealed_tokens, first_key);
   const int runs = SealedRuns(part);
-  std::fill(progress_.begin(), progress_.end(), 0);
+  const KvSpan own = Clip(OwnKeys(part, layer), first_key, part.what->end_pos());
+  std::fill(progress_.begin(), progress_.end(), first_key);
   // Adds an item of `kind` with the local keys of [progress of the head, pos) and then `more`.
   const auto add = [&](LaunchKind kind, int32_t begin, int32_t end, int64_t pos,
                        const KvSpan& more, bool finish) {
@@ -520,9 +543,9 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     item.kv_head_begin = begin;
     item.kv_head_end = end;
     item.span_begin = static_cast<int32_t>(span_scratch_[kind].size());
-    item.reset = progress_[begin] == 0 ? 1 : 0;
+    item.reset = progress_[begin] == first_key ? 1 : 0;
     item.finish = finish ? 1 : 0;
-    for (int run = 0; run < runs && progress_[begin] < pos; ++run) {
+    for (int run = first_run; run < runs && progress_[begin] < pos; ++run) {
       const KvSpan span =
           Clip(kv_.Resident(*part.kv, run, layer, begin), progress_[begin], pos);
       if (span.base != nullptr && span.count > 0) span_scratch_[kind].push_back(span);
@@ -542,10 +565,10 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
   };
 
   int asked = 0;
-  for (int run = 0; run < runs; ++run) {
+  for (int run = first_run; run < runs; ++run) {
     if (LaneOf(part, run, layer, head_begin) == Lane::kInPlace) ++asked;
   }
-  const bool whole = asked > 0 && asked == runs;
+  const bool whole = asked > 0 && asked == runs - first_run;
   if (asked > 0) {
     AskStore(part, layer, head_begin, head_end);
     kernels::MergeItem merge;
@@ -559,18 +582,18 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
   }
   if (whole) {
     std::fill(progress_.begin(), progress_.end(), sealed);
-    add(kAfter, head_begin, head_end, sealed, OwnKeys(part, layer), /*finish=*/true);
+    add(kAfter, head_begin, head_end, sealed, own, /*finish=*/true);
     return;
   }
 
   tile_scratch_.clear();
-  for (int run = 0; run < runs; ++run) {
+  for (int run = first_run; run < runs; ++run) {
     if (LaneOf(part, run, layer, head_begin) != Lane::kFetched) continue;
-    const int first_run = run;
+    const int64_t begin = std::max(part.kv->runs[run].first_pos, first_key);
     while (run + 1 < runs && LaneOf(part, run + 1, layer, head_begin) == Lane::kFetched) ++run;
     const Run& last = part.kv->runs[run];
     CutIntoTiles(tiling_, geometry_,
-                 {head_begin, head_end, part.kv->runs[first_run].first_pos,
+                 {head_begin, head_end, begin,
                   std::min(last.first_pos + last.capacity_tokens, sealed)},
                  pipeline_->max_tile_bytes(), tile_scratch_);
   }
@@ -585,8 +608,8 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     }
     tile_launches_.push_back({tables.Add(item_scratch_[kTile]), tables.Add(span_scratch_[kTile])});
   }
-  add_heads(tile_scratch_.empty() ? kLocal : kLast, head_begin, head_end, sealed,
-            OwnKeys(part, layer), /*finish=*/asked == 0);
+  add_heads(tile_scratch_.empty() ? kLocal : kLast, head_begin, head_end, sealed, own,
+            /*finish=*/asked == 0);
 }
 
 }  // namespace headroom

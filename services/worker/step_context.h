@@ -140,9 +140,13 @@ class StepContext {
   int RunsInPlace(const Part& part, int32_t layer, int32_t head) const;
   // Where this step attends to the keys of a head of a run of the layer that is being built.
   Lane LaneOf(const Part& part, int run, int32_t layer, int32_t head) const;
-  // Of a run's positions, how many are sealed for this step.
-  int64_t SealedTokens(const Part& part, int run) const;
+  // Of a run's positions, how many from `from` on are sealed for this step.
+  int64_t SealedTokens(const Part& part, int run, int64_t from) const;
+  // The runs that the layer's rows attend to: [FirstRun(), SealedRuns()). What lies behind the window of
+  // the first row, and so of all, is left out block by block: FirstKey() and on is read.
   int SealedRuns(const Part& part) const;
+  int FirstRun(const Part& part, int32_t layer) const;
+  int64_t FirstKey(const Part& part, int32_t layer) const;
 
   const ModelConfig& config_;
   const KvGeometry geometry_;

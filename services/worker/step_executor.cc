@@ -69,7 +69,7 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
                             device_.Allocate(budget_.kv_pool_bytes, "KV pool"));
   kv_ = std::make_unique<GpuKv>(config_.kv_geometry(), pool, budget_.kv_pool_bytes,
                                 std::min(options_.max_sequences, Decoder::kMaxSequences),
-                                budget_.draw_state_bytes);
+                                budget_.draw_state_bytes, config_.windows);
   in_place_ = std::make_unique<InPlaceLane>(device_, config_, options_.in_place_deadline);
   staging_bytes_ = kNumContexts * StepContext::StagingBytes(budget_);
   staging_ = std::make_unique<uint8_t[]>(staging_bytes_);
@@ -483,7 +483,7 @@ absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
   if (work.in_place()) {  // first, so that the store works beside all that follows
     HEADROOM_RETURN_IF_ERROR(in_place_->Post(compute_, state.slot(),
                                              *state.flight(context.active_flight).step, layer,
-                                             decoder_->Attention(state.rows())));
+                                             decoder_->Attention(layer, state.rows())));
   }
   HEADROOM_RETURN_IF_ERROR(EnqueueSealing(context, layer));
   HEADROOM_RETURN_IF_ERROR(EnqueueAttention(context, layer));
@@ -526,7 +526,7 @@ absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
   OpAccount& resident = flight.accounts[static_cast<int>(Lane::kResident)];
   const auto attend = [&](const AttendLaunch& launch, OpAccount* account) -> absl::Status {
     if (launch.items.count == 0) return absl::OkStatus();
-    kernels::AttendArgs args = decoder_->Attention(state.rows());
+    kernels::AttendArgs args = decoder_->Attention(layer, state.rows());
     args.items = launch.items;
     args.spans = launch.spans;
     return device_.Attend(compute_, args, account);
@@ -541,7 +541,7 @@ absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
   if (!work.in_place()) return absl::OkStatus();
   HEADROOM_RETURN_IF_ERROR(in_place_->Await(compute_, state.slot(), *flight.step, layer,
                                             flight.await_result, &flight.in_place_wait));
-  const kernels::AttendArgs as = decoder_->Attention(state.rows());
+  const kernels::AttendArgs as = decoder_->Attention(layer, state.rows());
   kernels::MergePartialsArgs merge;
   merge.partials = in_place_->partials(state.slot());
   merge.state = as.state;

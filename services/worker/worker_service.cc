@@ -58,6 +58,7 @@ grpc::ServerUnaryReactor* WorkerService::GetWorkerInfo(grpc::CallbackServerConte
   geometry->set_num_layers(config.num_layers);
   geometry->set_num_kv_heads(config.num_kv_heads);
   geometry->set_head_dim(config.head_dim);
+  for (const int64_t window : config.windows) response->add_layer_windows(window);
   response->set_num_q_heads(config.num_q_heads);
   response->set_vocab_size(static_cast<int32_t>(config.vocab));
   response->set_max_position_tokens(config.max_position_tokens);

@@ -97,6 +97,9 @@ class ForwardingDevice : public Device {
                           OpAccount* account) override {
     return device_->CopyKvRows(stream, args, account);
   }
+  absl::Status SoftCap(StreamId stream, const kernels::SoftCapArgs& args) override {
+    return device_->SoftCap(stream, args);
+  }
   absl::Status Sample(StreamId stream, const kernels::SampleArgs& args) override {
     return device_->Sample(stream, args);
   }

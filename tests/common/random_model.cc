@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -50,10 +51,13 @@ uint16_t ToBfloat16(double value) {
 
 struct Tensor {
   std::string name;
-  int64_t rows;  // 0: a norm's vector
+  int64_t rows;  // 0: a vector, a norm's or a bias
   int64_t columns;
   double gain;
   int64_t zero_rows = 0;
+  double norm_shift = 0;
+
+  bool IsNorm() const { return name.ends_with("norm.weight"); }
 
   int64_t Elements() const { return std::max<int64_t>(rows, 1) * columns; }
   int64_t Bytes() const { return Elements() * 2; }
@@ -63,14 +67,20 @@ class TensorValues {
  public:
   TensorValues(uint64_t seed, const Tensor& tensor)
       : key_(Mix(Mix(seed + kGolden) ^ Fnv1a64(tensor.name))),
-        is_norm_(tensor.rows == 0),
-        scale_(tensor.gain / std::sqrt(static_cast<double>(tensor.columns)) / kSumDeviation),
+        is_norm_(tensor.IsNorm()),
+        gain_(tensor.gain),
+        norm_shift_(tensor.norm_shift),
+        scale_(tensor.gain /
+               std::sqrt(static_cast<double>(tensor.rows == 0 ? 1 : tensor.columns)) /
+               kSumDeviation),
         zero_below_(tensor.zero_rows * tensor.columns) {}
 
   uint16_t operator[](int64_t index) const {
     if (index < zero_below_) return 0;
     const uint64_t bits = Mix(key_ + (static_cast<uint64_t>(index) + 1) * kGolden);
-    if (is_norm_) return ToBfloat16(0.5 + static_cast<double>(bits >> 56) / 256);
+    if (is_norm_) {
+      return ToBfloat16(gain_ * (0.5 + static_cast<double>(bits >> 56) / 256) - norm_shift_);
+    }
     const int64_t sum = static_cast<int64_t>((bits & 0xFFFF) + ((bits >> 16) & 0xFFFF) +
                                              ((bits >> 32) & 0xFFFF) + (bits >> 48));
     return ToBfloat16(static_cast<double>(2 * sum - 262140) * scale_);
@@ -79,6 +89,8 @@ class TensorValues {
  private:
   const uint64_t key_;
   const bool is_norm_;
+  const double gain_;
+  const double norm_shift_;
   const double scale_;
   const int64_t zero_below_;
 };
@@ -91,7 +103,8 @@ std::vector<Tensor> Tensors(const RandomModelSpec& spec) {
   const int64_t kv_rows = spec.num_kv_heads * spec.head_dim;
   std::vector<Tensor> tensors = {
       {"model.embed_tokens.weight", spec.vocab_size, hidden, gains.embed},
-      {"model.norm.weight", 0, hidden, 0}};
+      {"model.norm.weight", 0, hidden, 1}};
+  const bool gemma = spec.architecture == "Gemma2ForCausalLM";
   if (!spec.tie_word_embeddings) {
     tensors.push_back({"lm_head.weight", spec.vocab_size, hidden, gains.lm_head,
                        spec.never_ends ? kByteTokenizerFirstByte : 0});
@@ -101,8 +114,24 @@ std::vector<Tensor> Tensors(const RandomModelSpec& spec) {
     const auto add = [&](const char* name, int64_t rows, int64_t columns, double gain) {
       tensors.push_back({absl::StrCat(prefix, name, ".weight"), rows, columns, gain});
     };
-    add("input_layernorm", 0, hidden, 0);
-    add("post_attention_layernorm", 0, hidden, 0);
+    add("input_layernorm", 0, hidden, 1);
+    add("post_attention_layernorm", 0, hidden, gains.post_attention_norm);
+    if (gemma) {
+      add("pre_feedforward_layernorm", 0, hidden, 1);
+      add("post_feedforward_layernorm", 0, hidden, gains.post_feedforward_norm);
+    }
+    if (spec.architecture == "Qwen3ForCausalLM") {
+      add("self_attn.q_norm", 0, spec.head_dim, gains.q_norm);
+      add("self_attn.k_norm", 0, spec.head_dim, gains.k_norm);
+    }
+    if (spec.architecture == "Qwen2ForCausalLM") {
+      const auto add_bias = [&](const char* name, int64_t rows, double gain) {
+        tensors.push_back({absl::StrCat(prefix, "self_attn.", name, "_proj.bias"), 0, rows, gain});
+      };
+      add_bias("q", q_rows, gains.bias);
+      add_bias("k", kv_rows, gains.k_bias);
+      add_bias("v", kv_rows, gains.bias);
+    }
     add("self_attn.q_proj", q_rows, hidden, gains.q);
     add("self_attn.k_proj", kv_rows, hidden, gains.k);
     add("self_attn.v_proj", kv_rows, hidden, gains.v);
@@ -111,6 +140,7 @@ std::vector<Tensor> Tensors(const RandomModelSpec& spec) {
     add("mlp.up_proj", inner, hidden, gains.up);
     add("mlp.down_proj", hidden, inner, gains.down);
   }
+  for (Tensor& tensor : tensors) tensor.norm_shift = gemma ? 1 : 0;
   std::sort(tensors.begin(), tensors.end(),
             [](const Tensor& a, const Tensor& b) { return a.name < b.name; });
   return tensors;
@@ -227,7 +257,14 @@ absl::Status WriteWeights(const RandomModelSpec& spec, const std::string& dir) {
   return WriteText(dir + "/model.safetensors.index.json", index.dump(2) + "\n");
 }
 
-// The keys that transformers 4 writes for a LlamaForCausalLM.
+// model_type of an architecture.
+std::string ModelType(const std::string& architecture) {
+  std::string type = architecture.substr(0, architecture.find("ForCausalLM"));
+  for (char& c : type) c = static_cast<char>(std::tolower(c));
+  return type;
+}
+
+// The keys that transformers 4 writes for a LlamaForCausalLM, and those of the other families.
 Json Config(const RandomModelSpec& spec) {
   Json rope_scaling = nullptr;
   if (spec.rope_scaling.has_value()) {
@@ -238,19 +275,20 @@ Json Config(const RandomModelSpec& spec) {
                     {"high_freq_factor", scaling.high_freq_factor},
                     {"original_max_position_embeddings", scaling.original_max_position_embeddings}};
   }
-  return {{"architectures", {"LlamaForCausalLM"}},
+  const bool gemma = spec.architecture == "Gemma2ForCausalLM";
+  Json config = {{"architectures", {spec.architecture}},
           {"attention_bias", false},
           {"attention_dropout", 0.0},
           {"bos_token_id", kByteTokenizerBos},
           {"eos_token_id", kByteTokenizerEos},
           {"head_dim", spec.head_dim},
-          {"hidden_act", "silu"},
+          {"hidden_act", gemma ? "gelu_pytorch_tanh" : "silu"},
           {"hidden_size", spec.hidden_size},
           {"initializer_range", 0.02},
           {"intermediate_size", spec.intermediate_size},
           {"max_position_embeddings", spec.max_position_embeddings},
           {"mlp_bias", false},
-          {"model_type", "llama"},
+          {"model_type", ModelType(spec.architecture)},
           {"num_attention_heads", spec.num_q_heads},
           {"num_hidden_layers", spec.num_layers},
           {"num_key_value_heads", spec.num_kv_heads},
@@ -263,6 +301,19 @@ Json Config(const RandomModelSpec& spec) {
           {"torch_dtype", "bfloat16"},
           {"use_cache", true},
           {"vocab_size", spec.vocab_size}};
+  if (gemma) config["hidden_activation"] = "gelu_pytorch_tanh";
+  const auto put = [&config](const char* name, const auto& option) {
+    if (!option.has_value()) return;
+    config[name] = *option;
+    if (*option == 0 && !config[name].is_boolean()) config[name] = nullptr;
+  };
+  put("sliding_window", spec.sliding_window);
+  if (spec.max_window_layers.has_value()) config["max_window_layers"] = *spec.max_window_layers;
+  put("use_sliding_window", spec.use_sliding_window);
+  put("attn_logit_softcapping", spec.attn_logit_softcapping);
+  put("final_logit_softcapping", spec.final_logit_softcapping);
+  put("query_pre_attn_scalar", spec.query_pre_attn_scalar);
+  return config;
 }
 
 template <typename T>
@@ -271,6 +322,11 @@ void Take(Json& json, const char* key, T& value) {
   if (it == json.end()) return;
   value = it->get<T>();
   json.erase(it);
+}
+
+template <typename T>
+void Take(Json& json, const char* key, std::optional<T>& value) {
+  if (json.contains(key)) Take(json, key, value.emplace());
 }
 
 // What is left in `json` was taken by nobody.
@@ -303,6 +359,13 @@ absl::StatusOr<RandomModelSpec> ParseRandomModelSpec(std::string_view text) {
   if (!json.is_object()) return absl::InvalidArgumentError("RandomModelSpec: no JSON object");
   RandomModelSpec spec;
   try {  // nlohmann's get<T>() throws on a wrong type
+    Take(json, "architecture", spec.architecture);
+    Take(json, "sliding_window", spec.sliding_window);
+    Take(json, "max_window_layers", spec.max_window_layers);
+    Take(json, "use_sliding_window", spec.use_sliding_window);
+    Take(json, "attn_logit_softcapping", spec.attn_logit_softcapping);
+    Take(json, "final_logit_softcapping", spec.final_logit_softcapping);
+    Take(json, "query_pre_attn_scalar", spec.query_pre_attn_scalar);
     Take(json, "seed", spec.seed);
     Take(json, "num_layers", spec.num_layers);
     Take(json, "hidden_size", spec.hidden_size);
@@ -329,7 +392,15 @@ absl::StatusOr<RandomModelSpec> ParseRandomModelSpec(std::string_view text) {
                                                                 {"gate", &spec.gains.gate},
                                                                 {"up", &spec.gains.up},
                                                                 {"down", &spec.gains.down},
-                                                                {"lm_head", &spec.gains.lm_head}}) {
+                                                                {"lm_head", &spec.gains.lm_head},
+                                                                {"bias", &spec.gains.bias},
+                                                                {"k_bias", &spec.gains.k_bias},
+                                                                {"post_feedforward_norm",
+                                                                 &spec.gains.post_feedforward_norm},
+                                                                {"q_norm", &spec.gains.q_norm},
+                                                                {"k_norm", &spec.gains.k_norm},
+                                                                {"post_attention_norm",
+                                                                 &spec.gains.post_attention_norm}}) {
       Take(gains, name, *gain);
     }
     Take(json, "rope_scaling", scaling);

@@ -1,4 +1,4 @@
-// Llama models with random weights, written as Hugging Face folders: the goldens are computed on
+// Models with random weights, written as Hugging Face folders: the goldens are computed on
 // such a folder in Python (tests/golden/make_goldens.py), which draws the same bytes, so no weight
 // is ever committed; system tests serve them where no real model is needed.
 //
@@ -11,7 +11,8 @@
 //   matrix: (2 * (sum of the four 16-bit fields of bits) - 262140) * scale,
 //           scale = gain / sqrt(columns) / 75674.5:
 //           close to a normal of standard deviation gain / sqrt(columns), cut at 3.46 of them
-//   norm:   0.5 + (bits >> 56) / 256
+//   bias:   as a matrix of one column
+//   norm:   gain * (0.5 + (bits >> 56) / 256), less 1 where the family adds it
 #ifndef HEADROOM_TESTS_COMMON_RANDOM_MODEL_H_
 #define HEADROOM_TESTS_COMMON_RANDOM_MODEL_H_
 
@@ -47,11 +48,20 @@ struct RandomModelGains {
   double up = 1.0;
   double down = 0.6;
   double lm_head = 2.5;  // the standard deviation of the logits (embed's where embeddings are tied)
+  // Of families that have such weights. After norms of its heads q has size q_norm, whatever q is.
+  double bias = 1.0;
+  double k_bias = 2.0;
+  double q_norm = 1.4;
+  double k_norm = 1.4;
+  double post_attention_norm = 1.0;
+  double post_feedforward_norm = 1.0;
 };
 
 // The default is a model for system tests: 4 layers, 12 query heads on 4 KV heads (group 3),
 // 4.8 MiB of weights.
 struct RandomModelSpec {
+  // Of services/worker/model/model_config.cc's families.
+  std::string architecture = "LlamaForCausalLM";
   uint64_t seed = 1;  // below 2^53 if it is to survive JSON
   int64_t num_layers = 4;
   int64_t hidden_size = 192;
@@ -65,6 +75,13 @@ struct RandomModelSpec {
   double rms_norm_eps = 1e-5;
   bool tie_word_embeddings = false;
   std::optional<RandomRopeScaling> rope_scaling;
+  // Of config.json, where they are set; null there where they are 0.
+  std::optional<int64_t> sliding_window;
+  std::optional<int64_t> max_window_layers;
+  std::optional<bool> use_sliding_window;
+  std::optional<double> attn_logit_softcapping;
+  std::optional<double> final_logit_softcapping;
+  std::optional<double> query_pre_attn_scalar;
   RandomModelGains gains;
 
   // Weights are cut into at most this many files of about the same size, with an index; 1 writes

@@ -88,7 +88,9 @@ absl::StatusOr<Golden> Parse(const std::string& sidecar, std::string arrays) {
         .token_ids = tensors.Read<int32_t>(absl::StrCat("tokens.", length)),
         .positions = tensors.Read<int32_t>(absl::StrCat("positions.", length)),
         .logits = tensors.Read<float>(absl::StrCat("logits.", length)),
-        .logits_std = facts.at("std").get<double>()};
+        .logits_std = facts.at("std").get<double>(),
+        .bfloat16_error = {facts.at("bfloat16_error").at("mean").get<double>(),
+                           facts.at("bfloat16_error").at("max").get<double>()}};
     if (!Fits(golden_case, length, golden.spec.vocab_size)) {
       return absl::DataLossError(absl::StrCat("arrays of length ", length, " do not fit"));
     }

@@ -1,4 +1,4 @@
-// What tests/golden/data/ holds: logits of random tiny Llamas as transformers computed them in
+// What tests/golden/data/ holds: logits of random tiny models as transformers computed them in
 // float32 (make_goldens.py). The model's folder is made anew from `spec`; `model_sha256` proves
 // that it is the one the logits belong to.
 #ifndef HEADROOM_TESTS_GOLDEN_GOLDEN_H_
@@ -14,12 +14,19 @@
 
 namespace headroom {
 
+// An error of logits over their standard deviation.
+struct GoldenError {
+  double mean = 0;
+  double max = 0;  // infinite where a value is not finite
+};
+
 // One prompt and the logits at some of its positions.
 struct GoldenCase {
   std::vector<int32_t> token_ids;
   std::vector<int32_t> positions;  // ascending, the first and the last token's among them
   std::vector<float> logits;       // [positions][vocab]
   double logits_std = 0;           // over all of `logits`: what the tolerances are multiples of
+  GoldenError bfloat16_error;      // of transformers' own run in bfloat16
 };
 
 struct Golden {
@@ -29,7 +36,8 @@ struct Golden {
   // The bar: errors over logits_std. transformers' own bfloat16 run passes it too.
   double mean_tolerance = 0;
   double max_tolerance = 0;
-  std::vector<GoldenCase> cases;  // ascending in length: 1, 2, 63, 64, 65, 1000 tokens
+  // Ascending in length: 1, 2, 63, 64, 65, 1000 tokens, and with a window those around it.
+  std::vector<GoldenCase> cases;
 
   // The golden logits of the i-th stored position of a case.
   std::span<const float> Logits(const GoldenCase& golden_case, int64_t i) const {
@@ -37,11 +45,7 @@ struct Golden {
   }
 };
 
-// Error of `got` ([positions][vocab]) against a case's logits, over their standard deviation.
-struct GoldenError {
-  double mean = 0;
-  double max = 0;  // infinite where a value is not finite
-};
+// Of `got` ([positions][vocab]) against a case's logits.
 // REQUIRES: got.size() == golden_case.logits.size()
 GoldenError ErrorAgainst(const GoldenCase& golden_case, std::span<const float> got);
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/data/: logits of random tiny Llamas as transformers computes them in float32.
+"""Writes tests/golden/data/: logits of random tiny models as transformers computes them in float32.
 
 Needs numpy, torch (2.6.0), transformers (4.57.1) and safetensors; tests need none of them.
 usage: make_goldens.py [--only NAME] [--out DIR]        computes, checks and writes the goldens
@@ -8,12 +8,12 @@ usage: make_goldens.py [--only NAME] [--out DIR]        computes, checks and wri
 The weights are not stored: random_model.{h,cc} draws the same bytes (proven by a SHA-256 of
 model.safetensors in each sidecar). A golden is refused unless it can tell right from wrong:
   - its logits have a standard deviation of at least 2 at every length,
-  - a plain Llama written out below agrees with transformers,
+  - a plain decoder written out below agrees with transformers,
   - KV rounded to bfloat16, as served, stays within half the tolerance, and transformers' own
     bfloat16 run within all of it, so that a bfloat16 device is held to the same goldens,
-  - each wrong variant of that plain Llama moves the logits by 5 times the tolerance's mean; a wrong
+  - each wrong variant of that plain decoder moves the logits by 5 times the tolerance's mean; a wrong
     block of 64 keys does so when it is wrong in every layer, and in any one layer alone it moves
-    them by more than the tolerance.
+    them by more than the tolerance, as does a window that is a token too long or too short.
 data/NAME.json holds the model's spec, the sum, and the numbers above; data/NAME.safetensors holds
 tokens.LENGTH and positions.LENGTH (int32) and logits.LENGTH (float32 [positions][vocab]).
 """
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 LENGTHS = (1, 2, 63, 64, 65, 1000)
 MEAN_TOLERANCE, MAX_TOLERANCE = 0.02, 0.2  # times the standard deviation of the logits
@@ -53,6 +53,22 @@ def gains(layers):
             "lm_head": 2.5}
 
 
+LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2 = (f"{name}ForCausalLM" for name in (
+    "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2"))
+MODEL_TYPES = {LLAMA: "llama", MISTRAL: "mistral", QWEN2: "qwen2", QWEN3: "qwen3", GEMMA2: "gemma2"}
+
+
+# Of config.json, as they stand in a spec.
+OPTIONS = ("attn_logit_softcapping", "final_logit_softcapping", "max_window_layers",
+           "query_pre_attn_scalar", "sliding_window", "use_sliding_window")
+
+
+def family(architecture, base, more_gains=None, **options):
+    """A spec of another architecture: `options` of its config.json, gains of its own weights."""
+    return {**base, "architecture": architecture, **options,
+            "gains": {**base["gains"], **(more_gains or {})}}
+
+
 def spec(seed, layers, hidden, q_heads, kv_heads, head_dim, inner, vocab, theta, tied, scaling,
          eps=1e-5):
     return {"seed": seed, "num_layers": layers, "hidden_size": hidden, "num_q_heads": q_heads,
@@ -61,6 +77,11 @@ def spec(seed, layers, hidden, q_heads, kv_heads, head_dim, inner, vocab, theta,
             "rms_norm_eps": eps, "tie_word_embeddings": tied, "rope_scaling": scaling,
             "gains": gains(layers)}
 
+
+GEMMA_GAINS = {"embed": 4.0, "post_attention_norm": 10.0, "post_feedforward_norm": 12.0, "q": 1.6,
+               "k": 1.6}
+# What a bias of all keys does to scores is the same for all but for rotation.
+QWEN2_GAINS = {"bias": 0.35, "k_bias": 0.8, "q": 1.6, "k": 1.6, "v": 1.5, "down": 1.0}
 
 # Hidden size and query width differ in some (as config.json allows with head_dim), no vocabulary
 # is a multiple of 32, no intermediate size a power of two.
@@ -77,6 +98,30 @@ SPECS = {
     "gqa5_d128_tied": spec(110, 2, 224, 10, 2, 128, 360, 349, 1e4, True, None),
     "gqa8_d64_scaled": spec(111, 3, 320, 16, 2, 64, 456, 403, 1e5, False, SHORT),
     "gqa8_d128_tied_scaled": spec(112, 2, 192, 16, 2, 128, 328, 561, 5e5, True, LLAMA3),
+    "qwen2_gqa7_d64": family(QWEN2, spec(201, 3, 448, 7, 1, 64, 712, 419, 1e6, False, None, 1e-6),
+                             {**QWEN2_GAINS, "bias": 0.3, "v": 1.9, "down": 1.1}),
+    "qwen2_gqa2_d128_tied": family(QWEN2, spec(202, 2, 320, 4, 2, 128, 456, 433, 1e6, True, None, 1e-6),
+                                   QWEN2_GAINS),
+    # q and k have unit size whatever their gains: what makes scores peaked is the norms' weights.
+    "qwen3_gqa2_d128": family(QWEN3, spec(203, 2, 192, 4, 2, 128, 328, 401, 1e6, False, None, 1e-6),
+                              {"q_norm": 1.35, "k_norm": 1.35}),
+    "mistral_gqa4_d64_window": family(MISTRAL, spec(205, 3, 320, 8, 2, 64, 456, 383, 1e4, False, None),
+                                      sliding_window=96),
+    "mistral_gqa2_d128_window": family(MISTRAL, spec(206, 2, 320, 4, 2, 128, 456, 419, 1e4, True, None),
+                                       sliding_window=300),
+    "qwen2_gqa3_d64_window": family(QWEN2, spec(207, 3, 320, 6, 2, 64, 456, 409, 1e6, False, None, 1e-6),
+                                    QWEN2_GAINS, sliding_window=40,
+                                    use_sliding_window=True, max_window_layers=1),
+    # Its embeddings are tied, and each token's own would outweigh all else but for the gains of the norms
+    # behind attention and MLP. The caps lie where scores and logits are.
+    "gemma2_gqa2_d256": family(GEMMA2, spec(208, 3, 256, 4, 2, 256, 456, 353, 1e4, True, None, 1e-6),
+                               GEMMA_GAINS, sliding_window=120, query_pre_attn_scalar=144,
+                               attn_logit_softcapping=4.0, final_logit_softcapping=7.0),
+    "gemma2_gqa1_d128": family(GEMMA2, spec(209, 3, 320, 3, 3, 128, 392, 401, 1e4, True, None, 1e-6),
+                               {**GEMMA_GAINS, "post_feedforward_norm": 14.0}, sliding_window=200, query_pre_attn_scalar=288,
+                               attn_logit_softcapping=4.0, final_logit_softcapping=7.0),
+    "qwen3_gqa4_d64_tied": family(QWEN3, spec(204, 3, 320, 8, 2, 64, 456, 467, 1e6, True, None, 1e-6),
+                                  {"q_norm": 1.4, "k_norm": 1.4}),
 }
 
 # ---------------------------------------------------------------- the weights (see random_model.h)
@@ -112,35 +157,49 @@ def to_bfloat16(x):
     return ((u + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
-def draw(seed, name, shape, gain):
+def draw(seed, name, shape, gain, shift=0.0):
     bits = random_bits(seed, name, math.prod(shape))
-    if len(shape) == 1:
-        return to_bfloat16(0.5 + (bits >> np.uint64(56)).astype(np.float64) / 256)
+    if name.endswith("norm.weight"):
+        return to_bfloat16(gain * (0.5 + (bits >> np.uint64(56)).astype(np.float64) / 256) - shift)
     field = np.uint64(0xFFFF)
     total = sum(((bits >> np.uint64(s)) & field).astype(np.int64) for s in (0, 16, 32, 48))
-    scale = gain / math.sqrt(shape[1]) / 75674.5
+    columns = shape[1] if len(shape) == 2 else 1
+    scale = gain / math.sqrt(columns) / 75674.5
     return to_bfloat16((2 * total - 262140).astype(np.float64) * scale).reshape(shape)
+
+
+def arch(s):
+    return s.get("architecture", LLAMA)
 
 
 def tensors(s):
     g, hidden, inner, vocab = s["gains"], s["hidden_size"], s["intermediate_size"], s["vocab_size"]
     q, kv = s["num_q_heads"] * s["head_dim"], s["num_kv_heads"] * s["head_dim"]
-    shapes = {"model.embed_tokens": ((vocab, hidden), g["embed"]), "model.norm": ((hidden,), 0)}
+    shapes = {"model.embed_tokens.weight": ((vocab, hidden), g["embed"]),
+              "model.norm.weight": ((hidden,), 1)}
     if not s["tie_word_embeddings"]:
-        shapes["lm_head"] = ((vocab, hidden), g["lm_head"])
+        shapes["lm_head.weight"] = ((vocab, hidden), g["lm_head"])
+    layer = [("input_layernorm.weight", (hidden,), 1),
+             ("post_attention_layernorm.weight", (hidden,), g.get("post_attention_norm", 1)),
+             ("self_attn.q_proj.weight", (q, hidden), g["q"]),
+             ("self_attn.k_proj.weight", (kv, hidden), g["k"]),
+             ("self_attn.v_proj.weight", (kv, hidden), g["v"]),
+             ("self_attn.o_proj.weight", (hidden, q), g["o"]),
+             ("mlp.gate_proj.weight", (inner, hidden), g["gate"]),
+             ("mlp.up_proj.weight", (inner, hidden), g["up"]),
+             ("mlp.down_proj.weight", (hidden, inner), g["down"])]
+    if arch(s) == QWEN2:
+        layer += [(f"self_attn.{n}_proj.bias", (size,), g[gain])
+                  for n, size, gain in (("q", q, "bias"), ("k", kv, "k_bias"), ("v", kv, "bias"))]
+    if arch(s) == QWEN3:
+        layer += [(f"self_attn.{n}_norm.weight", (s["head_dim"],), g[f"{n}_norm"]) for n in "qk"]
+    if arch(s) == GEMMA2:
+        layer += [("pre_feedforward_layernorm.weight", (hidden,), 1),
+                  ("post_feedforward_layernorm.weight", (hidden,), g["post_feedforward_norm"])]
     for i in range(s["num_layers"]):
-        for name, shape, gain in (
-                ("input_layernorm", (hidden,), 0), ("post_attention_layernorm", (hidden,), 0),
-                ("self_attn.q_proj", (q, hidden), g["q"]),
-                ("self_attn.k_proj", (kv, hidden), g["k"]),
-                ("self_attn.v_proj", (kv, hidden), g["v"]),
-                ("self_attn.o_proj", (hidden, q), g["o"]),
-                ("mlp.gate_proj", (inner, hidden), g["gate"]),
-                ("mlp.up_proj", (inner, hidden), g["up"]),
-                ("mlp.down_proj", (hidden, inner), g["down"])):
-            shapes[f"model.layers.{i}.{name}"] = (shape, gain)
-    names = sorted(f"{name}.weight" for name in shapes)
-    return {n: draw(s["seed"], n, *shapes[n.removesuffix(".weight")]) for n in names}
+        shapes |= {f"model.layers.{i}.{name}": (shape, gain) for name, shape, gain in layer}
+    shift = 1.0 if arch(s) == GEMMA2 else 0.0  # its norms multiply by 1 + w
+    return {n: draw(s["seed"], n, *shapes[n], shift) for n in sorted(shapes)}
 
 
 def write_model(s, folder):
@@ -148,16 +207,19 @@ def write_model(s, folder):
     os.makedirs(folder, exist_ok=True)
     scaling = s["rope_scaling"] and {"rope_type": "llama3", **s["rope_scaling"]}
     config = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "architectures": [arch(s)], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "head_dim": s["head_dim"],
         "hidden_act": "silu", "hidden_size": s["hidden_size"], "initializer_range": 0.02,
         "intermediate_size": s["intermediate_size"],
         "max_position_embeddings": s["max_position_embeddings"], "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": s["num_q_heads"],
+        "model_type": MODEL_TYPES[arch(s)], "num_attention_heads": s["num_q_heads"],
         "num_hidden_layers": s["num_layers"], "num_key_value_heads": s["num_kv_heads"],
         "pretraining_tp": 1, "rms_norm_eps": s["rms_norm_eps"], "rope_scaling": scaling,
         "rope_theta": s["rope_theta"], "tie_word_embeddings": s["tie_word_embeddings"],
         "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": s["vocab_size"]}
+    if arch(s) == GEMMA2:
+        config["hidden_act"] = config["hidden_activation"] = "gelu_pytorch_tanh"
+    config |= {name: s[name] for name in OPTIONS if name in s}
     for name, content in (("config", config), ("generation_config", {
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})):
         with open(f"{folder}/{name}.json", "w") as f:
@@ -175,10 +237,10 @@ def write_model(s, folder):
     return hashlib.sha256(content).hexdigest()
 
 
-# ---------------------------------------------------------------- a plain Llama, right or wrong
+# ---------------------------------------------------------------- a plain decoder, right or wrong
 
-class PlainLlama:
-    """Float32 Llama written out; `wrong` names the one mechanism that is broken."""
+class PlainDecoder:
+    """Float32 decoder written out; `wrong` names the one mechanism that is broken."""
 
     def __init__(self, s):
         self.s = s
@@ -212,21 +274,61 @@ class PlainLlama:
 
     def norm(self, x, name, wrong):
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.s["rms_norm_eps"])
-        return x if wrong == "no_norm_weight" else x * self.w[f"{name}.weight"]
+        if wrong == "no_norm_weight":
+            return x
+        one = 1 if arch(self.s) == GEMMA2 and wrong != "norm_without_one" else 0
+        return x * (one + self.w[f"{name}.weight"])
+
+    def post_norm(self, x, name, wrong):
+        return x if arch(self.s) != GEMMA2 or wrong == "no_post_norms" else self.norm(x, name, wrong)
+
+    def window(self, layer, wrong):
+        """Tokens that a query of the layer sees, its own included; 0: all."""
+        s = self.s
+        window = s.get("sliding_window") or 0
+        if wrong == "no_window" or window == 0:
+            return 0
+        if wrong in ("window_longer", "window_shorter"):
+            window += 1 if wrong == "window_longer" else -1
+        if arch(s) == GEMMA2:
+            windowed = layer % 2 == (1 if wrong == "window_on_other_layers" else 0)
+        elif arch(s) == MISTRAL:
+            windowed = True
+        else:
+            windowed = bool(s.get("use_sliding_window")) and (
+                layer >= s["max_window_layers"] or wrong == "window_on_all_layers")
+        return window if windowed else 0
 
     def attention(self, h, prefix, layer, wrong):
         s, length = self.s, h.shape[0]
         q_heads, kv_heads, d = s["num_q_heads"], s["num_kv_heads"], s["head_dim"]
 
         def heads(name, n):
-            return (h @ self.w[f"{prefix}.{name}.weight"].T).view(length, n, d).transpose(0, 1)
+            x = h @ self.w[f"{prefix}.{name}_proj.weight"].T
+            if arch(s) == QWEN2 and wrong not in ("no_bias", f"no_{name}_bias"):
+                x = x + self.w[f"{prefix}.{name}_proj.bias"]
+            return x.view(length, n, d).transpose(0, 1)
 
-        q = self.rotate(heads("q_proj", q_heads), wrong)
-        k = self.rotate(heads("k_proj", kv_heads), wrong)
-        v = heads("v_proj", kv_heads)
+        def turned(name, n):
+            x = heads(name, n)
+            if arch(s) != QWEN3 or wrong in ("no_qk_norm", f"no_{name}_norm"):
+                return self.rotate(x, wrong)
+            norm = f"{prefix}.{name}_norm"
+            if wrong == "qk_norm_after_rope":
+                return self.norm(self.rotate(x, wrong), norm, wrong)
+            if wrong == "qk_norm_of_all_heads":
+                whole = x.transpose(0, 1).reshape(length, 1, n * d)
+                whole = whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + s["rms_norm_eps"])
+                x = whole.view(length, n, d).transpose(0, 1) * self.w[f"{norm}.weight"]
+                return self.rotate(x, wrong)
+            return self.rotate(self.norm(x, norm, wrong), wrong)
+
+        q, k, v = turned("q", q_heads), turned("k", kv_heads), heads("v", kv_heads)
         visible = torch.ones(length, length, dtype=torch.bool)
         if wrong != "no_mask":
             visible = visible.tril()
+        if window := self.window(layer, wrong):
+            visible = visible & torch.ones_like(visible).triu(1 - window)
         if wrong == "kv_bfloat16":
             k, v = k.bfloat16().float(), v.bfloat16().float()
         kind, _, detail = wrong.partition(":")
@@ -243,7 +345,11 @@ class PlainLlama:
                     v[:, rows] = v[:, first - BLOCK:first].clone()
         of_head = torch.arange(q_heads)
         of_head = of_head % kv_heads if wrong == "gqa_map" else of_head // (q_heads // kv_heads)
-        scores = q @ k[of_head].transpose(1, 2) / math.sqrt(d)
+        scale = d if wrong == "scale_of_head_dim" else s.get("query_pre_attn_scalar", d)
+        scores = q @ k[of_head].transpose(1, 2) / math.sqrt(scale)
+        cap = s.get("attn_logit_softcapping")
+        if cap and wrong != "no_attention_cap":
+            scores = cap * (scores / cap).tanh()
         self.score_std.append(scores[:, torch.ones(length, length).tril().bool()].std().item())
         p = scores.masked_fill(~visible, -math.inf).softmax(-1)
         o = (p @ v[of_head]).transpose(0, 1).reshape(length, q_heads * d)
@@ -256,21 +362,58 @@ class PlainLlama:
         self.score_std = []
         w = self.w
         x = w["model.embed_tokens.weight"][tokens]
+        if arch(self.s) == GEMMA2 and wrong != "no_embedding_scale":
+            x = x * math.sqrt(self.s["hidden_size"])
+        act = (lambda g: gelu(g, approximate="tanh")) if arch(self.s) == GEMMA2 else silu
+        if wrong == "other_activation":
+            act = silu if arch(self.s) == GEMMA2 else gelu
+        mlp_norm = "pre_feedforward" if arch(self.s) == GEMMA2 else "post_attention"
         for i in range(self.s["num_layers"]):
             layer = f"model.layers.{i}"
             h = self.norm(x, f"{layer}.input_layernorm", wrong)
-            x = x + self.attention(h, f"{layer}.self_attn", i, wrong)
-            h = self.norm(x, f"{layer}.post_attention_layernorm", wrong)
+            o = self.attention(h, f"{layer}.self_attn", i, wrong)
+            x = x + self.post_norm(o, f"{layer}.post_attention_layernorm", wrong)
+            h = self.norm(x, f"{layer}.{mlp_norm}_layernorm", wrong)
             gate, up = (h @ w[f"{layer}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
             if wrong != "no_mlp":
-                x = x + (silu(gate) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
+                down = (act(gate) * up) @ w[f"{layer}.mlp.down_proj.weight"].T
+                x = x + self.post_norm(down, f"{layer}.post_feedforward_layernorm", wrong)
         head = "model.embed_tokens" if self.s["tie_word_embeddings"] else "lm_head"
-        return self.norm(x, "model.norm", wrong) @ w[f"{head}.weight"].T
+        logits = self.norm(x, "model.norm", wrong) @ w[f"{head}.weight"].T
+        cap = self.s.get("final_logit_softcapping")
+        return cap * (logits / cap).tanh() if cap and wrong != "no_final_cap" else logits
+
+
+def family_variants(s, length):
+    variants = []
+    window = s.get("sliding_window") or 0
+    if arch(s) == QWEN2:
+        # One key has all the weight, and a bias of all keys alike changes no weight: what shows of k's
+        # is what rotation makes of it.
+        variants += [("no_bias", 0), ("no_v_bias", 0)]
+        if length >= 63:
+            variants += [("no_q_bias", 1), ("no_k_bias", 1)]
+    if arch(s) == QWEN3 and length >= 63:
+        variants += [(f"no_{what}_norm", 1) for what in ("qk", "q", "k")]
+        variants += [("qk_norm_after_rope", 1)]
+    if arch(s) == GEMMA2:
+        variants += [("norm_without_one", 0), ("no_post_norms", 0), ("no_embedding_scale", 0),
+                     ("other_activation", 0), ("no_final_cap", 0)]
+        if length >= 63:
+            variants += [("no_attention_cap", 1), ("scale_of_head_dim", 1)]
+    if window and length > 2 * window:
+        variants += [("no_window", window), ("window_longer", window), ("window_shorter", window)]
+        if arch(s) == GEMMA2:
+            variants += [("window_on_other_layers", window)]
+        if arch(s) in (QWEN2, QWEN3):
+            variants += [("window_on_all_layers", window)]
+    return variants
 
 
 def wrong_variants(s, length):
     """(name, first position that it can move) of each mistake that must show at this length."""
     variants = [("no_attention", 0), ("no_mlp", 0), ("no_norm_weight", 0)]
+    variants += family_variants(s, length)
     if length > 1:
         variants += [("no_mask", 0)]
     if s["num_q_heads"] > s["num_kv_heads"] > 1:
@@ -292,15 +435,21 @@ def wrong_variants(s, length):
 
 # ---------------------------------------------------------------- the goldens
 
+def lengths(s):
+    window = s.get("sliding_window")
+    return sorted({*LENGTHS, *([window - 1, window, window + 1] if window else [])})
+
+
 def stored_positions(length):
     if length <= 2:
         return list(range(length))
     last = {length - 3, length - 2, length - 1}
     if length <= 65:
-        return sorted({0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 47, 48} | last)
+        some = {0, 1, 2, 3, 7, 8, 15, 16, 31, 32, 33, 47, 48}
+        return sorted({p for p in some | last if p < length})
     inner = {0, 1, 31, 63, 64, 65, 127, 128, 191, 192, 255, 256, 257, 319, 320, 447, 511, 512, 513,
              575, 640, 703, 767, 768, 769, 831, 895, 896}
-    return sorted(inner | set(range(960, length, 5)) | last)
+    return sorted({p for p in inner | set(range(960, length, 5)) | last if p < length})
 
 
 def errors(got, want):
@@ -323,7 +472,7 @@ def check(name, s, plain, length, tokens, positions, want, bfloat16):
         raise Refused(f"{name}: logits have std {std:.2f} at length {length}")
     base = errors(plain.logits(tokens)[positions], want)
     if base["max"] > 1e-3:
-        raise Refused(f"{name}: the plain Llama differs from transformers at {length}: {base}")
+        raise Refused(f"{name}: the plain decoder differs from transformers at {length}: {base}")
     facts = {"std": std, "score_std": [rounded(x) for x in plain.score_std],
              "plain_error": {k: rounded(v) for k, v in base.items()}}
     served = errors(plain.logits(tokens, "kv_bfloat16")[positions], want)
@@ -336,11 +485,14 @@ def check(name, s, plain, length, tokens, positions, want, bfloat16):
         raise Refused(f"{name}: transformers' bfloat16 gives {half} at length {length}")
     facts["moved"] = {}
     for wrong, first in wrong_variants(s, length):
-        kept = [i for i, p in enumerate(positions) if p >= first]
+        # Of a block behind the window later positions know by others only.
+        end = first + (s.get("sliding_window") or length) if "@" in wrong else length
+        kept = [i for i, p in enumerate(positions) if first <= p < end]
         moved = errors(plain.logits(tokens, wrong)[positions][kept], want[kept])["mean"]
         facts["moved"][wrong] = rounded(moved)
-        in_one_layer = "@" in wrong and not wrong.endswith("@all")
-        if moved <= (MEAN_TOLERANCE if in_one_layer else MOVED):
+        small = "@" in wrong and not wrong.endswith("@all") or wrong in ("window_longer",
+                                                                         "window_shorter")
+        if moved <= (MEAN_TOLERANCE if small else MOVED):
             raise Refused(f"{name}: {wrong} moves the logits by {moved:.3f} at length {length}")
     return facts
 
@@ -351,9 +503,9 @@ def make(name, s, out):
         exact, half = (transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager").eval()
             for dtype in (torch.float32, torch.bfloat16))
-    plain = PlainLlama(s)
+    plain = PlainDecoder(s)
     arrays, cases = {}, []
-    for length in LENGTHS:
+    for length in lengths(s):
         tokens = (random_bits(s["seed"], f"tokens.{length}", length) % np.uint64(s["vocab_size"])
                   ).astype(np.int32)
         positions = stored_positions(length)
@@ -374,7 +526,8 @@ def make(name, s, out):
         f.write(json.dumps(sidecar, indent=1) + "\n")
     last = cases[-1]
     weakest = [min((v, k, c["length"]) for c in cases for k, v in c["moved"].items()
-                   if ("@" in k and "@all" not in k) == single) for single in (False, True)]
+                   if ("@" in k and "@all" not in k or k in ("window_longer", "window_shorter")) == single)
+               for single in (False, True)]
     print(f"{name}: std {last['std']:.2f}, scores {last['score_std']}, weakest {weakest}, "
           f"bf16 {last['bfloat16_error']}, bf16 KV {last['kv_bfloat16_error']}, "
           f"plain {last['plain_error']}", flush=True)

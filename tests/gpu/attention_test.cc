@@ -29,6 +29,47 @@ TEST_F(AttentionTest, MatchesTheReferenceAtEveryGqaRatioAndLength) {
   }
 }
 
+TEST_F(AttentionTest, MatchesTheReferenceWithAWindowAndASoftCap) {
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t group : {1, 4}) {
+      const Sequence s({2, group, head_dim}, 700, 17 * head_dim + group);
+      for (const int64_t window : {0, 1, 40, 64, 65, 300, 5000}) {
+        for (const float soft_cap : {0.0f, 2.0f}) {
+          window_ = window;
+          soft_cap_ = soft_cap;
+          for (const auto& [tokens, rows] : std::vector<std::pair<int64_t, int64_t>>{
+                   {1, 1}, {65, 1}, {300, 3}, {513, 70}, {700, 300}}) {
+            const int64_t first_pos = tokens - rows;
+            EXPECT_TRUE(Near(Whole(s, first_pos, rows), Reference(s, first_pos, rows), kTolerance))
+                << "head_dim " << head_dim << ", group " << group << ", window " << window
+                << ", soft cap " << soft_cap << ", " << rows << " rows, " << tokens << " tokens";
+          }
+        }
+      }
+    }
+  }
+}
+
+// Keys behind the window need not be there, nor lie where they lay.
+TEST_F(AttentionTest, WithAWindowARowHasTheSameBitsWhereverItsKeysBegin) {
+  const Sequence s({2, 3, 128}, 1000, 18);
+  for (const int64_t window : {1, 40, 64, 300}) {
+    window_ = window;
+    for (const int64_t rows : {1, 20, 100}) {
+      const int64_t first_pos = 1000 - rows;
+      const std::vector<float> expected = Whole(s, first_pos, rows);
+      const int64_t first = FloorToBlock(kernels::FirstSeen(window, first_pos));
+      const Piece rest = {first, 1000 - first, FloorToBlock(first / 2), 1024};
+      EXPECT_TRUE(SameBits(Attend(s, first_pos, rows, {{rest}}), expected))
+          << "window " << window << ", " << rows << " rows";
+      if (first + 64 >= 1000) continue;
+      const Piece a = {first, 64, first, 64}, b = {first + 64, 1000 - first - 64, first + 64, 1024};
+      EXPECT_TRUE(SameBits(Attend(s, first_pos, rows, {{a}, {b}}), expected))
+          << "window " << window << ", " << rows << " rows, cut";
+    }
+  }
+}
+
 TEST_F(AttentionTest, ARowHasTheSameBitsAloneAndAmongAFew) {
   for (const int32_t group : {1, 4, 9}) {
     for (const int32_t head_dim : {64, 128, 256}) {

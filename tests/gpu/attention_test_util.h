@@ -160,7 +160,13 @@ class AttentionTest : public GpuTest {
     return out;
   }
 
-  static void Fill(const Sequence& s, int64_t rows, AttendArgs& args) {
+  // Of the launches and of the reference.
+  int64_t window_ = 0;
+  float soft_cap_ = 0;
+
+  void Fill(const Sequence& s, int64_t rows, AttendArgs& args) const {
+    args.window = window_;
+    args.soft_cap = soft_cap_;
     args.q_stride = s.q_width();
     args.rows = rows;
     args.scale = 1 / std::sqrt(static_cast<float>(s.shape.head_dim));

@@ -337,6 +337,62 @@ TEST_F(KernelTest, RopeAppendRoundsAsTheReferenceAlsoRoundTheTail) {
   }
 }
 
+// Gemma's: weights less 1, what is normalised added to the residual stream, scaled embeddings, capped
+// logits.
+TEST_F(KernelTest, NormsAddTheirOffsetAndAccumulate) {
+  Random random(9);
+  for (const int64_t hidden : {15, 64, 1000, 3584, 9001}) {
+    const std::vector<float> x = random.Floats(3 * hidden, 3), before = random.Floats(3 * hidden);
+    const std::vector<BFloat16> weight = random.Bf16(hidden);
+    for (const bool accumulate : {false, true}) {
+      RmsNormArgs args;
+      args.x_rows = args.rows = 3;
+      args.hidden = hidden;
+      args.epsilon = 1e-5f;
+      args.weight_offset = 1;
+      args.accumulate = accumulate;
+      std::vector<float> expected = before;
+      args.x = x.data();
+      args.weight = weight.data();
+      args.out = expected.data();
+      reference::RmsNorm(args);
+      float* const out = gpu_.Put(before);
+      args.x = gpu_.Put(x);
+      args.weight = gpu_.Put(weight);
+      args.out = out;
+      const auto got = After(device_.RmsNorm(gpu_.stream(), args), out, 3 * hidden);
+      EXPECT_TRUE(Near(got, expected, 1e-5f)) << hidden << ", accumulate " << accumulate;
+      gpu_.Reset();
+    }
+  }
+}
+
+TEST_F(KernelTest, SoftCapAndGeluMatchTheReference) {
+  Random random(10);
+  for (const int64_t width : {1, 15, 16, 333, 4096}) {
+    std::vector<float> x = random.Floats(3 * width, 20);
+    x[0] = -1e30f;
+    std::vector<float> expected = x;
+    reference::SoftCap({expected.data(), 3, width, 30});
+    float* const there = gpu_.Put(x);
+    const auto capped =
+        After(device_.SoftCap(gpu_.stream(), {there, 3, width, 30}), there, 3 * width);
+    EXPECT_TRUE(Near(capped, expected, 1e-5f)) << width;
+
+    std::vector<float> gate_up = random.Floats(3 * 2 * width, 3);
+    gate_up[0] = -200;
+    std::vector<float> activated(static_cast<size_t>(3 * width));
+    SwiGluArgs args{gate_up.data(), activated.data(), 3, width, GateActivation::kGeluTanh};
+    reference::SwiGlu(args);
+    float* const out = gpu_.Take<float>(3 * width);
+    args.gate_up = gpu_.Put(gate_up);
+    args.out = out;
+    EXPECT_TRUE(Near(After(device_.SwiGlu(gpu_.stream(), args), out, 3 * width), activated, 1e-5f))
+        << width;
+    gpu_.Reset();
+  }
+}
+
 TEST_F(KernelTest, RopeAppendAddsTheBiasAndNormalisesEachHead) {
   Random random(8);
   for (const int32_t d : {64, 128, 256}) {

@@ -165,6 +165,39 @@ TEST_F(WorkerOnGpu, LogProbabilitiesAreThoseOfTheCpu) {
   }
 }
 
+// What the families have beside a Llama, with keys in every lane.
+TEST_F(WorkerOnGpu, EachFamilyIsAsOnTheCpu) {
+  for (const char* architecture : {"MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+                                   "Gemma2ForCausalLM"}) {
+    const std::string name = architecture;
+    RandomModelSpec spec = SmallModel(6, 3, name == "Gemma2ForCausalLM" ? 256 : 64);
+    spec.architecture = name;
+    if (name == "MistralForCausalLM") spec.sliding_window = 100;
+    if (name == "Gemma2ForCausalLM") {
+      spec.sliding_window = 150;
+      spec.attn_logit_softcapping = 4;
+      spec.final_logit_softcapping = 6;
+      spec.query_pre_attn_scalar = 144;
+    }
+    Start(spec);
+    ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
+    TestRequest request = Request(3, 600, 6);
+    const TestOutput on_cpu = Run(*cpu_, request, kResident);
+    for (const int64_t chunk : {64, 300}) {
+      request.chunk_tokens = chunk;
+      const TestOutput on_gpu = Run(*gpu_, request, kResident);
+      std::printf("%s, chunks of %d: ", architecture, static_cast<int>(chunk));
+      ExpectClose(on_gpu, on_cpu, 0.05, 0.4);
+      for (const uint64_t plan : {kFetched, kMixed}) {
+        EXPECT_EQ(Difference(on_gpu, Run(*gpu_, request, plan)), "") << name << ", plan " << plan;
+      }
+      const TestOutput in_place = Run(*gpu_, request, kInPlace);
+      EXPECT_EQ(gpu_->retries(), 0) << name;
+      ExpectClose(in_place, on_gpu, 0.02, 0.1);
+    }
+  }
+}
+
 TEST_F(WorkerOnGpu, SequencesSideBySideHaveTheBitsOfSequencesAlone) {
   Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);

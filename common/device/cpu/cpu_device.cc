@@ -327,6 +327,9 @@ class CpuDevice : public Device {
                           OpAccount* account) override {
     return Launch<&kernels::cpu::CopyKvRows>(s, "CopyKvRows", a, account, /*host_too=*/true);
   }
+  absl::Status SoftCap(StreamId s, const kernels::SoftCapArgs& a) override {
+    return Launch<&kernels::cpu::SoftCap>(s, "SoftCap", a);
+  }
   absl::Status Sample(StreamId s, const kernels::SampleArgs& a) override {
     return Launch<&kernels::cpu::Sample>(s, "Sample", a);
   }

@@ -335,6 +335,9 @@ class CudaDevice : public Device {
                           OpAccount* account) override {
     return Launch<&EnqueueCopyKvRows>(s, "CopyKvRows", a, account, /*host_too=*/true);
   }
+  absl::Status SoftCap(StreamId s, const kernels::SoftCapArgs& a) override {
+    return Launch<&kernels::cuda::LaunchSoftCap>(s, "SoftCap", a);
+  }
   absl::Status Sample(StreamId s, const kernels::SampleArgs& a) override {
     return Launch<&kernels::cuda::LaunchSample>(s, "Sample", a);
   }

@@ -57,6 +57,13 @@ absl::Status Follow(cudaStream_t stream, cudaEvent_t event, cudaStream_t first) 
   return HEADROOM_CUDA_STATUS(cudaStreamWaitEvent(stream, event, 0));
 }
 
+// Whether no key lies behind a row's window: the library's kernel has none.
+bool SeesAll(const AttendArgs& a, const AttendItem& item) {
+  const int64_t last_pos = item.first_pos + item.row_count - 1;
+  return item.span_count == 0 ||
+         kernels::FirstSeen(a.window, last_pos) <= a.spans.host[item.span_begin].first_pos;
+}
+
 // The spans of an item that hold keys of [begin, end).
 struct SpanRange {
   int32_t begin = 0;
@@ -215,7 +222,8 @@ absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
   const Prepared* const prepared = Find(a);
   const auto wide = [&](int32_t i) {
     const AttendItem& item = a.items.host[i];
-    return prepared != nullptr && item.row_count >= kernels::kWideRows && KeysFollow(a, item);
+    return prepared != nullptr && item.row_count >= kernels::kWideRows && KeysFollow(a, item) &&
+           a.soft_cap == 0 && SeesAll(a, item);
   };
   for (int32_t begin = 0; begin < a.items.count;) {
     const bool is_wide = wide(begin);

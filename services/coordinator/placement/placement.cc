@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -48,13 +49,14 @@ const SequenceShape* Longest(const std::vector<SequenceShape>& sequences) {
   return longest;
 }
 
-// The border nearest to `share` of the sequence's tokens: 0, where a run begins, or kNoEnd for the
-// end. Of two that are as near, the lower.
-int64_t NearestBorder(const SequenceShape* sequence, double share) {
+// The border nearest to `share` of the sequence's tokens from `begin` on: 0, where a run begins, or kNoEnd
+// for the end. Of two that are as near, the lower.
+int64_t NearestBorder(const SequenceShape* sequence, double share, int64_t begin = 0) {
   if (sequence == nullptr) return share < 0.5 ? 0 : kNoEnd;
-  const double wanted = share * static_cast<double>(sequence->tokens);
+  const double distance_to_end = share * static_cast<double>(sequence->tokens - begin);
+  const double wanted = static_cast<double>(begin) + distance_to_end;
   int64_t nearest = 0;
-  double distance = wanted;
+  double distance = distance_to_end;
   for (const RunShape& run : sequence->runs) {
     if (run.first_pos >= sequence->tokens) break;
     const double away = std::abs(static_cast<double>(run.first_pos) - wanted);
@@ -75,6 +77,19 @@ int64_t HeadBytesFrom(const KvGeometry& geometry, const std::vector<SequenceShap
     }
   }
   return tokens * geometry.BytesPerTokenPerHead();
+}
+
+// The sequences with the runs that are read in a layer.
+std::vector<SequenceShape> SeenIn(const std::vector<SequenceShape>& sequences,
+                                  const LayerWindows& windows, int32_t layer) {
+  std::vector<SequenceShape> seen = sequences;
+  for (SequenceShape& sequence : seen) {
+    const int64_t first_key = FirstKey(windows, layer, sequence.tokens);
+    std::erase_if(sequence.runs, [first_key](const RunShape& run) {
+      return run.first_pos + run.capacity_tokens <= first_key;
+    });
+  }
+  return seen;
 }
 
 // What one layer can hold, in rising order of bytes: level k has k / borders whole heads resident
@@ -117,11 +132,13 @@ class LayerLevels {
 
 // Moves (1 - fetched_share) of what `heads` have fetched to the lane in place: the last heads first,
 // and of the one that is cut the oldest positions.
-void ShareFetched(double fetched_share, const SequenceShape* longest, std::vector<HeadRule>& heads) {
-  const double tokens = longest == nullptr ? 0 : static_cast<double>(longest->tokens);
-  const auto fetched = [tokens](const HeadRule& rule) {
+void ShareFetched(double fetched_share, const SequenceShape* longest, int64_t first_key,
+                  std::vector<HeadRule>& heads) {
+  const int64_t end = longest == nullptr ? 0 : longest->tokens;
+  const auto tokens = static_cast<double>(end - first_key);
+  const auto fetched = [end, first_key](const HeadRule& rule) {
     return rule[0].first == Lane::kFetched
-               ? std::min(static_cast<double>(rule[0].second), tokens)
+               ? static_cast<double>(std::max<int64_t>(0, std::min(rule[0].second, end) - first_key))
                : 0.0;
   };
   double left = 0;
@@ -129,7 +146,7 @@ void ShareFetched(double fetched_share, const SequenceShape* longest, std::vecto
   for (auto rule = heads.rbegin(); rule != heads.rend() && left > 0; ++rule) {
     const double of_head = fetched(*rule);
     if (of_head <= 0) continue;
-    const int64_t border = NearestBorder(longest, std::min(left, of_head) / tokens);
+    const int64_t border = NearestBorder(longest, std::min(left, of_head) / tokens, first_key);
     left -= of_head;
     if (border == 0) continue;
     const int64_t end = (*rule)[0].second;
@@ -137,7 +154,60 @@ void ShareFetched(double fetched_share, const SequenceShape* longest, std::vecto
   }
 }
 
+int64_t LayerResidentBytes(const KvGeometry& geometry, const Placement& placement,
+                           const std::vector<SequenceShape>& sequences,
+                           const LayerWindows& windows, int32_t layer) {
+  const std::vector<SequenceShape> seen = SeenIn(sequences, windows, layer);
+  int64_t bytes = 0;
+  for (const LaneRange& range : placement.layers[layer]) {
+    if (range.lane != Lane::kResident) continue;
+    bytes += (range.kv_head_end - range.kv_head_begin) *
+             (HeadBytesFrom(geometry, seen, range.first_pos) -
+              HeadBytesFrom(geometry, seen, range.end_pos));
+  }
+  return bytes;
+}
+
+// PlaceByBudget() of the layers that have the window of the first of them.
+void PlaceAlike(const KvGeometry& geometry, int64_t budget_bytes, double fetched_share,
+                const std::vector<SequenceShape>& sequences, const LayerWindows& windows,
+                const std::vector<int32_t>& layers, Placement& placement) {
+  const std::vector<SequenceShape> seen = SeenIn(sequences, windows, layers[0]);
+  const SequenceShape* const longest = Longest(seen);
+  const int64_t first_key =
+      longest == nullptr ? 0 : FirstKey(windows, layers[0], longest->tokens);
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  const LayerLevels levels(geometry, seen);
+  const int64_t per_layer = std::max<int64_t>(0, budget_bytes) / num_layers;
+  int64_t level = 0;
+  for (int64_t low = 0, high = levels.count() - 1; low <= high;) {
+    const int64_t middle = low + (high - low) / 2;
+    if (levels.Bytes(middle) <= per_layer) {
+      level = middle;
+      low = middle + 1;
+    } else {
+      high = middle - 1;
+    }
+  }
+  // What dividing left over may lift some of the layers by one border.
+  int64_t lifted = 0;
+  if (level + 1 < levels.count()) {
+    const int64_t left = budget_bytes - num_layers * levels.Bytes(level);
+    lifted = std::max<int64_t>(0, left) / (levels.Bytes(level + 1) - levels.Bytes(level));
+  }
+  for (int64_t i = 0; i < num_layers; ++i) {
+    std::vector<HeadRule> heads = levels.Heads(i < lifted ? level + 1 : level);
+    ShareFetched(fetched_share, longest, first_key, heads);
+    placement.layers[layers[i]] = ToRanges(heads);
+  }
+}
+
 }  // namespace
+
+int64_t FirstKey(const LayerWindows& windows, int32_t layer, int64_t tokens) {
+  const int64_t window = layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+  return window == 0 || tokens < window ? 0 : FloorToBlock(tokens - window + 1);
+}
 
 const char* LaneName(Lane lane) {
   switch (lane) {
@@ -245,44 +315,29 @@ Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
 }
 
 Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, double fetched_share,
-                        const std::vector<SequenceShape>& sequences) {
-  const LayerLevels levels(geometry, sequences);
-  const int64_t per_layer = std::max<int64_t>(0, budget_bytes) / geometry.num_layers;
-  int64_t level = 0;
-  for (int64_t low = 0, high = levels.count() - 1; low <= high;) {
-    const int64_t middle = low + (high - low) / 2;
-    if (levels.Bytes(middle) <= per_layer) {
-      level = middle;
-      low = middle + 1;
-    } else {
-      high = middle - 1;
-    }
-  }
-  // What dividing left over may lift some of the layers by one border.
-  int64_t lifted = 0;
-  if (level + 1 < levels.count()) {
-    const int64_t left = budget_bytes - geometry.num_layers * levels.Bytes(level);
-    lifted = std::max<int64_t>(0, left) / (levels.Bytes(level + 1) - levels.Bytes(level));
+                        const std::vector<SequenceShape>& sequences, const LayerWindows& windows) {
+  // By window; those without one last.
+  std::map<int64_t, std::vector<int32_t>> alike;
+  for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+    const int64_t window = layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+    alike[window == 0 ? kNoEnd : window].push_back(layer);
   }
   Placement placement;
-  for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
-    std::vector<HeadRule> heads = levels.Heads(layer < lifted ? level + 1 : level);
-    ShareFetched(fetched_share, Longest(sequences), heads);
-    placement.layers.push_back(ToRanges(heads));
+  placement.layers.resize(geometry.num_layers);
+  for (const auto& [window, layers] : alike) {
+    PlaceAlike(geometry, budget_bytes, fetched_share, sequences, windows, layers, placement);
+    for (const int32_t layer : layers) {
+      budget_bytes -= LayerResidentBytes(geometry, placement, sequences, windows, layer);
+    }
   }
   return placement;
 }
 
 int64_t ResidentBytes(const KvGeometry& geometry, const Placement& placement,
-                      const std::vector<SequenceShape>& sequences) {
+                      const std::vector<SequenceShape>& sequences, const LayerWindows& windows) {
   int64_t bytes = 0;
-  for (const std::vector<LaneRange>& ranges : placement.layers) {
-    for (const LaneRange& range : ranges) {
-      if (range.lane != Lane::kResident) continue;
-      bytes += (range.kv_head_end - range.kv_head_begin) *
-               (HeadBytesFrom(geometry, sequences, range.first_pos) -
-                HeadBytesFrom(geometry, sequences, range.end_pos));
-    }
+  for (int32_t layer = 0; layer < static_cast<int32_t>(placement.layers.size()); ++layer) {
+    bytes += LayerResidentBytes(geometry, placement, sequences, windows, layer);
   }
   return bytes;
 }

@@ -77,20 +77,28 @@ struct SequenceShape {
   int64_t tokens = 0;
 };
 
+// Per layer the tokens that a query sees, its own among them; 0, or no entry: all up to it. What lies
+// behind a layer's window is not read, and its resident copies are dropped: no function below counts it.
+using LayerWindows = std::vector<int64_t>;
+// The first position, a block's, that is read in such a layer when `tokens` are there.
+int64_t FirstKey(const LayerWindows& windows, int32_t layer, int64_t tokens);
+
 // As the shares say. A share that is no whole number of heads cuts a head at the extent border of
 // the longest sequence that is nearest to the share of its tokens.
 Placement PlaceByShares(const KvGeometry& geometry, const PlacementSpec& spec,
                         const std::vector<SequenceShape>& sequences);
 
 // As much resident as fits `budget_bytes` of device memory, spread evenly over the layers (they
-// differ by one extent border at most). Of the rest, `fetched_share` is fetched, and what is left is
+// differ by one extent border at most); layers with a window, whose keys grow no more, come before those
+// without. Of the rest, `fetched_share` is fetched, and what is left is
 // attended to in place: whole heads, and one that is cut at an extent border of the longest sequence.
 Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, double fetched_share,
-                        const std::vector<SequenceShape>& sequences);
+                        const std::vector<SequenceShape>& sequences,
+                        const LayerWindows& windows = {});
 
 // Device memory that the resident copies of all sequences take: whole extents.
 int64_t ResidentBytes(const KvGeometry& geometry, const Placement& placement,
-                      const std::vector<SequenceShape>& sequences);
+                      const std::vector<SequenceShape>& sequences, const LayerWindows& windows = {});
 
 }  // namespace headroom::coordinator
 

@@ -36,23 +36,26 @@ Prediction Predict(const PredictInput& input) {
   prediction.tail_bytes = input.num_sequences * input.tail_bytes_per_sequence;
   const int64_t for_residents = std::max<int64_t>(0, input.pool_bytes - prediction.tail_bytes);
   prediction.placement =
-      input.spec.automatic ? PlaceByBudget(geometry, for_residents, input.costs, shapes)
+      input.spec.automatic ? PlaceByBudget(geometry, for_residents, input.costs, shapes,
+                                                  input.windows)
                            : PlaceByShares(geometry, input.spec, shapes);
-  prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes);
+  prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes, input.windows);
 
   const int64_t sealed = FloorToBlock(input.prompt_tokens);
   for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+    const int64_t first_key = FirstKey(input.windows, layer, input.prompt_tokens);
     for (int32_t head = 0; head < geometry.num_kv_heads; ++head) {
       for (const RunShape& run : shape.runs) {
         prediction.host_bytes +=
             input.num_sequences * run.capacity_tokens * geometry.BytesPerTokenPerHead();
-        const int64_t keys = std::clamp<int64_t>(sealed - run.first_pos, 0, run.capacity_tokens);
+        const int64_t end = std::min(sealed, run.first_pos + run.capacity_tokens);
+        const int64_t keys = std::max<int64_t>(0, end - std::max(run.first_pos, first_key));
         LanePrediction& lane =
             prediction
                 .lanes[static_cast<int>(prediction.placement.LaneOf(layer, head, run.first_pos))];
         lane.bytes += input.num_sequences * keys * geometry.BytesPerTokenPerHead();
-        if (sealed > 0) {
-          lane.kv_heads += static_cast<double>(keys) / static_cast<double>(sealed) /
+        if (sealed > first_key) {
+          lane.kv_heads += static_cast<double>(keys) / static_cast<double>(sealed - first_key) /
                            static_cast<double>(geometry.num_layers);
         }
       }

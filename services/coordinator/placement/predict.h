@@ -36,6 +36,7 @@ struct Prediction {
 
 struct PredictInput {
   KvGeometry geometry;
+  LayerWindows windows;
   PlacementSpec spec;
   int64_t num_sequences = 1;
   int64_t prompt_tokens = 0;  // of each

@@ -41,15 +41,17 @@ double BestFetchedShare(const LaneCosts& costs, double bytes) {
 }
 
 LaneBytes BytesOfStep(const KvGeometry& geometry, const Placement& placement,
-                      const std::vector<SequenceShape>& sequences) {
+                      const std::vector<SequenceShape>& sequences, const LayerWindows& windows) {
   LaneBytes bytes = {};
   for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
     for (const LaneRange& range : placement.layers[layer]) {
       int64_t tokens = 0;
       for (const SequenceShape& sequence : sequences) {
+        const int64_t first_key = FirstKey(windows, layer, sequence.tokens);
         for (const RunShape& run : sequence.runs) {
           if (run.first_pos < range.first_pos || run.first_pos >= range.end_pos) continue;
-          tokens += std::clamp<int64_t>(sequence.tokens - run.first_pos, 0, run.capacity_tokens);
+          const int64_t end = std::min(sequence.tokens, run.first_pos + run.capacity_tokens);
+          tokens += std::max<int64_t>(0, end - std::max(run.first_pos, first_key));
         }
       }
       bytes[static_cast<int>(range.lane)] +=
@@ -61,11 +63,12 @@ LaneBytes BytesOfStep(const KvGeometry& geometry, const Placement& placement,
 }
 
 Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, const LaneCosts& costs,
-                        const std::vector<SequenceShape>& sequences) {
-  Placement placement = PlaceByBudget(geometry, budget_bytes, /*fetched_share=*/1.0, sequences);
-  const double bytes = BytesOfStep(geometry, placement, sequences)[kFetched];
+                        const std::vector<SequenceShape>& sequences, const LayerWindows& windows) {
+  Placement placement =
+      PlaceByBudget(geometry, budget_bytes, /*fetched_share=*/1.0, sequences, windows);
+  const double bytes = BytesOfStep(geometry, placement, sequences, windows)[kFetched];
   const double share = BestFetchedShare(costs, bytes);
-  return share == 1 ? placement : PlaceByBudget(geometry, budget_bytes, share, sequences);
+  return share == 1 ? placement : PlaceByBudget(geometry, budget_bytes, share, sequences, windows);
 }
 
 void StepModel::Reset(const LaneCosts& costs) {

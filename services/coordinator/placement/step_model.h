@@ -26,10 +26,11 @@ double BestFetchedShare(const LaneCosts& costs, double bytes);
 
 // PlaceByBudget() with the share that suits what it leaves outside the device.
 Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, const LaneCosts& costs,
-                        const std::vector<SequenceShape>& sequences);
+                        const std::vector<SequenceShape>& sequences,
+                        const LayerWindows& windows = {});
 // Bytes of one decode step of all sequences under a placement.
 LaneBytes BytesOfStep(const KvGeometry& geometry, const Placement& placement,
-                      const std::vector<SequenceShape>& sequences);
+                      const std::vector<SequenceShape>& sequences, const LayerWindows& windows = {});
 
 // Costs brought up to date from the steps that run.
 class StepModel {

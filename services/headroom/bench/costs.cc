@@ -25,9 +25,30 @@ double PairFlops(const ModelConfig& config) {
   return 4.0 * config.head_dim * config.num_q_heads * config.num_layers;
 }
 
+// Keys that a query at the end of `tokens` sees in a layer, averaged over the layers; windows end it.
+double MeanSeen(const ModelConfig& config, double tokens) {
+  double sum = 0;
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    const auto window = static_cast<double>(config.window(layer));
+    sum += window == 0 ? tokens : std::min(window, tokens);
+  }
+  return sum / config.num_layers;
+}
+
+// ... summed over all queries from the first on.
+double MeanPairs(const ModelConfig& config, double tokens) {
+  double sum = 0;
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    const auto window = static_cast<double>(config.window(layer));
+    const double growing = window == 0 ? tokens : std::min(window, tokens);
+    sum += growing * (growing + 1) / 2 + (tokens - growing) * window;
+  }
+  return sum / config.num_layers;
+}
+
 double LayerWeightBytes(const ModelConfig& config) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t norms = 2 * config.hidden * static_cast<int64_t>(sizeof(kernels::BFloat16));
+  const int64_t norms = (config.post_norms ? 4 : 2) * config.hidden * static_cast<int64_t>(sizeof(kernels::BFloat16));
   return static_cast<double>(
       config.num_layers * (kernels::PackedWeightBytes(config.qkv_width(), config.hidden) +
                            kernels::PackedWeightBytes(config.hidden, q_width) +
@@ -53,7 +74,7 @@ Costs PrefillCosts(const ModelConfig& config, int64_t context_tokens) {
   const double tokens = static_cast<double>(context_tokens);
   Costs costs;
   costs.linear_flops = 2 * (tokens * LayerMacs(config) + VocabMacs(config));
-  costs.attention_flops = PairFlops(config) * tokens * (tokens + 1) / 2;
+  costs.attention_flops = PairFlops(config) * MeanPairs(config, tokens);
   costs.weight_bytes = LayerWeightBytes(config) + VocabWeightBytes(config);
   costs.kv_bytes = tokens * static_cast<double>(config.kv_geometry().BytesPerToken());
   return costs;
@@ -63,10 +84,10 @@ Costs DecodeCosts(const ModelConfig& config, double context_tokens, int64_t batc
   const double rows = static_cast<double>(batch);
   Costs costs;
   costs.linear_flops = 2 * rows * (LayerMacs(config) + VocabMacs(config));
-  costs.attention_flops = PairFlops(config) * rows * context_tokens;
+  costs.attention_flops = PairFlops(config) * rows * MeanSeen(config, context_tokens);
   costs.weight_bytes = LayerWeightBytes(config) + VocabWeightBytes(config);
-  costs.kv_bytes =
-      rows * context_tokens * static_cast<double>(config.kv_geometry().BytesPerToken());
+  costs.kv_bytes = rows * MeanSeen(config, context_tokens) *
+                   static_cast<double>(config.kv_geometry().BytesPerToken());
   return costs;
 }
 

@@ -357,7 +357,8 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
     shapes.push_back(std::move(shape));
   }
   const coordinator::Placement placement = coordinator::PlaceByBudget(
-      geometry, budget_.kv_pool_bytes - item.batch * budget_.tail_bytes_per_sequence, costs, shapes);
+      geometry, budget_.kv_pool_bytes - item.batch * budget_.tail_bytes_per_sequence, costs, shapes,
+      config_.windows);
   Plan plan;
   plan.version = ++planned_version_;
   for (const std::vector<coordinator::LaneRange>& ranges : placement.layers) {
@@ -368,7 +369,7 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
     }
   }
   HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
-  const coordinator::LaneBytes bytes = coordinator::BytesOfStep(geometry, placement, shapes);
+  const coordinator::LaneBytes bytes = coordinator::BytesOfStep(geometry, placement, shapes, config_.windows);
   Planned planned;
   planned.step_seconds = coordinator::StepSeconds(costs, bytes);
   std::copy(bytes.begin(), bytes.end(), planned.lane_bytes);

@@ -24,8 +24,8 @@ constexpr struct {
     {"mistral-7b", R"({
        "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
-       "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
-       "sliding_window": null, "tie_word_embeddings": false, "vocab_size": 32768})"},
+       "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+       "sliding_window": 4096, "tie_word_embeddings": false, "vocab_size": 32000})"},
     {"qwen2-7b", R"({
        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
        "max_position_embeddings": 131072, "max_window_layers": 28, "num_attention_heads": 28,
@@ -38,6 +38,13 @@ constexpr struct {
        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
        "rms_norm_eps": 1e-06, "rope_theta": 1000000, "sliding_window": null,
        "tie_word_embeddings": false, "use_sliding_window": false, "vocab_size": 151936})"},
+    {"gemma-2-9b", R"({
+       "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0,
+       "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+       "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+       "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+       "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+       "sliding_window": 4096, "tie_word_embeddings": true, "vocab_size": 256000})"},
 };
 
 }  // namespace

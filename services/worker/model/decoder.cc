@@ -30,12 +30,14 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
     int64_t floats;
   } float_buffers[] = {
       {&decoder.qkv_, rows * config.qkv_width()},
+      {&decoder.projected_, config.post_norms ? rows * config.hidden : 0},
       {&decoder.attention_state_,
        rows * config.num_q_heads * kernels::AttentionStateFloats(config.head_dim)},
       {&decoder.logits_, kLogitSliceRows * config.vocab},
       {&decoder.sample_scratch_, kSampleSliceRows * kernels::SampleScratchFloats(config.vocab)},
   };
   for (const auto& [buffer, floats] : float_buffers) {
+    if (floats == 0) continue;
     HEADROOM_ASSIGN_OR_RETURN(
         uint8_t* const data,
         device.Allocate(floats * static_cast<int64_t>(sizeof(float)), "activations"));
@@ -85,6 +87,7 @@ absl::Status Decoder::Begin(const kernels::Table<kernels::EmbedRow>& tokens,
   embed.last_tokens = last_tokens_;
   embed.num_slots = kMaxSequences;
   embed.out = x;
+  embed.scale = config_.embedding_scale;
   HEADROOM_RETURN_IF_ERROR(device_.Embed(stream_, embed));
   kernels::RopeTableArgs rope;
   rope.positions = positions;
@@ -115,7 +118,7 @@ absl::Status Decoder::AttentionInput(int32_t layer, const float* x, const float*
   return device_.RopeAppend(stream_, rope);
 }
 
-kernels::AttendArgs Decoder::Attention(int64_t rows) const {
+kernels::AttendArgs Decoder::Attention(int32_t layer, int64_t rows) const {
   kernels::AttendArgs attend;
   attend.q = qkv_;
   attend.q_stride = config_.qkv_width();
@@ -124,7 +127,9 @@ kernels::AttendArgs Decoder::Attention(int64_t rows) const {
   attend.rows = rows;
   attend.scratch = attend_scratch_;
   attend.scratch_floats = attend_scratch_floats_;
-  attend.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  attend.scale = config_.attention_scale();
+  attend.soft_cap = config_.attention_soft_cap;
+  attend.window = config_.window(layer);
   attend.num_q_heads = config_.num_q_heads;
   attend.num_kv_heads = config_.num_kv_heads;
   attend.head_dim = config_.head_dim;
@@ -133,7 +138,7 @@ kernels::AttendArgs Decoder::Attention(int64_t rows) const {
 
 absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows) {
   const LayerWeights& w = weights_.layers[layer];
-  HEADROOM_RETURN_IF_ERROR(Linear(attention_, w.output, x, rows, /*accumulate=*/true));
+  HEADROOM_RETURN_IF_ERROR(AddProduct(attention_, w.output, w.post_attention_norm, x, rows));
   HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.mlp_norm, normed_, rows));
   for (int64_t row = 0; row < rows; row += mlp_slice_rows_) {
     const int64_t count = std::min(mlp_slice_rows_, rows - row);
@@ -143,9 +148,10 @@ absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows) {
     gated.swiglu.out = activated_;
     gated.swiglu.rows = count;
     gated.swiglu.width = config_.intermediate;
+    gated.swiglu.activation = config_.activation;
     HEADROOM_RETURN_IF_ERROR(device_.GatedGemm(stream_, gated));
     HEADROOM_RETURN_IF_ERROR(
-        Linear(activated_, w.down, x + row * config_.hidden, count, /*accumulate=*/true));
+        AddProduct(activated_, w.down, w.post_mlp_norm, x + row * config_.hidden, count));
   }
   return absl::OkStatus();
 }
@@ -159,6 +165,10 @@ absl::Status Decoder::Sample(const float* x, int64_t x_rows,
     HEADROOM_RETURN_IF_ERROR(Norm(x, x_rows, weights_.final_norm, sampled_, count,
                                   Slice(row_index, begin, count)));
     HEADROOM_RETURN_IF_ERROR(Linear(sampled_, weights_.lm_head, logits_, count, false));
+    if (config_.logit_soft_cap != 0) {
+      HEADROOM_RETURN_IF_ERROR(device_.SoftCap(
+          stream_, {logits_, count, config_.vocab, config_.logit_soft_cap}));
+    }
     for (int64_t at = 0; at < count; at += kSampleSliceRows) {
       kernels::SampleArgs sample;
       sample.logits = logits_ + at * config_.vocab;
@@ -178,15 +188,32 @@ absl::Status Decoder::Sample(const float* x, int64_t x_rows,
 absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight,
                            kernels::Activations out, int64_t rows,
                            const kernels::Table<int32_t>& row_index) {
+  kernels::RmsNormArgs norm = NormArgs(x, weight, out, rows);
+  norm.x_rows = x_rows;
+  norm.row_index = row_index;
+  return device_.RmsNorm(stream_, norm);
+}
+
+kernels::RmsNormArgs Decoder::NormArgs(const float* x, const kernels::BFloat16* weight,
+                                       kernels::Activations out, int64_t rows) const {
   kernels::RmsNormArgs norm;
   norm.x = x;
-  norm.x_rows = x_rows;
+  norm.x_rows = rows;
   norm.weight = weight;
   norm.out = out;
   norm.rows = rows;
   norm.hidden = config_.hidden;
   norm.epsilon = static_cast<float>(config_.rms_norm_epsilon);
-  norm.row_index = row_index;
+  norm.weight_offset = config_.norm_weight_offset;
+  return norm;
+}
+
+absl::Status Decoder::AddProduct(kernels::Activations a, const kernels::PackedWeight& w,
+                                 const kernels::BFloat16* post_norm, float* x, int64_t rows) {
+  if (post_norm == nullptr) return Linear(a, w, x, rows, /*accumulate=*/true);
+  HEADROOM_RETURN_IF_ERROR(Linear(a, w, projected_, rows, /*accumulate=*/false));
+  kernels::RmsNormArgs norm = NormArgs(projected_, post_norm, x, rows);
+  norm.accumulate = true;
   return device_.RmsNorm(stream_, norm);
 }
 

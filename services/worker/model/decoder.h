@@ -29,8 +29,8 @@ class Decoder {
   // Norm, q, k and v of one layer, rotation; keys and values go where `items` say.
   absl::Status AttentionInput(int32_t layer, const float* x, const float* cos_sin, int64_t rows,
                               const kernels::Table<kernels::AppendItem>& items);
-  // The arguments of this layer's attention, but for items and spans: q, state and out.
-  kernels::AttendArgs Attention(int64_t rows) const;
+  // The arguments of a layer's attention, but for items and spans: q, state and out.
+  kernels::AttendArgs Attention(int32_t layer, int64_t rows) const;
   // x += output projection of the attention; x += MLP(x).
   absl::Status LayerOutput(int32_t layer, float* x, int64_t rows);
   // Final norm, logits and sampling of the rows of x that `row_index` names, result by result.
@@ -52,6 +52,11 @@ class Decoder {
                     int64_t rows, const kernels::Table<int32_t>& row_index = {});
   absl::Status Linear(kernels::Activations a, const kernels::PackedWeight& w,
                       kernels::Activations c, int64_t rows, bool accumulate);
+  // x += a w, normalised first where there is a `post_norm`.
+  absl::Status AddProduct(kernels::Activations a, const kernels::PackedWeight& w,
+                          const kernels::BFloat16* post_norm, float* x, int64_t rows);
+  kernels::RmsNormArgs NormArgs(const float* x, const kernels::BFloat16* weight,
+                                kernels::Activations out, int64_t rows) const;
   static kernels::GemmArgs Product(kernels::Activations a, const kernels::PackedWeight& w,
                                    kernels::Activations c, int64_t rows, bool accumulate);
 
@@ -63,6 +68,7 @@ class Decoder {
   int64_t mlp_slice_rows_ = 0;
   kernels::Activations normed_;      // [rows, hidden]
   float* qkv_ = nullptr;             // [rows, qkv_width]
+  float* projected_ = nullptr;       // [rows, hidden], with post-norms
   kernels::Activations attention_;   // [rows, q heads * head_dim]
   float* attention_state_ = nullptr; // [rows, q heads, AttentionStateFloats]
   float* attend_scratch_ = nullptr;  // [attend_scratch_floats_], where the next two lie

@@ -21,29 +21,43 @@ absl::Status Unsupported(const JsonReader& config, absl::string_view name, absl:
                                                value, ", supported: ", supported));
 }
 
+// Which layers see a window of the last tokens only, where a file does not list them (layer_types).
+enum class WindowRule {
+  kNone,
+  kAll,
+  kEven,      // layers 0, 2, 4 ...
+  kBySwitch,  // with use_sliding_window, those from max_window_layers on
+};
+
 // An architecture: what it does that no member of its config.json says, and what a file may leave out, as
 // transformers fills that in.
 struct Family {
   absl::string_view architecture;
   int64_t kv_heads_otherwise = 0;  // of num_key_value_heads; 0: num_attention_heads
   int64_t head_dim_otherwise = 0;  // of head_dim; 0: hidden_size / num_attention_heads
-  int64_t window_otherwise = 0;    // of sliding_window
-  bool window_switch = false;      // use_sliding_window says whether there is one
+  WindowRule window = WindowRule::kNone;
   bool qkv_bias = false;
   bool qk_norm = false;
+  // GeGLU, soft caps, post-norms, weights of norms less 1, scaled embeddings, a scalar for the scores.
+  bool gemma = false;
 };
 constexpr Family kFamilies[] = {
     {.architecture = "LlamaForCausalLM"},
-    {.architecture = "MistralForCausalLM", .kv_heads_otherwise = 8, .window_otherwise = 4096},
+    {.architecture = "MistralForCausalLM", .kv_heads_otherwise = 8, .window = WindowRule::kAll},
     {.architecture = "Qwen2ForCausalLM",
      .kv_heads_otherwise = 32,
-     .window_switch = true,
+     .window = WindowRule::kBySwitch,
      .qkv_bias = true},
     {.architecture = "Qwen3ForCausalLM",
      .kv_heads_otherwise = 32,
      .head_dim_otherwise = 128,
-     .window_switch = true,
+     .window = WindowRule::kBySwitch,
      .qk_norm = true},
+    {.architecture = "Gemma2ForCausalLM",
+     .kv_heads_otherwise = 4,
+     .head_dim_otherwise = 256,
+     .window = WindowRule::kEven,
+     .gemma = true},
 };
 
 absl::StatusOr<const Family*> FindFamily(const JsonReader& config) {
@@ -76,17 +90,17 @@ bool SameValue(const Json& a, const Json& b) {
 
 // Options of these families and of their relatives that change the maths: each must be absent, null, or
 // say what the decoder does; a null here, that nothing else will do.
-absl::Status CheckOptions(const JsonReader& config) {
+absl::Status CheckOptions(const JsonReader& config, const Family& family) {
+  const char* const activation = family.gemma ? "gelu_pytorch_tanh" : "silu";
   const std::pair<const char*, Json> options[] = {
       {"alibi", false},
       {"attention_bias", false},
       {"attention_chunk_size", nullptr},
       {"attention_multiplier", nullptr},
-      {"attn_logit_softcapping", nullptr},
       {"clip_qkv", nullptr},
       {"embedding_multiplier", 1},
-      {"final_logit_softcapping", nullptr},
-      {"hidden_act", "silu"},
+      {"hidden_act", activation},
+      {"hidden_activation", activation},
       {"is_causal", true},
       {"kv_lora_rank", nullptr},
       {"logit_scale", 1},
@@ -99,14 +113,12 @@ absl::Status CheckOptions(const JsonReader& config) {
       {"pretraining_tp", 1},
       {"qk_layernorm", false},
       {"quantization_config", nullptr},
-      {"query_pre_attn_scalar", nullptr},
       {"residual_multiplier", 1},
       {"rope_interleaved", false},
       {"rope_local_base_freq", nullptr},
       {"use_bidirectional_attention", false},
       {"use_mrope", false},
       {"use_qk_norm", false},
-      {"use_sliding_window", false},
   };
   for (const auto& [name, supported] : options) {
     const Json* const found = config.object().Find(name);
@@ -117,27 +129,89 @@ absl::Status CheckOptions(const JsonReader& config) {
                                                        : Brief(supported);
     return Unsupported(config, name, value, wanted);
   }
+  constexpr const char* kOfGemma[] = {"attn_logit_softcapping", "final_logit_softcapping",
+                                      "query_pre_attn_scalar"};
+  for (const char* name : kOfGemma) {
+    const Json* const found = family.gemma ? nullptr : config.object().Find(name);
+    if (found != nullptr) return Unsupported(config, name, Brief(*found), "absent");
+  }
   return absl::OkStatus();
 }
 
-// Layers that see a window of the last tokens only.
-absl::Status CheckWindow(const JsonReader& config, const Family& family) {
-  const Json* const window = config.object().Find("sliding_window");
-  if (window != nullptr && !family.window_switch) {
-    return Unsupported(config, "sliding_window", Brief(*window), "null");
+// What a member left out is, or null, which says that there is none.
+absl::StatusOr<double> NumberOrNone(const JsonReader& config, absl::string_view name,
+                                    double left_out) {
+  if (IsLeftOut(config, name)) return left_out;
+  return config.NumberOr(name, 0, 1e-3, 1e9);
+}
+
+absl::Status ReadGemma(const JsonReader& config, ModelConfig& model) {
+  model.activation = kernels::GateActivation::kGeluTanh;
+  model.post_norms = true;
+  model.norm_weight_offset = 1;
+  model.embedding_scale = static_cast<float>(std::sqrt(static_cast<double>(model.hidden)));
+  HEADROOM_ASSIGN_OR_RETURN(const double scalar, config.NumberOr("query_pre_attn_scalar", 256, 1e-3, 1e9));
+  model.query_scalar = scalar;
+  HEADROOM_ASSIGN_OR_RETURN(const double scores, NumberOrNone(config, "attn_logit_softcapping", 50));
+  model.attention_soft_cap = static_cast<float>(scores);
+  HEADROOM_ASSIGN_OR_RETURN(const double logits, NumberOrNone(config, "final_logit_softcapping", 30));
+  model.logit_soft_cap = static_cast<float>(logits);
+  return absl::OkStatus();
+}
+
+// The layers that a file says see a window.
+absl::StatusOr<std::vector<bool>> WindowedLayers(const JsonReader& config, const Family& family,
+                                                 int32_t num_layers) {
+  std::vector<bool> windowed(num_layers, family.window == WindowRule::kAll);
+  if (family.window == WindowRule::kEven) {
+    for (int32_t layer = 0; layer < num_layers; layer += 2) windowed[layer] = true;
   }
-  if (family.window_otherwise != 0 && IsLeftOut(config, "sliding_window")) {
-    return Unsupported(config, "sliding_window",
-                       absl::StrCat("left out, which is ", family.window_otherwise), "null");
+  if (family.window == WindowRule::kBySwitch) {
+    HEADROOM_ASSIGN_OR_RETURN(const bool use, config.BoolOr("use_sliding_window", false));
+    if (!use) return windowed;  // whatever is listed
+    HEADROOM_ASSIGN_OR_RETURN(const int64_t from, config.IntOr("max_window_layers", 28, 0, 1 << 20));
+    for (int64_t layer = from; layer < num_layers; ++layer) windowed[layer] = true;
   }
   const Json* const types = config.object().Find("layer_types");
-  if (types == nullptr) return absl::OkStatus();
-  if (!types->is_array()) return config.Wrong("layer_types", "a list");
-  for (const Json& type : types->as_array()) {
-    if (!type.is_string() || type.as_string() != "full_attention") {
-      return Unsupported(config, "layer_types", Brief(type), "full_attention");
-    }
+  if (types == nullptr) return windowed;
+  if (!types->is_array() || static_cast<int64_t>(types->as_array().size()) != num_layers) {
+    return config.Wrong("layer_types", absl::StrCat("a list of ", num_layers, " kinds of layers"));
   }
+  for (int32_t layer = 0; layer < num_layers; ++layer) {
+    const Json& type = types->as_array()[layer];
+    const bool full = type.is_string() && type.as_string() == "full_attention";
+    const bool sliding = type.is_string() && type.as_string() == "sliding_attention";
+    const bool may_slide = family.window == WindowRule::kEven || family.window == WindowRule::kBySwitch;
+    if (!full && !(sliding && may_slide)) {
+      return Unsupported(config, "layer_types", Brief(type),
+                         may_slide ? "full_attention, sliding_attention" : "full_attention");
+    }
+    if (may_slide) windowed[layer] = sliding;
+  }
+  return windowed;
+}
+
+absl::Status ReadWindows(const JsonReader& config, const Family& family, ModelConfig& model) {
+  // What the family does not have, and does not look at.
+  const auto refuse = [&config](absl::string_view name) -> absl::Status {
+    const Json* const found = config.object().Find(name);
+    if (found == nullptr || SameValue(*found, false)) return absl::OkStatus();
+    return Unsupported(config, name, Brief(*found), "absent");
+  };
+  if (family.window == WindowRule::kNone) HEADROOM_RETURN_IF_ERROR(refuse("sliding_window"));
+  if (family.window != WindowRule::kBySwitch) {
+    HEADROOM_RETURN_IF_ERROR(refuse("use_sliding_window"));
+  }
+  HEADROOM_ASSIGN_OR_RETURN(const std::vector<bool> windowed,
+                            WindowedLayers(config, family, model.num_layers));
+  int64_t window = 4096;
+  if (!IsLeftOut(config, "sliding_window")) {
+    HEADROOM_ASSIGN_OR_RETURN(window, config.IntOr("sliding_window", 0, 1, int64_t{1} << 31));
+  }
+  if (window == 0 || std::find(windowed.begin(), windowed.end(), true) == windowed.end()) {
+    return absl::OkStatus();
+  }
+  for (const bool is : windowed) model.windows.push_back(is ? window : 0);
   return absl::OkStatus();
 }
 
@@ -205,8 +279,7 @@ absl::StatusOr<ModelConfig> ReadModelConfigJson(const Json& json, const std::str
   }
   const JsonReader config(json, where);
   HEADROOM_ASSIGN_OR_RETURN(const Family* const family, FindFamily(config));
-  HEADROOM_RETURN_IF_ERROR(CheckOptions(config));
-  HEADROOM_RETURN_IF_ERROR(CheckWindow(config, *family));
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(config, *family));
   ModelConfig model;
   model.architecture = std::string(family->architecture);
   model.qkv_bias = family->qkv_bias;
@@ -230,20 +303,39 @@ absl::StatusOr<ModelConfig> ReadModelConfigJson(const Json& json, const std::str
                                          : model.hidden / model.num_q_heads;
   HEADROOM_ASSIGN_OR_RETURN(
       model.head_dim, config.IntOr("head_dim", head_dim_otherwise, 1, 1024));
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    return Unsupported(config, "head_dim", absl::StrCat(model.head_dim), "64, 128");
+  if (model.head_dim != 64 && model.head_dim != 128 && model.head_dim != 256) {
+    return Unsupported(config, "head_dim", absl::StrCat(model.head_dim), "64, 128, 256");
   }
   HEADROOM_ASSIGN_OR_RETURN(model.intermediate, config.Int("intermediate_size", 1, 1 << 24));
   HEADROOM_ASSIGN_OR_RETURN(model.vocab, config.Int("vocab_size", 1, 1 << 24));
   HEADROOM_ASSIGN_OR_RETURN(model.max_position_tokens,
                             config.Int("max_position_embeddings", 1, int64_t{1} << 31));
   HEADROOM_ASSIGN_OR_RETURN(model.rms_norm_epsilon, config.NumberOr("rms_norm_eps", 1e-6, 0, 1));
-  HEADROOM_ASSIGN_OR_RETURN(model.tied_embeddings, config.BoolOr("tie_word_embeddings", false));
+  HEADROOM_ASSIGN_OR_RETURN(model.tied_embeddings, config.BoolOr("tie_word_embeddings", family->gemma));
   HEADROOM_RETURN_IF_ERROR(ReadRope(config, model));
+  HEADROOM_RETURN_IF_ERROR(ReadWindows(config, *family, model));
+  if (family->gemma) HEADROOM_RETURN_IF_ERROR(ReadGemma(config, model));
   return model;
 }
 
 }  // namespace
+
+float ModelConfig::attention_scale() const {
+  const double scalar = query_scalar != 0 ? query_scalar : static_cast<double>(head_dim);
+  return 1.0f / std::sqrt(static_cast<float>(scalar));
+}
+
+std::vector<double> ModelConfig::NumbersBehindKeys() const {
+  std::vector<double> numbers = {rms_norm_epsilon,
+                                 static_cast<double>(post_norms),
+                                 norm_weight_offset,
+                                 embedding_scale,
+                                 static_cast<double>(activation),
+                                 query_scalar,
+                                 attention_soft_cap};
+  for (const int64_t window : windows) numbers.push_back(static_cast<double>(window));
+  return numbers;
+}
 
 std::vector<float> ModelConfig::InverseFrequencies() const {
   std::vector<float> frequencies(head_dim / 2);

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "common/kv_layout.h"
+#include "kernels/swiglu.h"
 
 namespace headroom {
 
@@ -37,12 +38,27 @@ struct ModelConfig {
   bool tied_embeddings = false;
   bool qkv_bias = false;  // q, k and v have one
   bool qk_norm = false;   // each head of q and k is normalised before it is turned
+  bool post_norms = false;  // what attention and MLP come to is normalised before it is added
+  float norm_weight_offset = 0;  // added to the norms' weights
+  float embedding_scale = 1;
+  kernels::GateActivation activation = kernels::GateActivation::kSilu;
+  double query_scalar = 0;     // scores are q . k / sqrt(query_scalar); 0: head_dim
+  float attention_soft_cap = 0;  // of scores; 0: none
+  float logit_soft_cap = 0;      // likewise
+  // Per layer the tokens that a query sees, its own among them; 0, or no entry: all up to it.
+  std::vector<int64_t> windows;
 
+  int64_t window(int32_t layer) const {
+    return layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+  }
+  float attention_scale() const;
   KvGeometry kv_geometry() const { return {num_layers, num_kv_heads, head_dim}; }
   int64_t qkv_width() const { return int64_t{num_q_heads + 2 * num_kv_heads} * head_dim; }
   // Radians per position of each of the head_dim / 2 pairs, rounded to float32 where Hugging Face
   // rounds them.
   std::vector<float> InverseFrequencies() const;
+  // All else of the options that keys and values hang on, in a fixed order.
+  std::vector<double> NumbersBehindKeys() const;
 };
 
 // Reads `model_dir`/config.json. INVALID_ARGUMENT names the member and what was expected; an

@@ -35,8 +35,9 @@ class Drawer {
     return PackedWeight{args.out, n, k};
   }
 
-  absl::StatusOr<const BFloat16*> Norm(int64_t size) {
-    const std::vector<BFloat16> ones(static_cast<size_t>(size), kernels::ToBFloat16(1.0f));
+  // `one` is the weight that leaves what is normalised as it is.
+  absl::StatusOr<const BFloat16*> Norm(int64_t size, float one = 1) {
+    const std::vector<BFloat16> ones(static_cast<size_t>(size), kernels::ToBFloat16(one));
     return Vector(ones);
   }
 
@@ -55,8 +56,9 @@ class Drawer {
 
 absl::StatusOr<LayerWeights> DrawLayer(const ModelConfig& config, Drawer& drawer) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const float one = 1 - config.norm_weight_offset;
   LayerWeights weights;
-  HEADROOM_ASSIGN_OR_RETURN(weights.attention_norm, drawer.Norm(config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(weights.attention_norm, drawer.Norm(config.hidden, one));
   HEADROOM_ASSIGN_OR_RETURN(weights.qkv, drawer.Matrix(config.qkv_width(), config.hidden));
   if (config.qkv_bias) {
     HEADROOM_ASSIGN_OR_RETURN(
@@ -68,7 +70,11 @@ absl::StatusOr<LayerWeights> DrawLayer(const ModelConfig& config, Drawer& drawer
     HEADROOM_ASSIGN_OR_RETURN(weights.k_norm, drawer.Norm(config.head_dim));
   }
   HEADROOM_ASSIGN_OR_RETURN(weights.output, drawer.Matrix(config.hidden, q_width));
-  HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, drawer.Norm(config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, drawer.Norm(config.hidden, one));
+  if (config.post_norms) {
+    HEADROOM_ASSIGN_OR_RETURN(weights.post_attention_norm, drawer.Norm(config.hidden, one));
+    HEADROOM_ASSIGN_OR_RETURN(weights.post_mlp_norm, drawer.Norm(config.hidden, one));
+  }
   HEADROOM_ASSIGN_OR_RETURN(weights.gate_up,
                             drawer.Matrix(2 * config.intermediate, config.hidden));
   HEADROOM_ASSIGN_OR_RETURN(weights.down, drawer.Matrix(config.hidden, config.intermediate));
@@ -82,8 +88,9 @@ std::array<uint8_t, 16> Fingerprint(const ModelConfig& config, uint64_t seed,
       static_cast<double>(config.num_kv_heads), static_cast<double>(config.head_dim),
       static_cast<double>(config.hidden),       static_cast<double>(config.intermediate),
       static_cast<double>(config.vocab),        static_cast<double>(config.tied_embeddings),
-      static_cast<double>(config.qkv_bias),     static_cast<double>(config.qk_norm),
-      config.rms_norm_epsilon};
+      static_cast<double>(config.qkv_bias),     static_cast<double>(config.qk_norm)};
+  const std::vector<double> options = config.NumbersBehindKeys();
+  numbers.insert(numbers.end(), options.begin(), options.end());
   numbers.insert(numbers.end(), frequencies.begin(), frequencies.end());
   XXH128_canonical_t canonical;
   XXH128_canonicalFromHash(
@@ -103,7 +110,8 @@ absl::StatusOr<ModelWeights> DrawWeights(const ModelConfig& config, uint64_t see
     HEADROOM_ASSIGN_OR_RETURN(const LayerWeights drawn, DrawLayer(config, drawer));
     weights.layers.push_back(drawn);
   }
-  HEADROOM_ASSIGN_OR_RETURN(weights.final_norm, drawer.Norm(config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(weights.final_norm,
+                            drawer.Norm(config.hidden, 1 - config.norm_weight_offset));
   weights.lm_head = weights.embedding;
   if (!config.tied_embeddings) {
     HEADROOM_ASSIGN_OR_RETURN(weights.lm_head, drawer.Matrix(config.vocab, config.hidden));

@@ -174,8 +174,19 @@ absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config
   HEADROOM_ASSIGN_OR_RETURN(
       weights.output,
       loader.Matrix("weights", {{prefix + "self_attn.o_proj.weight", config.hidden}}, q_width));
-  HEADROOM_ASSIGN_OR_RETURN(
-      weights.mlp_norm, loader.Vector(prefix + "post_attention_layernorm.weight", config.hidden));
+  // With post-norms the name that a Llama has for the norm before the MLP is that of the one after
+  // attention.
+  const char* const mlp_norm =
+      config.post_norms ? "pre_feedforward_layernorm.weight" : "post_attention_layernorm.weight";
+  HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, loader.Vector(prefix + mlp_norm, config.hidden));
+  if (config.post_norms) {
+    HEADROOM_ASSIGN_OR_RETURN(
+        weights.post_attention_norm,
+        loader.Vector(prefix + "post_attention_layernorm.weight", config.hidden));
+    HEADROOM_ASSIGN_OR_RETURN(
+        weights.post_mlp_norm,
+        loader.Vector(prefix + "post_feedforward_layernorm.weight", config.hidden));
+  }
   HEADROOM_ASSIGN_OR_RETURN(
       weights.gate_up, loader.Matrix("weights",
                                      {{prefix + "mlp.gate_proj.weight", config.intermediate},
@@ -206,7 +217,7 @@ int64_t WeightBytes(const ModelConfig& config,
   const int64_t bias = config.qkv_bias ? vector(config.qkv_width()) : 0;
   const int64_t head_norms = config.qk_norm ? 2 * vector(config.head_dim) : 0;
   const auto packed = [&](int64_t n, int64_t k) { return aligned(packed_bytes(n, k)); };
-  const int64_t layer = 2 * norm + bias + head_norms + packed(config.qkv_width(), config.hidden) +
+  const int64_t layer = (config.post_norms ? 4 : 2) * norm + bias + head_norms + packed(config.qkv_width(), config.hidden) +
                         packed(config.hidden, q_width) +
                         packed(2 * config.intermediate, config.hidden) +
                         packed(config.hidden, config.intermediate);
@@ -240,7 +251,7 @@ absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const Mod
   HEADROOM_RETURN_IF_ERROR(loader.CheckNoneLeftOver(config));
   const std::vector<float> frequencies = config.InverseFrequencies();
   for (const float frequency : frequencies) loader.HashNumber(frequency);
-  loader.HashNumber(config.rms_norm_epsilon);
+  for (const double option : config.NumbersBehindKeys()) loader.HashNumber(option);
   const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device.Allocate(bytes, "weights"));
   HEADROOM_RETURN_IF_ERROR(device.Upload(data, frequencies.data(), bytes));

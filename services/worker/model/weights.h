@@ -24,6 +24,8 @@ struct LayerWeights {
   const kernels::BFloat16* k_norm = nullptr;          // likewise
   kernels::PackedWeight output;                       // [hidden, q heads * head_dim]
   const kernels::BFloat16* mlp_norm = nullptr;        // [hidden]
+  const kernels::BFloat16* post_attention_norm = nullptr;  // [hidden], or none
+  const kernels::BFloat16* post_mlp_norm = nullptr;        // likewise
   kernels::PackedWeight gate_up;                      // [2 * intermediate, hidden]
   kernels::PackedWeight down;                         // [hidden, intermediate]
 };
@@ -34,8 +36,8 @@ struct ModelWeights {
   const kernels::BFloat16* final_norm = nullptr;  // [hidden]
   kernels::PackedWeight lm_head;                  // [vocab, hidden]; the embedding where tied
   const float* inverse_frequency = nullptr;       // [head_dim / 2]
-  // XXH3-128 over names, shapes and bytes of the weights, the RoPE frequencies and the norms'
-  // epsilon: all that keys and values hang on.
+  // XXH3-128 over names, shapes and bytes of the weights, the RoPE frequencies and the options: all
+  // that keys and values hang on.
   std::array<uint8_t, 16> fingerprint = {};
 };
 

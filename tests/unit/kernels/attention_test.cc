@@ -132,8 +132,12 @@ class Batch {
     args.num_q_heads = shape_.num_q_heads();
     args.num_kv_heads = shape_.num_kv_heads;
     args.head_dim = shape_.head_dim;
+    args.window = window;
+    args.soft_cap = soft_cap;
     return args;
   }
+  int64_t window = 0;
+  float soft_cap = 0;
 
   void Launch(const cpu::KernelTable& kernels, CpuTeam& team) { Launch(kernels.attend, team); }
   void Launch(void (*attend)(const AttendArgs&, CpuTeam&), CpuTeam& team) {
@@ -215,6 +219,78 @@ TEST(Attend, MatchesTheReferenceWithManyRows) {
 std::vector<std::unique_ptr<Place>> CutPlaces(const Sequence& sequence, int64_t tokens,
                                               std::vector<int64_t> cuts);
 
+// ---- With a window and a soft cap ----------------------------------------------------------------
+
+// The last `rows` of `tokens` tokens, launch by launch over places cut at `cuts`, from `first_key` on.
+std::vector<float> Windowed(const Sequence& sequence, int64_t tokens, int64_t rows, int64_t window,
+                            float soft_cap, void (*attend)(const AttendArgs&, CpuTeam&),
+                            int64_t first_key = 0, const std::vector<int64_t>& cuts = {}) {
+  CpuTeam team(2);
+  Batch batch(sequence.shape, rows);
+  batch.window = window;
+  batch.soft_cap = soft_cap;
+  batch.SetRows(sequence, 0, tokens - rows, rows);
+  int64_t begin = first_key;
+  std::vector<int64_t> ends = cuts;
+  ends.push_back(tokens);
+  for (const int64_t end : ends) {
+    if (end <= begin) continue;
+    // Rows before the first are there, and are NaN.
+    const Place place(sequence, begin, end - begin, FloorToBlock(begin / 2),
+                      static_cast<int32_t>(CeilToBlock(end)), 0, sequence.shape.num_kv_heads);
+    batch.Add(0, rows, tokens - rows, begin == first_key, end == tokens, {&place});
+    if (attend == nullptr) {
+      batch.LaunchReference();
+    } else {
+      batch.Launch(attend, team);
+    }
+    begin = end;
+  }
+  return batch.out();
+}
+
+constexpr int64_t kWindows[] = {1, 40, 64, 65, 300, 5000};
+
+TEST(Attend, MatchesTheReferenceWithAWindowAndASoftCap) {
+  for (const int32_t head_dim : {64, 256}) {
+    const Sequence sequence({2, 3, head_dim}, 700, 13 * head_dim);
+    for (const int64_t window : kWindows) {
+      for (const float soft_cap : {0.0f, 2.0f}) {
+        for (const auto& [tokens, rows] : std::vector<std::pair<int64_t, int64_t>>{
+                 {1, 1}, {65, 1}, {300, 3}, {513, 70}, {700, 300}}) {
+          const auto wanted = Windowed(sequence, tokens, rows, window, soft_cap, nullptr);
+          EXPECT_TRUE(Near(Windowed(sequence, tokens, rows, window, soft_cap,
+                                    BestKernels().attend), wanted, 2e-5f))
+              << "head_dim " << head_dim << ", window " << window
+              << ", soft cap " << soft_cap << ", " << rows << " rows, " << tokens << " tokens";
+        }
+      }
+    }
+  }
+}
+
+// Where keys begin, how they are cut, whether rows come alone: a row's bits hang on what it sees.
+TEST(Attend, WithAWindowARowHasTheSameBitsHoweverItIsComputed) {
+  const Sequence sequence({2, 3, 64}, 700, 14);
+  const int64_t width = sequence.shape.num_q_heads() * 64;
+  for (const int64_t window : kWindows) {
+    const auto whole = Windowed(sequence, 700, 300, window, 3.0f, BestKernels().attend);
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      for (const int64_t rows : {1, 40, 120}) {
+        const int64_t first_key = FloorToBlock(FirstSeen(window, 700 - rows));
+        const std::vector<float> wanted(whole.end() - rows * width, whole.end());
+        for (const auto& cuts : std::vector<std::vector<int64_t>>{
+                 {}, {448}, {192, 320, 576}}) {
+          EXPECT_TRUE(SameBits(Windowed(sequence, 700, rows, window, 3.0f, kernels->attend,
+                                        first_key, cuts), wanted))
+              << kernels->name << ", window " << window << ", " << rows << " rows, "
+              << cuts.size() << " cuts";
+        }
+      }
+    }
+  }
+}
+
 // ---- With bfloat16 products ----------------------------------------------------------------------
 
 std::vector<const cpu::TileAttention*> AllTileAttention() {
@@ -253,6 +329,25 @@ TEST(TileAttention, IsTheReferenceToWithinTheRoundingOfItsFactors) {
           EXPECT_TRUE(Near(batch.out(), oracle.out(), head_dim == 128 ? 4e-2f : 8e-3f))
               << tiles->name << ", group " << group << ", head_dim " << head_dim << ", " << rows
               << " rows, " << tokens << " tokens";
+        }
+      }
+    }
+  }
+}
+
+TEST(TileAttention, SeesAWindowAndCapsItsScores) {
+  Sequence sequence({2, 4, 64}, 700, 43);
+  for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+  for (const int64_t window : kWindows) {
+    for (const float soft_cap : {0.0f, 2.0f}) {
+      for (const int64_t rows : {1, 7, 40}) {
+        const auto wanted = Windowed(sequence, 700, rows, window, soft_cap, nullptr);
+        const int64_t first_key = FloorToBlock(FirstSeen(window, 700 - rows));
+        for (const cpu::TileAttention* tiles : AllTileAttention()) {
+          EXPECT_TRUE(Near(Windowed(sequence, 700, rows, window, soft_cap, tiles->attend,
+                                    first_key), wanted, 8e-3f))
+              << tiles->name << ", window " << window << ", soft cap " << soft_cap << ", " << rows
+              << " rows";
         }
       }
     }

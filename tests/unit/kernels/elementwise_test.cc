@@ -7,6 +7,7 @@
 #include "kernels/fill_random.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
+#include "kernels/soft_cap.h"
 #include "kernels/swiglu.h"
 #include "tests/unit/kernels/kernel_test_util.h"
 
@@ -136,6 +137,61 @@ TEST(RmsNorm, TakesTheRowsThatTheIndexNames) {
   }
 }
 
+// Gemma's norms: weights less 1, and what is normalised added to the residual stream.
+TEST(RmsNorm, AddsTheWeightsOffsetAndAccumulates) {
+  CpuTeam team(2);
+  Random random(12);
+  for (const int64_t hidden : {1, 15, 64, 100, 1000}) {
+    const std::vector<float> x = random.Floats(5 * hidden, 3), before = random.Floats(5 * hidden);
+    const std::vector<BFloat16> weight = random.Bf16(hidden);
+    for (const bool accumulate : {false, true}) {
+      RmsNormArgs args;
+      args.x = x.data();
+      args.x_rows = args.rows = 5;
+      args.weight = weight.data();
+      args.hidden = hidden;
+      args.epsilon = 1e-5f;
+      args.weight_offset = 1;
+      args.accumulate = accumulate;
+      std::vector<float> expected = before, first;
+      args.out = expected.data();
+      reference::RmsNorm(args);
+      for (const cpu::KernelTable* kernels : AllKernels()) {
+        std::vector<float> out = before;
+        args.out = out.data();
+        kernels->rms_norm(args, team);
+        EXPECT_TRUE(Near(out, expected, 1e-5f)) << kernels->name << ", " << hidden;
+        if (first.empty()) first = out;
+        EXPECT_TRUE(SameBits(out, first)) << kernels->name;
+      }
+    }
+  }
+}
+
+// ---- SoftCap -------------------------------------------------------------------------------------
+
+TEST(SoftCap, MatchesTheReferenceWithTheSameBitsEverywhere) {
+  CpuTeam team(2);
+  Random random(13);
+  for (const int64_t width : {1, 15, 16, 50, 333}) {
+    std::vector<float> x = random.Floats(3 * width, 20);
+    x[0] = -1e30f;
+    x.back() = 1e30f;
+    std::vector<float> expected = x, first;
+    reference::SoftCap({expected.data(), 3, width, 30});
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      std::vector<float> capped = x;
+      kernels->soft_cap({capped.data(), 3, width, 30}, team);
+      EXPECT_TRUE(Near(capped, expected, 1e-5f)) << kernels->name << ", " << width;
+      if (first.empty()) first = capped;
+      EXPECT_TRUE(SameBits(capped, first)) << kernels->name;
+    }
+  }
+  std::vector<float> nan = {kNan};
+  cpu::SoftCap({nan.data(), 1, 1, 30}, team);
+  EXPECT_TRUE(std::isnan(nan[0]));
+}
+
 // ---- SwiGlu --------------------------------------------------------------------------------------
 
 TEST(SwiGlu, MatchesTheReferenceWithTheSameBitsEverywhere) {
@@ -151,6 +207,26 @@ TEST(SwiGlu, MatchesTheReferenceWithTheSameBitsEverywhere) {
       std::vector<float> out(7 * width);
       kernels->swiglu({gate_up.data(), out.data(), 7, width}, team);
       EXPECT_TRUE(SameBits(out, best)) << kernels->name << ", " << width;
+    }
+  }
+}
+
+TEST(SwiGlu, WithGeluMatchesTheReferenceWithTheSameBitsEverywhere) {
+  CpuTeam team(2);
+  Random random(14);
+  for (const int64_t width : {1, 15, 16, 50, 333}) {
+    std::vector<float> gate_up = random.Floats(7 * 2 * width, 3);
+    gate_up[0] = -200;
+    std::vector<float> expected(7 * width), first;
+    SwiGluArgs args{gate_up.data(), expected.data(), 7, width, GateActivation::kGeluTanh};
+    reference::SwiGlu(args);
+    for (const cpu::KernelTable* kernels : AllKernels()) {
+      std::vector<float> out(7 * width, kNan);
+      args.out = out.data();
+      kernels->swiglu(args, team);
+      EXPECT_TRUE(Near(out, expected, 1e-5f)) << kernels->name << ", " << width;
+      if (first.empty()) first = out;
+      EXPECT_TRUE(SameBits(out, first)) << kernels->name;
     }
   }
 }
@@ -195,9 +271,15 @@ TEST(Embed, TakesIdsFromTheRowsAndFromTheLastTokens) {
       }
     }
     std::vector<float> expected(4 * hidden);
-    args.out = expected.data();
-    reference::Embed(args);
-    EXPECT_TRUE(SameBits(out, expected));
+    for (const float scale : {1.0f, 8.0f, 7.3f}) {
+      args.scale = scale;
+      args.out = out.data();
+      kernels->embed(args, team);
+      args.out = expected.data();
+      reference::Embed(args);
+      EXPECT_TRUE(SameBits(out, expected)) << scale;
+      EXPECT_EQ(out[3], ToFloat(table[5 * hidden + 3]) * scale);
+    }
   }
 }
 

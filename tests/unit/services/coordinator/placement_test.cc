@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "services/coordinator/placement/predict.h"
+#include "services/coordinator/placement/step_model.h"
 
 namespace headroom::coordinator {
 namespace {
@@ -195,6 +196,68 @@ TEST(ForeseenShape, RunsFollowEachOtherUpToTheTokens) {
       EXPECT_LE(next, std::max<int64_t>(2 * tokens, 64));
     }
   }
+}
+
+// ---- Windows -------------------------------------------------------------------------------------
+
+// Layers 0 and 2 see 1,000 tokens, 1 and 3 all; runs of 1,024.
+const LayerWindows kWindows = {1000, 0, 1000, 0};
+constexpr KvGeometry kFourLayers = {4, 2, 64};
+
+std::vector<SequenceShape> TenRuns() {
+  SequenceShape shape;
+  for (int64_t run = 0; run < 10; ++run) shape.runs.push_back({run * 1024, 1024});
+  shape.tokens = 10240;
+  return {shape};
+}
+
+TEST(Windows, TheFirstKeyIsTheBlockThatTheNextQuerySees) {
+  EXPECT_EQ(FirstKey(kWindows, 0, 999), 0);
+  EXPECT_EQ(FirstKey(kWindows, 0, 1062), 0);   // the query at 1062 sees 63 and on
+  EXPECT_EQ(FirstKey(kWindows, 0, 1063), 64);
+  EXPECT_EQ(FirstKey(kWindows, 1, 5000), 0);
+  EXPECT_EQ(FirstKey({}, 0, 5000), 0);
+}
+
+TEST(Windows, NothingBehindThemIsCounted) {
+  const int64_t a_head = 1024 * kFourLayers.BytesPerTokenPerHead();  // of a run
+  PlacementSpec all_resident;
+  all_resident.automatic = false;
+  all_resident.shares = {1, 0, 0};
+  const Placement placement = PlaceByShares(kFourLayers, all_resident, TenRuns());
+  EXPECT_EQ(ResidentBytes(kFourLayers, placement, TenRuns()), 4 * 2 * 10 * a_head);
+  // The query at 10,240 sees 9,241 and on, which lies in the last run.
+  EXPECT_EQ(ResidentBytes(kFourLayers, placement, TenRuns(), kWindows),
+            2 * 2 * 10 * a_head + 2 * 2 * 1 * a_head);
+  const LaneBytes bytes = BytesOfStep(kFourLayers, placement, TenRuns(), kWindows);
+  const int64_t seen = 10240 - FirstKey(kWindows, 0, 10240);
+  EXPECT_EQ(bytes[static_cast<int>(Lane::kResident)],
+            static_cast<double>((2 * 2 * 10240 + 2 * 2 * seen) *
+                                kFourLayers.BytesPerTokenPerHead()));
+}
+
+// Layers with a window come first: what they hold does not grow.
+TEST(Windows, ABudgetGoesToLayersWithAWindowFirst) {
+  const int64_t a_head = 1024 * kFourLayers.BytesPerTokenPerHead();
+  const auto resident = [&](const Placement& placement, int32_t layer) {
+    Placement one;
+    one.layers.assign(4, {});
+    one.layers[layer] = placement.layers[layer];
+    return ResidentBytes(kFourLayers, one, TenRuns(), kWindows);
+  };
+  const Placement placement =
+      PlaceByBudget(kFourLayers, 24 * a_head, /*fetched_share=*/1.0, TenRuns(), kWindows);
+  EXPECT_EQ(resident(placement, 0), 2 * a_head);
+  EXPECT_EQ(resident(placement, 2), 2 * a_head);
+  EXPECT_EQ(resident(placement, 1), 10 * a_head);
+  EXPECT_EQ(resident(placement, 3), 10 * a_head);
+  EXPECT_LE(ResidentBytes(kFourLayers, placement, TenRuns(), kWindows), 24 * a_head);
+  // With no memory for any, half of what is read goes in place: of windows too.
+  const Placement shared =
+      PlaceByBudget(kFourLayers, 0, /*fetched_share=*/0.5, TenRuns(), kWindows);
+  EXPECT_EQ(shared.LaneOf(0, 0, 9216), Lane::kFetched);
+  EXPECT_EQ(shared.LaneOf(0, 1, 9216), Lane::kInPlace);
+  EXPECT_EQ(shared.LaneOf(1, 1, 0), Lane::kInPlace);
 }
 
 }  // namespace

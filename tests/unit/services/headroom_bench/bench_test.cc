@@ -214,6 +214,22 @@ TEST(Bench, RefusesWrongOptions) {
   EXPECT_EQ(RunBench(options), 2);  // and random weights
 }
 
+// Of a model whose layers see windows of 4,096 by turns, and of one whose layers all do.
+TEST(Costs, CountWhatWindowsLeave) {
+  const ModelConfig gemma = *GeometryOf("gemma-2-9b");
+  const ModelConfig mistral = *GeometryOf("mistral-7b");
+  ModelConfig full = gemma;
+  full.windows.clear();
+  EXPECT_EQ(DecodeCosts(gemma, 4096, 1).kv_bytes, DecodeCosts(full, 4096, 1).kv_bytes);
+  EXPECT_EQ(DecodeCosts(gemma, 12288, 2).kv_bytes, 2 * (4096 + 12288) * (336 << 10) / 2);
+  EXPECT_EQ(DecodeCosts(mistral, 1 << 20, 1).kv_bytes, 4096.0 * (128 << 10));
+  EXPECT_EQ(PrefillCosts(gemma, 4096).attention_flops, PrefillCosts(full, 4096).attention_flops);
+  ModelConfig two = mistral;
+  two.windows.assign(32, 2);
+  // Of five queries the first sees one key, the others two.
+  EXPECT_EQ(PrefillCosts(two, 5).attention_flops, 4.0 * 128 * 32 * 32 * 9);
+}
+
 TEST(Geometries, AreEachReadByTheName) {
   EXPECT_EQ(GeometryNames().front(), "llama-3-8b");
   for (const std::string& name : GeometryNames()) {
@@ -228,6 +244,7 @@ TEST(Geometries, AreEachReadByTheName) {
   EXPECT_EQ(GeometryOf("qwen2-7b")->kv_geometry().BytesPerToken(), 56 << 10);
   EXPECT_TRUE(GeometryOf("qwen2-7b")->qkv_bias);
   EXPECT_TRUE(GeometryOf("qwen3-8b")->qk_norm);
+  EXPECT_EQ(GeometryOf("gemma-2-9b")->kv_geometry().BytesPerToken(), 336 << 10);
   const absl::Status unknown = GeometryOf("llama-9").status();
   EXPECT_EQ(unknown.code(), absl::StatusCode::kNotFound);
   EXPECT_NE(unknown.message().find("qwen2-7b"), std::string::npos) << unknown;

@@ -420,9 +420,9 @@ TEST_F(AttendPoolTest, PostsWithWrongNumbersAreRefused) {
   ExpectRefused([](Question& q) { q.post.scale = std::nanf(""); });
   ExpectRefused([](Question& q) { q.post.scale = kInfinity; });
   ExpectRefused([](Question& q) { q.post.scale = -kInfinity; });
-  ExpectRefused([](Question& q) { q.post.soft_cap = 30; }, kUnimplemented);
-  ExpectRefused([](Question& q) { q.post.soft_cap = -1; }, kUnimplemented);
-  ExpectRefused([](Question& q) { q.post.soft_cap = std::nanf(""); }, kUnimplemented);
+  ExpectRefused([](Question& q) { q.post.soft_cap = -1; });
+  ExpectRefused([](Question& q) { q.post.soft_cap = std::nanf(""); });
+  ExpectRefused([](Question& q) { q.post.window = -1; });
 }
 
 TEST_F(AttendPoolTest, TablesThatLeaveTheirPlaceAreRefused) {
@@ -601,14 +601,42 @@ TEST_F(AttendPoolTest, KeysAtAndAfterTheQueriesAreRefused) {
 TEST_F(AttendPoolTest, KeysBelowTheWindowAreRefused) {
   Start();
   WriteQueries(0, 1);
-  for (const int64_t pos : {int64_t{1}, int64_t{64}, int64_t{256}, INT64_MAX}) {
+  // Not a block's border, negative, and behind all keys of the first span: 256.
+  for (const int64_t pos : {int64_t{1}, int64_t{63}, int64_t{256}, INT64_MAX, int64_t{-1},
+                            int64_t{-64}, INT64_MIN}) {
     ExpectRefused([pos](Question& q) { q.items[0].first_valid_pos = pos; });
   }
-  for (const int64_t pos : {int64_t{0}, int64_t{-1}, INT64_MIN}) {
+  for (const int64_t pos : {int64_t{0}, int64_t{64}, int64_t{192}}) {
     Question q = PlainQuestion();
     q.items[0].first_valid_pos = pos;
     ExpectServed(0, q);
   }
+}
+
+// Keys behind the window are masked; those that the item leaves out are not even read.
+TEST_F(AttendPoolTest, AWindowEndsWhatIsReadAndASoftCapIsApplied) {
+  Start();
+  WriteQueries(0, 1);
+  const auto ask = [&](int64_t window, float soft_cap, int64_t first_valid_pos) {
+    const uint64_t before = pool_->counters().bytes;
+    Question q = PlainQuestion();
+    q.post.window = window;
+    q.post.soft_cap = soft_cap;
+    q.items[0].first_valid_pos = first_valid_pos;
+    EXPECT_EQ(Ask(0, q), 0u);
+    const float* const partials = mailbox_->partials(0);
+    return std::pair(std::vector<float>(partials, partials + PartialFloats(*mailbox_)),
+                     pool_->counters().bytes - before);
+  };
+  const auto all = ask(0, 0, 0);
+  // Position 704 sees 105 and on.
+  const auto windowed = ask(600, 0, 0);
+  const auto cut = ask(600, 0, 64);
+  EXPECT_NE(all.first, windowed.first);
+  EXPECT_EQ(windowed.first, cut.first);
+  EXPECT_EQ(all.second, windowed.second);
+  EXPECT_EQ(all.second - cut.second, uint64_t{64 * 2 * 64 * 4});  // tokens, heads, dimensions, K and V
+  EXPECT_NE(ask(600, 30, 64).first, cut.first);
 }
 
 // Attention takes the keys of an item as one run of positions, and counts its units from the first

@@ -3,6 +3,7 @@
 // key was read before it was there, or after it was overwritten.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -335,6 +336,84 @@ TEST_F(Exactness, EveryGroupAndHeadSize) {
       }
     }
   }
+}
+
+// ---- Windows and caps ----------------------------------------------------------------------------
+
+RandomModelSpec WindowedModel(int64_t window) {
+  RandomModelSpec spec = SmallModel();
+  spec.architecture = "MistralForCausalLM";
+  spec.sliding_window = window;
+  return spec;
+}
+
+// Windows by turns, soft caps, post-norms.
+RandomModelSpec GemmaModel() {
+  RandomModelSpec spec = SmallModel();
+  spec.architecture = "Gemma2ForCausalLM";
+  spec.sliding_window = 150;
+  spec.attn_logit_softcapping = 4;
+  spec.final_logit_softcapping = 6;
+  spec.query_pre_attn_scalar = 96;
+  return spec;
+}
+
+TEST_F(Exactness, WithWindowsInEveryLaneAndChunkSizeToo) {
+  constexpr uint64_t kInPlace = 4;
+  constexpr uint64_t kThreeLanes = 5;
+  WorkerHarnessOptions options;
+  options.attend_threads = 2;
+  for (const int64_t window : Either<int64_t>({1, 40, 64, 100, 300, 0}, {100, 0})) {
+    Start(window == 0 ? GemmaModel() : WindowedModel(window), options);
+    Prepare(InPlacePlan(kInPlace, harness_->geometry()));
+    Prepare(WholeHeadPlan(kThreeLanes, harness_->geometry(), [](int32_t layer, int32_t head) {
+      return static_cast<Lane>((layer + head) % 3);
+    }));
+    TestRequest request = Request(60, Either(500, 330), Either(10, 3));
+    request.max_run_tokens = 128;
+    const TestOutput expected = Run(request, kResident);
+    ASSERT_EQ(expected.scored.size(), request.prompt.size() - 1);
+    for (const int64_t chunk : Either<int64_t>({1, 50, 64, 130, 1000}, {50})) {
+      request.chunk_tokens = chunk;
+      for (const uint64_t plan : {kResident, kFetched, kMixed, kInPlace, kThreeLanes}) {
+        for (const SealedRule sealed : {SealedRule::kCoordinator, SealedRule::kAtOnce}) {
+          ASSERT_EQ(Difference(expected, Run(request, plan, sealed)), "")
+              << "window " << window << ", chunks of " << chunk << ", plan " << plan;
+        }
+      }
+      EXPECT_EQ(harness_->retries(), 0);
+    }
+  }
+}
+
+// A step reads a block more than its rows' windows at most, in each lane, and the device keeps no copy of
+// what lies behind.
+TEST_F(Exactness, WhatLiesBehindTheWindowIsNeitherReadNorKept) {
+  constexpr uint64_t kInPlace = 4;
+  WorkerHarnessOptions options;
+  options.attend_threads = 1;
+  Start(WindowedModel(300), options);
+  Prepare(InPlacePlan(kInPlace, harness_->geometry()));
+  const KvGeometry geometry = harness_->geometry();
+  TestRequest request = Request(61, 1200, 70);
+  request.chunk_tokens = 64;
+  request.max_run_tokens = 128;
+  for (const uint64_t plan : {kFetched, kInPlace}) {
+    Run(request, plan, SealedRule::kAtOnce);
+    const Lane lane = plan == kFetched ? Lane::kFetched : Lane::kInPlace;
+    int64_t most = 0;
+    for (const StepRecord& step : harness_->steps()) {
+      most = std::max(most, step.result.lanes[static_cast<int>(lane)].bytes);
+    }
+    EXPECT_GT(most, (300 - 64) * geometry.BytesPerToken());
+    EXPECT_LE(most, (300 + kBlockTokens) * geometry.BytesPerToken()) << "plan " << plan;
+  }
+  Run(request, kResident, SealedRule::kAtOnce);
+  const int64_t tail = kTailTokens * geometry.BytesPerToken();
+  const int64_t used = harness_->executor().memory().kv_pool_used_bytes - tail;
+  EXPECT_GE(used, 256 * geometry.BytesPerToken());
+  // A window, the runs that its ends lie in, and the next.
+  EXPECT_LE(used, (300 + 3 * 128) * geometry.BytesPerToken());
 }
 
 }  // namespace

@@ -42,6 +42,13 @@ constexpr char kLlama3[] =
     R"({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192})";
 
+// 29 layers of full attention and a last one of another kind.
+std::string LayerTypes(const std::string& last) {
+  std::string list = "[";
+  for (int layer = 0; layer < 29; ++layer) list += "\"full_attention\", ";
+  return list + "\"" + last + "\"]";
+}
+
 class ReadModelConfigTest : public testing::Test {
  protected:
   absl::StatusOr<ModelConfig> Read(const std::string& json) {
@@ -149,6 +156,8 @@ TEST_F(ReadModelConfigTest, EachWrongMemberIsNamed) {
   EXPECT_TRUE(IsWrong("architectures", "\"LlamaForCausalLM\""));
   EXPECT_TRUE(IsWrong("rope_scaling", "3"));
   EXPECT_TRUE(IsWrong("rope_parameters", "[]"));
+  EXPECT_TRUE(IsWrong("layer_types", "3"));
+  EXPECT_TRUE(IsWrong("layer_types", "[\"full_attention\"]", "a list of 30"));
 }
 
 TEST_F(ReadModelConfigTest, EachOptionThatWouldChangeTheMathsIsRefusedByName) {
@@ -163,7 +172,8 @@ TEST_F(ReadModelConfigTest, EachOptionThatWouldChangeTheMathsIsRefusedByName) {
   EXPECT_TRUE(IsUnsupported("final_logit_softcapping", "30.0"));
   EXPECT_TRUE(IsUnsupported("query_pre_attn_scalar", "256"));
   EXPECT_TRUE(IsUnsupported("use_sliding_window", "true"));
-  EXPECT_TRUE(IsUnsupported("layer_types", "[\"full_attention\", \"sliding_attention\"]"));
+  EXPECT_TRUE(IsUnsupported("layer_types", LayerTypes("sliding_attention")));
+  EXPECT_TRUE(IsUnsupported("layer_types", LayerTypes("chunked_attention")));
   EXPECT_TRUE(IsUnsupported("attention_chunk_size", "8192"));
   EXPECT_TRUE(IsUnsupported("no_rope_layers", "[1, 1, 1, 0]"));
   EXPECT_TRUE(IsUnsupported("rope_local_base_freq", "10000"));
@@ -188,7 +198,7 @@ TEST_F(ReadModelConfigTest, EachOptionThatWouldChangeTheMathsIsRefusedByName) {
   EXPECT_TRUE(ReadWith("is_causal", "true").ok());
   EXPECT_TRUE(ReadWith("residual_multiplier", "1.0").ok());
   EXPECT_TRUE(ReadWith("use_mrope", "false").ok());
-  EXPECT_TRUE(ReadWith("layer_types", "[\"full_attention\"]").ok());
+  EXPECT_TRUE(ReadWith("layer_types", LayerTypes("full_attention")).ok());
 }
 
 // What published files of the families say beside the members of a Llama.
@@ -212,17 +222,72 @@ TEST_F(ReadModelConfigTest, AFamilyIsWhatItsArchitectureSays) {
   config = read("MistralForCausalLM", R"("sliding_window": null)");
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_FALSE(config->qkv_bias || config->qk_norm);
+  EXPECT_TRUE(config->windows.empty());
   // A window that a Mistral's file has, and one that it leaves to transformers.
   for (const char* members : {R"("sliding_window": 4096)", R"("attention_bias": false)"}) {
-    const absl::Status status = read("MistralForCausalLM", members).status();
-    EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << members;
-    EXPECT_THAT(status.message(), AllOf(HasSubstr("'sliding_window'"), HasSubstr("4096")));
+    config = read("MistralForCausalLM", members);
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_EQ(config->windows, std::vector<int64_t>(30, 4096)) << members;
   }
+  EXPECT_THAT(read("MistralForCausalLM", R"("use_sliding_window": true)").status().message(),
+              HasSubstr("'use_sliding_window'"));
+  // Qwen's windows hang on a switch, and on a list if there is one.
+  const std::string use = R"("use_sliding_window": true, "sliding_window": 100)";
+  config = read("Qwen2ForCausalLM", use + R"(, "max_window_layers": 27)");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->window(26), 0);
+  EXPECT_EQ(config->window(27), 100);
+  EXPECT_EQ(config->window(29), 100);
+  config = read("Qwen3ForCausalLM", use + ", \"layer_types\": " + LayerTypes("sliding_attention"));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->window(28), 0);
+  EXPECT_EQ(config->window(29), 100);
   // Qwen2's bias is no option, so its file does not name one.
   EXPECT_THAT(read("Qwen2ForCausalLM", R"("attention_bias": true)").status().message(),
               HasSubstr("'attention_bias'"));
   EXPECT_THAT(read("Qwen3ForCausalLM", R"("attention_bias": true)").status().message(),
               HasSubstr("'attention_bias'"));
+}
+
+// Gemma-2-9B's, as published, and what transformers takes where a file says nothing.
+TEST_F(ReadModelConfigTest, GemmaIsMadeOfItsOptions) {
+  const std::string published = R"({
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": false,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+    "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+    "query_pre_attn_scalar": 224, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "sliding_window": 4096, "sliding_window_size": 4096, "vocab_size": 256000})";
+  absl::StatusOr<ModelConfig> config = Read(published);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->head_dim, 256);
+  EXPECT_TRUE(config->tied_embeddings);
+  EXPECT_TRUE(config->post_norms);
+  EXPECT_EQ(config->norm_weight_offset, 1);
+  EXPECT_EQ(config->embedding_scale, std::sqrt(3584.0f));
+  EXPECT_EQ(config->activation, kernels::GateActivation::kGeluTanh);
+  EXPECT_EQ(config->attention_soft_cap, 50);
+  EXPECT_EQ(config->logit_soft_cap, 30);
+  EXPECT_EQ(config->attention_scale(), 1 / std::sqrt(224.0f));
+  ASSERT_EQ(config->windows.size(), 42u);
+  EXPECT_EQ(config->window(0), 4096);
+  EXPECT_EQ(config->window(1), 0);
+  EXPECT_EQ(config->window(40), 4096);
+  // A null is none, what is left out is as published.
+  config = Read(absl::StrReplaceAll(published, {{"\"attn_logit_softcapping\": 50.0", "\"attn_logit_softcapping\": null"},
+                                                {"\"final_logit_softcapping\": 30.0,", ""},
+                                                {"\"query_pre_attn_scalar\": 224,", ""}}));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->attention_soft_cap, 0);
+  EXPECT_EQ(config->logit_soft_cap, 30);
+  EXPECT_EQ(config->attention_scale(), 1 / std::sqrt(256.0f));
+  const absl::Status status =
+      Read(absl::StrReplaceAll(published, {{"gelu_pytorch_tanh", "gelu"}})).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(status.message(), HasSubstr("'hidden_act'"));
+  // Two models whose keys differ for one option only have other fingerprints.
+  EXPECT_NE(Read(published)->NumbersBehindKeys(), config->NumbersBehindKeys());
 }
 
 TEST_F(ReadModelConfigTest, WhatIsQuotedFromTheFileIsOneShortLine) {
