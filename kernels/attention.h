@@ -11,7 +11,7 @@
 // other rows or on the number of threads. Folding with an empty state (m = -inf, l = 0) is the
 // identity.
 //
-// (On a GPU, rows of up to 64 queries a KV head: U is the fold of its blocks, each from empty.)
+// (On a GPU, rows of up to 512 queries a KV head: U is the fold of its blocks, each from empty.)
 //
 // Masking is causal by absolute position: a row at position p sees keys <= p, with a window of w of them
 // those > p - w. A score is q . k * scale, or, with a soft cap c, c * tanh(q . k * scale / c).

@@ -18,10 +18,11 @@ using namespace unit;  // NOLINT: its other half
 struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
-  int64_t per_block;  // consecutive ones that a block of threads computes
-  int64_t parts;      // blocks of threads that makes of the window
-  int64_t heads;      // of the item that has the most
-  int64_t queries;    // likewise
+  int64_t per_block;   // consecutive ones that a block of threads computes
+  int64_t parts;       // blocks of threads that makes of the window
+  int64_t first_head;  // of each item
+  int64_t heads;       // from that one on, of the item that has the most
+  int64_t queries;     // likewise of the item that has the most
   __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
     return ((item * count + unit) * heads + head) * queries + query;
   }
@@ -68,10 +69,11 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   BeginDependent();
   if (!GoesByUnits(item, work.group)) return;
   const auto parts = static_cast<unsigned>(window.parts);
-  const auto heads = static_cast<unsigned>(item.kv_head_end - item.kv_head_begin);
+  const auto heads = static_cast<unsigned>(window.heads);
   const int64_t head = blockIdx.x / parts % heads;
   const int64_t first_query = int64_t{blockIdx.x / parts / heads} * kQueries;
-  if (first_query >= work.num_queries()) return;
+  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + window.first_head + head);
+  if (kv_head >= item.kv_head_end || first_query >= work.num_queries()) return;
   // Units count from that of the item's first key.
   const int64_t first_unit = begin_pos / kUnitTokens;
   int64_t unit = window.first + int64_t{blockIdx.x % parts} * window.per_block;
@@ -81,7 +83,6 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   if (end_unit > item_units) end_unit = item_units;
   if (unit >= end_unit) return;
 
-  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
   const int64_t last_query = first_query + kQueries < work.num_queries() ? first_query + kQueries
                                                                          : work.num_queries();
   int64_t seen = work.pos(last_query - 1) + 1;
@@ -143,11 +144,10 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   const int64_t end_pos = work.end_pos();
   BeginDependent();
   if (!GoesByUnits(item, work.group)) return;
-  const int64_t heads = item.kv_head_end - item.kv_head_begin;
   const int64_t head = blockIdx.x / static_cast<unsigned>(window.queries);
   const int64_t query = blockIdx.x % static_cast<unsigned>(window.queries);
-  if (head >= heads || query >= work.num_queries()) return;
-  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + head);
+  const auto kv_head = static_cast<int32_t>(item.kv_head_begin + window.first_head + head);
+  if (kv_head >= item.kv_head_end || query >= work.num_queries()) return;
   const int64_t first_unit = begin_pos / kUnitTokens;
   const int64_t units =
       item.span_count == 0 ? 0 : (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
@@ -290,36 +290,50 @@ Extents ExtentsOf(const AttendArgs& a) {
   return e;
 }
 
+// Some items, and of each as many KV heads as the window says: all their units.
+template <int kD>
+cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, int64_t units,
+                          cudaStream_t stream) {
+  const int64_t items = a.items.count;
+  const int64_t fit = a.scratch_floats / (items * window.heads * window.queries * (kD + 2));
+  window.count = fit < units ? fit : units;
+  if (window.count == 0) window.count = 1;
+  const int64_t tasks = window.heads * CeilDiv(window.queries, kQueries);
+  window.per_block = CeilDiv(window.count * tasks * items, kFullGrid);
+  window.parts = CeilDiv(window.count, window.per_block);
+  const dim3 blocks(static_cast<unsigned>(window.parts * tasks), static_cast<unsigned>(items));
+  const dim3 folds(static_cast<unsigned>(window.heads * window.queries),
+                   static_cast<unsigned>(items));
+  do {
+    HEADROOM_CUDA_RETURN_IF_ERROR(
+        LaunchDependentOn(stream, UnitKernel<kD>, blocks, kThreads, kShared<kD>, a, window));
+    HEADROOM_CUDA_RETURN_IF_ERROR(
+        LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
+    window.first += window.count;
+  } while (window.first < units);
+  return cudaSuccess;
+}
+
 template <int kD>
 cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
   const Extents e = ExtentsOf(a);
   if (e.heads == 0 || e.queries == 0) return cudaSuccess;
-  // Items of a launch that fit the grid and leave scratch for a unit of each.
-  const int64_t an_item = e.heads * e.queries * (kD + 2);
-  int64_t most_items = a.scratch_floats / an_item;
+  // Heads and items of a launch that fit the grid and leave scratch for a unit of each.
+  UnitWindow window = {};
+  window.queries = e.queries;
+  const int64_t a_head = e.queries * (kD + 2);
+  const int64_t most_heads = a.scratch_floats / a_head;
+  if (most_heads == 0) return cudaErrorInvalidValue;
+  window.heads = most_heads < e.heads ? most_heads : e.heads;
+  int64_t most_items = most_heads / window.heads;
   if (most_items > kMaxGridY) most_items = kMaxGridY;
-  if (most_items == 0) return cudaErrorInvalidValue;
   const AttendArgs all = a;
   for (int64_t item = 0; item < all.items.count; item += most_items) {
     const int64_t items = all.items.count - item < most_items ? all.items.count - item : most_items;
     a.items = {all.items.device + item, all.items.host + item, static_cast<int32_t>(items)};
-    const int64_t fit = a.scratch_floats / (items * an_item);
-    UnitWindow window = {0, fit < e.units ? fit : e.units, 1, 1, e.heads, e.queries};
-    if (window.count == 0) window.count = 1;
-    const auto y = static_cast<unsigned>(items);
-    const int64_t tasks = e.heads * CeilDiv(e.queries, kQueries);
-    window.per_block = CeilDiv(window.count * tasks * items, kFullGrid);
-    window.parts = CeilDiv(window.count, window.per_block);
-    do {
-      const dim3 units(
-          static_cast<unsigned>(window.parts * tasks), y);
-      HEADROOM_CUDA_RETURN_IF_ERROR(
-          LaunchDependentOn(stream, UnitKernel<kD>, units, kThreads, kShared<kD>, a, window));
-      const dim3 folds(static_cast<unsigned>(e.heads * e.queries), y);
-      HEADROOM_CUDA_RETURN_IF_ERROR(
-          LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
-      window.first += window.count;
-    } while (window.first < e.units);
+    for (window.first_head = 0; window.first_head < e.heads; window.first_head += window.heads) {
+      HEADROOM_CUDA_RETURN_IF_ERROR(LaunchWindows<kD>(a, window, e.units, stream));
+    }
   }
   return cudaSuccess;
 }

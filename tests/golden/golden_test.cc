@@ -151,7 +151,7 @@ TEST_P(GoldenTest, LogitsAgreeInEachLaneAndChunking) {
       Check(golden_case, kFetchedPlan, chunk_tokens);
     }
     Check(golden_case, kMixedPlan, 64);
-    Check(golden_case, kInPlacePlan, 64);
+    Check(golden_case, kInPlacePlan, 6);  // few enough to go in place
     Check(golden_case, kFetchedPlan, 1);  // every token a decode step
   }
   RecordProperty("mean_error", absl::StrCat(worst_.mean));

@@ -224,7 +224,7 @@ TEST_F(WorkerOnGpu, KeysInPlaceAreWithinRounding) {
   Start(SmallModel(6, 3, 64));
   ASSERT_TRUE(gpu_ != nullptr && cpu_ != nullptr);
   TestRequest request = Request(6, 600, 1);
-  request.chunk_tokens = 40;
+  request.chunk_tokens = 20;  // few enough to go in place
   const TestOutput resident = Run(*gpu_, request, kResident);
   KvGeometry geometry = gpu_->geometry();
   ASSERT_TRUE(gpu_->executor()
