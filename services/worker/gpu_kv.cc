@@ -225,7 +225,7 @@ bool GpuKv::EvictOne() {
 
 void GpuKv::ApplyPlan(
     const Plan& plan,
-    const std::function<void(const Sequence&, int, int32_t, int32_t)>& promote) {
+    const std::function<void(const Sequence&, int, int32_t, int32_t)>& promote, bool drop_behind) {
   // First drop, then take: what one copy gives up another may use.
   for (const bool drop : {true, false}) {
     for (const auto& sequence : sequences_) {
@@ -234,10 +234,12 @@ void GpuKv::ApplyPlan(
           for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
             const Run& where = sequence->runs[run];
             uint8_t*& copy = ResidentSlot(*sequence, run, layer, head);
-            const bool wanted = plan.LaneOf(layer, head, where.first_pos) == Lane::kResident &&
-                                !BehindWindow(*sequence, run, layer);
-            if (drop && !wanted) DropResident(*sequence, run, layer, head);
-            if (drop || !wanted || copy != nullptr) continue;
+            const bool planned = plan.LaneOf(layer, head, where.first_pos) == Lane::kResident;
+            const bool behind = BehindWindow(*sequence, run, layer);
+            if (drop && (!planned || (behind && drop_behind))) {
+              DropResident(*sequence, run, layer, head);
+            }
+            if (drop || !planned || behind || copy != nullptr) continue;
             copy = pool_.Allocate(where.capacity_tokens * geometry_.BytesPerTokenPerHead());
             if (copy != nullptr) promote(*sequence, run, layer, head);
           }
@@ -245,6 +247,27 @@ void GpuKv::ApplyPlan(
       }
     }
   }
+  for (const auto& sequence : sequences_) {
+    const int64_t next = NextDropPos(*sequence);
+    sequence->next_drop_pos = drop_behind ? next : std::min(sequence->next_drop_pos, next);
+  }
+}
+
+bool GpuKv::WindowsMoved() const {
+  return std::any_of(sequences_.begin(), sequences_.end(), [](const auto& sequence) {
+    return sequence->known_end >= sequence->next_drop_pos;
+  });
+}
+
+int64_t GpuKv::NextDropPos(const Sequence& sequence) const {
+  int64_t next = std::numeric_limits<int64_t>::max();
+  for (const int64_t window : windows_) {
+    for (const Run& run : sequence.runs) {
+      const int64_t pos = run.first_pos + run.capacity_tokens + window - 1;
+      if (window != 0 && pos > sequence.known_end) next = std::min(next, pos);
+    }
+  }
+  return next;
 }
 
 kernels::KvSpan GpuKv::Tail(const Sequence& sequence, int32_t layer) const {

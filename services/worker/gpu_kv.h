@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -48,6 +49,8 @@ class GpuKv {
     kernels::DrawState* draw_state = nullptr;
     bool draw_state_filled = false;
     int64_t counted_tokens = 0;
+    // The known_end at which the next run lies behind a window.
+    int64_t next_drop_pos = std::numeric_limits<int64_t>::max();
     std::vector<uint8_t*> tails;      // per layer: [kv_head][K | V][kTailTokens]
     std::vector<uint8_t*> residents;  // [run][layer][kv_head]: copy of that head of the run, or null
 
@@ -79,9 +82,13 @@ class GpuKv {
   bool Holds(const RunGrant& grant);
 
   // Makes the resident copies what `plan` says, as far as the pool allows; calls promote(sequence,
-  // run, layer, kv_head) for each new copy, which must then be filled with what is sealed.
+  // run, layer, kv_head) for each new copy, which must then be filled with what is sealed. Copies behind
+  // windows go with `drop_behind` only: a step that is being enqueued, and is a repeated one, may name them.
   void ApplyPlan(const Plan& plan,
-                 const std::function<void(const Sequence&, int, int32_t, int32_t)>& promote);
+                 const std::function<void(const Sequence&, int, int32_t, int32_t)>& promote,
+                 bool drop_behind = true);
+  // Whether a run has come to lie behind a window since ApplyPlan() dropped such copies.
+  bool WindowsMoved() const;
 
   // ---- Spans of one sequence.
   kernels::KvSpan Tail(const Sequence& sequence, int32_t layer) const;
@@ -100,6 +107,7 @@ class GpuKv {
  private:
   absl::Status CheckRun(const Sequence& sequence, const Run& run) const;
   void AddRun(Sequence& sequence, const Run& run);
+  int64_t NextDropPos(const Sequence& sequence) const;
   bool BehindWindow(const Sequence& sequence, int run, int32_t layer) const;
   uint8_t*& ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const;
   void DropResident(Sequence& sequence, int run, int32_t layer, int32_t kv_head);

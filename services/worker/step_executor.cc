@@ -329,7 +329,8 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   HEADROOM_RETURN_IF_ERROR(ApplyMembership(s));
   HEADROOM_RETURN_IF_ERROR(FillDrawState(s, at));
   if (s.sequences.empty()) return absl::OkStatus();
-  if (runs_changed_ || s.plan_version != plan_.version) {
+  if (runs_changed_ || s.plan_version != plan_.version ||
+      (NothingBegun() && kv_->WindowsMoved())) {
     HEADROOM_RETURN_IF_ERROR(ApplyPlan(s.plan_version));
   }
   HEADROOM_RETURN_IF_ERROR(OrderAfterEarlierSteps());
@@ -402,8 +403,8 @@ absl::Status StepExecutor::ApplyPlan(uint64_t version) {
     plan_ = found->second;
   }
   runs_changed_ = false;
-  kv_->ApplyPlan(plan_, [this](const GpuKv::Sequence& sequence, int run, int32_t layer,
-                               int32_t kv_head) {
+  const auto promote = [this](const GpuKv::Sequence& sequence, int run, int32_t layer,
+                              int32_t kv_head) {
     const kernels::KvSpan to = kv_->Resident(sequence, run, layer, kv_head);
     const kernels::KvSpan from = kv_->Extent(sequence, run, layer);
     const KvLayout layout{to.capacity, config_.head_dim};
@@ -416,7 +417,8 @@ absl::Status StepExecutor::ApplyPlan(uint64_t version) {
     copy.width_bytes = rows * layout.RowBytes();
     copy.height = 2;
     promotions_.push_back(copy);
-  });
+  };
+  kv_->ApplyPlan(plan_, promote, /*drop_behind=*/NothingBegun());
   MutexLock lock(&mutex_);
   kv_pool_high_water_ = kv_->pool().high_water_bytes();
   kv_pool_used_ = kv_->pool().used_bytes();

@@ -92,7 +92,7 @@ class MailboxTest : public testing::Test {
   static HeaderBytes HeaderOf(const MailboxShape& shape) {
     HeaderBytes header;
     header->magic = {'H', 'D', 'R', 'M', 'M', 'B', 'O', 'X'};
-    header->format_version = 1;
+    header->format_version = 2;
     header->header_bytes = 4096;
     header->generation = shape.generation;
     header->incarnation = shape.incarnation;
@@ -362,7 +362,7 @@ TEST_F(MailboxTest, ForgedFieldsAreRefusedOneByOne) {
   const std::vector<std::pair<absl::StatusCode, std::function<void(MailboxHeader&)>>> forgeries = {
       {kFailedPrecondition, [](MailboxHeader& h) { h.magic[7] = 'Y'; }},
       {kFailedPrecondition, [](MailboxHeader& h) { h.format_version = 0; }},
-      {kFailedPrecondition, [](MailboxHeader& h) { h.format_version = 2; }},
+      {kFailedPrecondition, [](MailboxHeader& h) { h.format_version = 1; }},
       {kFailedPrecondition, [](MailboxHeader& h) { h.header_bytes = 0; }},
       {kFailedPrecondition, [](MailboxHeader& h) { h.header_bytes = 8192; }},
       {kFailedPrecondition, [](MailboxHeader& h) { h.query_encoding = 0; }},

@@ -221,7 +221,7 @@ TEST(Costs, CountWhatWindowsLeave) {
   ModelConfig full = gemma;
   full.windows.clear();
   EXPECT_EQ(DecodeCosts(gemma, 4096, 1).kv_bytes, DecodeCosts(full, 4096, 1).kv_bytes);
-  EXPECT_EQ(DecodeCosts(gemma, 12288, 2).kv_bytes, 2 * (4096 + 12288) * (336 << 10) / 2);
+  EXPECT_EQ(DecodeCosts(gemma, 12288, 2).kv_bytes, 16384.0 * (336 << 10));
   EXPECT_EQ(DecodeCosts(mistral, 1 << 20, 1).kv_bytes, 4096.0 * (128 << 10));
   EXPECT_EQ(PrefillCosts(gemma, 4096).attention_flops, PrefillCosts(full, 4096).attention_flops);
   ModelConfig two = mistral;

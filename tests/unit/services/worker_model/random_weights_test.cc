@@ -137,5 +137,25 @@ TEST(DrawWeights, AnArenaThatIsTooSmallIsTheError) {
             absl::StatusCode::kResourceExhausted);
 }
 
+// The arena of Draw() has no byte to spare.
+TEST(DrawWeights, HasTheWeightsOfEveryOption) {
+  ModelConfig config = Config();
+  config.qkv_bias = config.qk_norm = config.post_norms = true;
+  config.norm_weight_offset = 1;
+  const Drawn drawn = Draw(config, 3);
+  ASSERT_EQ(drawn.weights.layers.size(), 2u);
+  const LayerWeights& layer = drawn.weights.layers[1];
+  ASSERT_NE(layer.qkv_bias, nullptr);
+  ASSERT_NE(layer.q_norm, nullptr);
+  ASSERT_NE(layer.k_norm, nullptr);
+  ASSERT_NE(layer.post_attention_norm, nullptr);
+  ASSERT_NE(layer.post_mlp_norm, nullptr);
+  EXPECT_EQ(kernels::ToFloat(layer.qkv_bias[config.qkv_width() - 1]), 0);
+  EXPECT_EQ(kernels::ToFloat(layer.q_norm[63]), 1);
+  EXPECT_EQ(kernels::ToFloat(layer.post_mlp_norm[95]), 0);  // less 1
+  EXPECT_EQ(kernels::ToFloat(drawn.weights.final_norm[0]), 0);
+  EXPECT_NE(drawn.weights.fingerprint, Draw(Config(), 3).weights.fingerprint);
+}
+
 }  // namespace
 }  // namespace headroom
