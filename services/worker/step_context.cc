@@ -347,10 +347,7 @@ int64_t StepContext::FirstKey(const Part& part, int32_t layer) const {
 int StepContext::FirstRun(const Part& part, int32_t layer) const {
   const int64_t first_key = FirstKey(part, layer);
   int run = 0;
-  while (run < SealedRuns(part) &&
-         part.kv->runs[run].first_pos + part.kv->runs[run].capacity_tokens <= first_key) {
-    ++run;
-  }
+  while (run < SealedRuns(part) && SealedTokens(part, run, first_key) == 0) ++run;
   return run;
 }
 
