@@ -14,15 +14,15 @@ namespace headroom {
 namespace {
 
 // tokenizer_config.json lists every added token in older models: Llama 3's has 51 KB, others 1 MB.
-constexpr int64_t kMaxConfigBytes = int64_t{16} << 20;
+constexpr int64_t kMaxTokenizerConfigBytes = int64_t{16} << 20;
 constexpr int64_t kMaxTemplateBytes = int64_t{128} << 10;  // the longest of today have 30 KB
 
 // The file's JSON object, or an empty one if there is no such file.
 absl::StatusOr<Json> ReadConfig(const std::string& path) {
-  absl::StatusOr<std::string> text = ReadModelFile(path, kMaxConfigBytes);
+  absl::StatusOr<std::string> text = ReadModelFile(path, kMaxTokenizerConfigBytes);
   if (absl::IsNotFound(text.status())) return Json(Json::Object());
   if (!text.ok()) return text.status();
-  absl::StatusOr<Json> json = Json::Parse(*text, kMaxConfigBytes);
+  absl::StatusOr<Json> json = Json::Parse(*text, kMaxTokenizerConfigBytes);
   if (!json.ok()) return Annotate(json.status(), path);
   if (!json->is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": no object"));
   return json;

@@ -6,11 +6,10 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "common/text/utf8.h"
 
 namespace headroom {
 namespace {
-
-constexpr char kReplacement[] = "\xEF\xBF\xBD";
 
 // A character has at most 4 bytes and a token at least one: text that still ends in U+FFFD after as
 // many tokens will stay so.
@@ -53,7 +52,7 @@ absl::StatusOr<std::string> StreamDecoder::Finish() {
 absl::StatusOr<std::string> StreamDecoder::PushDependent(int32_t id) {
   pending_.push_back(id);
   HEADROOM_ASSIGN_OR_RETURN(std::string text, PendingText());
-  const bool incomplete = text.empty() || absl::EndsWith(text, kReplacement);
+  const bool incomplete = text.empty() || absl::EndsWith(text, kReplacementCharacter);
   if (incomplete && pending_.size() < kMaxPending) return std::string();
   context_ = std::exchange(pending_, {});
   return text;

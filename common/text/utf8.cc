@@ -7,8 +7,6 @@
 namespace headroom {
 namespace {
 
-constexpr char kReplacement[] = "\xEF\xBF\xBD";
-
 enum class Sequence { kWhole, kIncomplete, kWrong };
 
 struct Scan {
@@ -63,7 +61,7 @@ std::string Utf8Assembler::Push(absl::string_view bytes) {
     if (scan.sequence == Sequence::kWhole) {
       text.append(all, i, scan.size);
     } else {
-      text += kReplacement;
+      text += kReplacementCharacter;
     }
     i += scan.size;
   }
@@ -71,7 +69,7 @@ std::string Utf8Assembler::Push(absl::string_view bytes) {
 }
 
 std::string Utf8Assembler::Finish() {
-  return std::exchange(held_, "").empty() ? "" : kReplacement;
+  return std::exchange(held_, "").empty() ? "" : kReplacementCharacter;
 }
 
 }  // namespace headroom

@@ -10,6 +10,8 @@
 
 namespace headroom {
 
+inline constexpr char kReplacementCharacter[] = "\xEF\xBF\xBD";  // U+FFFD
+
 // OK, or INVALID_ARGUMENT "<what> is not UTF-8 at byte <offset>", the offset being where the first
 // wrong or incomplete character begins. Overlong forms, surrogates and code points beyond U+10FFFF
 // are wrong (RFC 3629).

@@ -31,6 +31,8 @@ inline std::shared_ptr<grpc::Channel> MakePeerChannel(
   return grpc::CreateCustomChannel(address, credentials, args);
 }
 
+inline constexpr std::chrono::milliseconds kCallDeadline{5'000};
+
 // One unary call with a deadline: `call` is (context) -> grpc::Status.
 template <typename Call>
 absl::Status CallWithDeadline(std::chrono::milliseconds deadline, Call&& call) {

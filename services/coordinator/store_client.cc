@@ -10,7 +10,6 @@ namespace headroom::coordinator {
 namespace {
 
 // Everything but binding is bookkeeping of microseconds; binding may clean a segment.
-constexpr std::chrono::milliseconds kCallDeadline{5'000};
 constexpr std::chrono::milliseconds kBindDeadline{60'000};
 constexpr int32_t kListPage = 1000;
 

@@ -13,7 +13,6 @@
 namespace headroom::coordinator {
 namespace {
 
-constexpr std::chrono::milliseconds kCallDeadline{5'000};
 // Mapping and registering the first gigabyte of a segment.
 constexpr std::chrono::milliseconds kAttachDeadline{60'000};
 constexpr absl::Duration kCloseDeadline = absl::Seconds(5);

@@ -12,7 +12,7 @@
 namespace headroom {
 namespace {
 
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 constexpr std::array<const char*, kByteTokenizerFirstByte> kSpecials = {
     "<|endoftext|>", "<|im_start|>", "<|im_end|>"};
@@ -51,9 +51,9 @@ std::string LetterToken(int64_t n) {
   return token;
 }
 
-Json BpeModel(int64_t vocab_size) {
-  Json merges = Json::array();
-  std::vector<std::pair<std::string, Json>> entries;
+OrderedJson BpeModel(int64_t vocab_size) {
+  OrderedJson merges = OrderedJson::array();
+  std::vector<std::pair<std::string, OrderedJson>> entries;
   int64_t id = 0;
   for (const char* special : kSpecials) entries.emplace_back(special, id++);
   for (const std::string& character : ByteCharacters()) entries.emplace_back(character, id++);
@@ -63,7 +63,7 @@ Json BpeModel(int64_t vocab_size) {
     merges.push_back({token.substr(0, token.size() - 1), token.substr(token.size() - 1)});
   }
   // ordered_json's operator[] searches linearly: the entries are handed over at once.
-  Json vocab = Json::object_t(entries.begin(), entries.end());
+  OrderedJson vocab = OrderedJson::object_t(entries.begin(), entries.end());
   return {{"type", "BPE"},
           {"dropout", nullptr},
           {"unk_token", nullptr},
@@ -76,8 +76,8 @@ Json BpeModel(int64_t vocab_size) {
           {"merges", std::move(merges)}};
 }
 
-Json Tokenizer(int64_t vocab_size) {
-  Json added = Json::array();
+OrderedJson Tokenizer(int64_t vocab_size) {
+  OrderedJson added = OrderedJson::array();
   for (int64_t id = 0; id < kByteTokenizerFirstByte; ++id) {
     added.push_back({{"id", id},
                      {"content", kSpecials[id]},
@@ -87,7 +87,7 @@ Json Tokenizer(int64_t vocab_size) {
                      {"normalized", false},
                      {"special", true}});
   }
-  const Json byte_level = {{"type", "ByteLevel"},
+  const OrderedJson byte_level = {{"type", "ByteLevel"},
                            {"add_prefix_space", false},
                            {"trim_offsets", true},
                            {"use_regex", true}};
@@ -102,7 +102,7 @@ Json Tokenizer(int64_t vocab_size) {
           {"model", BpeModel(vocab_size)}};
 }
 
-absl::Status WriteFile(const std::string& path, const Json& json) {
+absl::Status WriteFile(const std::string& path, const OrderedJson& json) {
   std::ofstream file(path, std::ios::binary | std::ios::trunc);
   file << json.dump(1) << '\n';
   file.close();

@@ -22,8 +22,6 @@
 namespace headroom {
 namespace {
 
-constexpr uint64_t kResidentPlan = 1, kFetchedPlan = 2, kSplitPlan = 3;
-
 std::string FromEnvironment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? absl::StrCat(name, "-is-not-set") : value;
@@ -50,6 +48,8 @@ std::vector<int32_t> DrawnIds(const TestOutput& output) {
 
 class SmolLm2Test : public testing::Test {
  protected:
+  static constexpr uint64_t kResidentPlan = 1, kFetchedPlan = 2, kSplitPlan = 3;
+
   static void SetUpTestSuite() {
     const absl::StatusOr<Json> reference = Json::ParseFile(
         FromEnvironment("HEADROOM_SOURCE_DIR") + "/tests/golden/smollm2_reference.json", 16 << 20);

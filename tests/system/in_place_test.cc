@@ -19,7 +19,7 @@
 namespace headroom {
 namespace {
 
-constexpr absl::Duration kDeadline = absl::Milliseconds(300);
+constexpr absl::Duration kInPlaceDeadline = absl::Milliseconds(300);
 
 Shares AllInPlace() { return {{v1::LANE_IN_PLACE, 1}}; }
 
@@ -41,7 +41,7 @@ class InPlace : public testing::Test {
     ClusterOptions options;
     options.kvstore_args = {"--attend-threads", "2"};
     options.worker_args = {"--threads", "1", "--in-place-deadline",
-                           absl::FormatDuration(kDeadline)};
+                           absl::FormatDuration(kInPlaceDeadline)};
     return options;
   }
   void SetUp() override { ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing()); }
@@ -129,7 +129,7 @@ TEST_F(InPlace, AKilledStoreCostsAPause) {
   }
   std::printf("%d rounds, %d with steps run again, longest pause %s\n", Rounds(), retried,
               absl::FormatDuration(longest).c_str());
-  EXPECT_LT(longest, kDeadline + Patience(absl::Seconds(5)));
+  EXPECT_LT(longest, kInPlaceDeadline + Patience(absl::Seconds(5)));
   EXPECT_TRUE(client().AwaitIdle(Patience(absl::Seconds(10))));
   EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
                         [&] { return client().Load().host_used_bytes() == 0; }))
@@ -163,7 +163,7 @@ TEST_F(InPlace, AStoppedStoreCostsAPauseAndItsAnswersAreNotTaken) {
   std::printf("%d rounds, %ld late partials, longest pause %s\n", Rounds(),
               static_cast<long>(client().Status().in_place().late_partials()),
               absl::FormatDuration(longest).c_str());
-  EXPECT_LT(longest, kDeadline + Patience(absl::Seconds(2)));
+  EXPECT_LT(longest, kInPlaceDeadline + Patience(absl::Seconds(2)));
 }
 
 TEST_F(InPlace, AKilledWorkerLosesNoToken) {

@@ -20,13 +20,9 @@ namespace {
 
 constexpr int32_t kLongAnswer = 600;
 
-v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
-                          int32_t max_tokens) {
-  v1::GenerateRequest request = Ask(prompt, max_tokens);
-  request.mutable_logprobs()->set_prompt(false);
-  Place(request, ResidentShare(0.5));
-  if (!session.empty()) request.set_session_id(session);
-  return request;
+v1::GenerateRequest AskHalf(const std::string& session, const std::vector<int32_t>& prompt,
+                            int32_t max_tokens) {
+  return AskIn(session, prompt, max_tokens, ResidentShare(0.5));
 }
 
 class Restart : public testing::Test {
@@ -46,7 +42,7 @@ class Restart : public testing::Test {
     std::atomic<int> generated{0};
     // The stream is on the other thread: processes end with the thread that has started them.
     std::thread streams([&] {
-      generation = client().Generate(AskIn(session, prompt, kLongAnswer),
+      generation = client().Generate(AskHalf(session, prompt, kLongAnswer),
                                      [&](int tokens) { generated.store(tokens); });
     });
     EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return generated.load() >= 30; }));
@@ -71,8 +67,8 @@ TEST_F(Restart, AKilledStoreComesBackWithItsSealedExtents) {
   const std::vector<int32_t> first = RandomPrompt(1, 500);
   std::vector<int32_t> second = first;
   for (const int32_t id : RandomPrompt(2, 100)) second.push_back(id);
-  const Generation expected = client().Generate(AskIn("", second, 30));
-  ASSERT_TRUE(client().Generate(AskIn("s", first, 5)).status.ok());
+  const Generation expected = client().Generate(AskHalf("", second, 30));
+  ASSERT_TRUE(client().Generate(AskHalf("s", first, 5)).status.ok());
   EXPECT_TRUE(client().AwaitIdle(absl::Seconds(10)));
 
   cluster_.kvstore().Kill();
@@ -80,14 +76,14 @@ TEST_F(Restart, AKilledStoreComesBackWithItsSealedExtents) {
   cluster_.StartKvStore();
   EXPECT_TRUE(client().AwaitHealth("SERVING", absl::Seconds(20)));
 
-  const Generation continued = client().Generate(AskIn("s", second, 30));
+  const Generation continued = client().Generate(AskHalf("s", second, 30));
   EXPECT_EQ(Difference(continued, expected), "");
   EXPECT_GE(continued.cached_tokens(), 448);
 }
 
 TEST_F(Restart, AStreamOutlivesTheDeathOfTheStore) {
   const std::vector<int32_t> prompt = RandomPrompt(3, 400);
-  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  const Generation expected = client().Generate(AskHalf("", prompt, kLongAnswer));
   ASSERT_TRUE(expected.status.ok()) << expected.status;
   const Generation generation = GenerateUnderFault("s", prompt, expected, [this] {
     cluster_.kvstore().Kill();
@@ -96,21 +92,21 @@ TEST_F(Restart, AStreamOutlivesTheDeathOfTheStore) {
   });
   EXPECT_TRUE(generation.status.ok()) << "the worker has the extents mapped";
   EXPECT_TRUE(client().AwaitHealth("SERVING", absl::Seconds(20)));
-  const Generation again = client().Generate(AskIn("s", prompt, kLongAnswer));
+  const Generation again = client().Generate(AskHalf("s", prompt, kLongAnswer));
   EXPECT_EQ(Difference(again, expected), "");
   EXPECT_GE(again.cached_tokens(), 256);
 }
 
 TEST_F(Restart, AKilledWorkerCostsAPause) {
   const std::vector<int32_t> prompt = RandomPrompt(4, 400);
-  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  const Generation expected = client().Generate(AskHalf("", prompt, kLongAnswer));
   ASSERT_TRUE(expected.status.ok()) << expected.status;
   GenerateUnderFault("s", prompt, expected, [this] {
     cluster_.worker().Kill();
     cluster_.StartWorker();
   });
   ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
-  const Generation again = client().Generate(AskIn("s", prompt, kLongAnswer));
+  const Generation again = client().Generate(AskHalf("s", prompt, kLongAnswer));
   EXPECT_EQ(Difference(again, expected), "");
   EXPECT_GE(again.cached_tokens(), 256);
 }
@@ -146,7 +142,7 @@ TEST_F(Restart, AWorkerThatIsAwayMakesHealthSaySo) {
   // A request waits for it.
   const std::vector<int32_t> prompt = RandomPrompt(5, 100);
   Generation generation;
-  std::thread waits([&] { generation = client().Generate(AskIn("", prompt, 10)); });
+  std::thread waits([&] { generation = client().Generate(AskHalf("", prompt, 10)); });
   absl::SleepFor(absl::Milliseconds(500));
   EXPECT_EQ(client().Load().waiting_requests(), 1);
   cluster_.StartWorker();
@@ -157,7 +153,7 @@ TEST_F(Restart, AWorkerThatIsAwayMakesHealthSaySo) {
 
 TEST_F(Restart, AProcessThatHangsForAWhileCostsAPause) {
   const std::vector<int32_t> prompt = RandomPrompt(6, 400);
-  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  const Generation expected = client().Generate(AskHalf("", prompt, kLongAnswer));
   for (Process* const process : {&cluster_.worker(), &cluster_.kvstore()}) {
     const Generation generation = GenerateUnderFault("", prompt, expected, [&] {
       process->Signal(SIGSTOP);
@@ -170,13 +166,13 @@ TEST_F(Restart, AProcessThatHangsForAWhileCostsAPause) {
 
 TEST_F(Restart, AKilledCoordinatorLeavesNothingBehind) {
   const std::vector<int32_t> prompt = RandomPrompt(7, 400);
-  const Generation expected = client().Generate(AskIn("", prompt, kLongAnswer));
+  const Generation expected = client().Generate(AskHalf("", prompt, kLongAnswer));
   const Generation broken =
       GenerateUnderFault("", prompt, expected, [this] { cluster_.coordinator().Kill(); });
   EXPECT_TRUE(absl::IsUnavailable(broken.status)) << broken.status;
   cluster_.StartCoordinator();
   ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
-  EXPECT_EQ(Difference(client().Generate(AskIn("", prompt, kLongAnswer)), expected), "");
+  EXPECT_EQ(Difference(client().Generate(AskHalf("", prompt, kLongAnswer)), expected), "");
   // What the earlier one had allocated is freed.
   EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
                         [&] { return client().Load().host_used_bytes() == 0; }))

@@ -101,15 +101,6 @@ class Serve : public testing::Test {
   std::unique_ptr<TestClient> client_;
 };
 
-v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
-                          int32_t max_tokens) {
-  v1::GenerateRequest request = Ask(prompt, max_tokens);
-  request.mutable_logprobs()->set_prompt(false);
-  Place(request, AllFetched());
-  if (!session.empty()) request.set_session_id(session);
-  return request;
-}
-
 // ---------------------------------------------------------------- the life of serve
 
 TEST_F(Serve, SigtermDrainsAndLeavesNothing) {

@@ -30,15 +30,6 @@ std::vector<int32_t> Joined(std::vector<int32_t> a, const std::vector<int32_t>& 
   return a;
 }
 
-v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
-                          int32_t max_tokens, const Shares& shares) {
-  v1::GenerateRequest request = Ask(prompt, max_tokens);
-  request.mutable_logprobs()->set_prompt(false);
-  Place(request, shares);
-  if (!session.empty()) request.set_session_id(session);
-  return request;
-}
-
 class Sessions : public testing::Test {
  protected:
   void SetUp() override { ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing()); }

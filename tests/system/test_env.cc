@@ -116,6 +116,15 @@ void Place(v1::GenerateRequest& request, const Shares& shares) {
   request.set_explain(true);
 }
 
+v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
+                          int32_t max_tokens, const Shares& shares) {
+  v1::GenerateRequest request = Ask(prompt, max_tokens);
+  request.mutable_logprobs()->set_prompt(false);
+  Place(request, shares);
+  if (!session.empty()) request.set_session_id(session);
+  return request;
+}
+
 std::vector<int32_t> Generation::ids() const {
   std::vector<int32_t> ids;
   for (const v1::TokenRecord& token : tokens) ids.push_back(token.token_id());

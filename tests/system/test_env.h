@@ -47,6 +47,9 @@ inline Shares ResidentShare(double share) {
 }
 // Deterministic, explained, placed by these shares.
 void Place(v1::GenerateRequest& request, const Shares& shares);
+// Ask(), placed, without the prompt's log-probabilities; in a session if it has a name.
+v1::GenerateRequest AskIn(const std::string& session, const std::vector<int32_t>& prompt,
+                          int32_t max_tokens, const Shares& shares = AllFetched());
 
 struct Generation {
   absl::Status status;  // of the call

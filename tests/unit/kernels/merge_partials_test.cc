@@ -11,7 +11,7 @@
 namespace headroom::kernels {
 namespace {
 
-struct Shape {
+struct MergeShape {
   int32_t num_kv_heads = 2;
   int32_t group = 3;
   int32_t head_dim = 64;
@@ -23,7 +23,7 @@ struct Shape {
 };
 
 // Which of a state's two parts hold keys.
-enum Filled { kNothing = 0, kFinished = 1, kOpen = 2, kBoth = 3 };
+enum FilledParts { kNothing = 0, kFinished = 1, kOpen = 2, kBoth = 3 };
 
 // A state {R, U} whose parts hold keys as `filled` says; the others are the empty part.
 void WriteState(Random& random, int filled, int32_t head_dim, float* state) {
@@ -39,8 +39,8 @@ void WriteState(Random& random, int filled, int32_t head_dim, float* state) {
 
 // Rows of a batch with states of their own and partial ones from elsewhere. What no item names is
 // NaN, so that it shows if it is read, or changes if it is written.
-struct Batch {
-  explicit Batch(const Shape& the_shape)
+struct MergeBatch {
+  explicit MergeBatch(const MergeShape& the_shape)
       : shape(the_shape),
         partials(shape.num_states() * shape.state_floats(), kNan),
         state(shape.num_states() * shape.state_floats(), kNan),
@@ -89,7 +89,7 @@ struct Batch {
     return std::vector<float>(begin, begin + shape.head_dim);
   }
 
-  Shape shape;
+  MergeShape shape;
   std::vector<float> partials, state, out;
   std::vector<MergeItem> items;
 };
@@ -118,10 +118,10 @@ void ExpectStatesNear(const std::vector<float>& a, const std::vector<float>& b, 
 }
 
 // The batch after each instruction set's kernel against the reference and against each other.
-void ExpectMatchesReference(const Batch& batch) {
-  Batch expected = batch;
+void ExpectMatchesReference(const MergeBatch& batch) {
+  MergeBatch expected = batch;
   reference::MergePartials(expected.Args());
-  Batch best = batch;
+  MergeBatch best = batch;
   CpuTeam team(2);
   BestKernels().merge_partials(best.Args(), team);
   EXPECT_TRUE(SameBits(best.partials, batch.partials));
@@ -148,7 +148,7 @@ void ExpectMatchesReference(const Batch& batch) {
   for (const cpu::KernelTable* kernels : AllKernels()) {
     for (const int threads : {1, 3}) {
       CpuTeam other(threads);
-      Batch again = batch;
+      MergeBatch again = batch;
       kernels->merge_partials(again.Args(), other);
       EXPECT_TRUE(SameBits(again.state, best.state)) << kernels->name << ", " << threads;
       EXPECT_TRUE(SameBits(again.out, best.out)) << kernels->name << ", " << threads;
@@ -170,7 +170,7 @@ TEST(MergePartials, MatchesTheReferenceWithTheSameBitsEverywhere) {
                          << ", finish " << finish << ", partial " << partial << ", state "
                          << state);
             Random random(100 * head_dim + 10 * group + filled);
-            Batch batch({2, group, head_dim, 3});
+            MergeBatch batch({2, group, head_dim, 3});
             batch.Add(random, Item(0, 3, 0, 2, reset, finish), partial, state);
             ExpectMatchesReference(batch);
             if (::testing::Test::HasFailure()) return;
@@ -183,9 +183,9 @@ TEST(MergePartials, MatchesTheReferenceWithTheSameBitsEverywhere) {
 
 TEST(MergePartials, ItemsTakeTheirRowsAndHeadsOnly) {
   Random random(5);
-  const Shape shape = {3, 3, 64, 11};
+  const MergeShape shape = {3, 3, 64, 11};
   for (int round = 0; round < 60; ++round) {
-    Batch batch(shape);
+    MergeBatch batch(shape);
     for (int32_t row = 0; row < shape.rows;) {
       const auto rows = static_cast<int32_t>(
           std::min<int64_t>(1 + random.Below(4), shape.rows - row));
@@ -213,7 +213,7 @@ TEST(MergePartials, AResetIsACopyToTheBit) {
     for (int filled = kNothing; filled <= kBoth; ++filled) {
       for (const cpu::KernelTable* kernels : AllKernels()) {
         Random random(8 + filled);
-        Batch batch({2, 5, head_dim, 4});
+        MergeBatch batch({2, 5, head_dim, 4});
         batch.Add(random, Item(0, 4, 0, 2, 1, 0), filled, kNothing);
         // Zeros of both signs and numbers of any size are numbers like others.
         batch.partials[0] = -0.0f;
@@ -233,7 +233,7 @@ TEST(MergePartials, AnEmptySideChangesNothing) {
     for (const cpu::KernelTable* kernels : AllKernels()) {
       for (int filled = kNothing; filled <= kBoth; ++filled) {
         Random random(9 + filled);
-        Batch batch({2, 3, head_dim, 4});
+        MergeBatch batch({2, 3, head_dim, 4});
         batch.Add(random, Item(0, 4, 0, 2, 0, 0), kNothing, filled);
         const std::vector<float> before = batch.state;
         kernels->merge_partials(batch.Args(), team);
@@ -242,9 +242,9 @@ TEST(MergePartials, AnEmptySideChangesNothing) {
       // The partial's one part becomes the state's finished one; what is open stays.
       for (const int filled : {kFinished, kOpen}) {
         Random random(10 + filled);
-        Batch batch({2, 3, head_dim, 4});
+        MergeBatch batch({2, 3, head_dim, 4});
         batch.Add(random, Item(0, 4, 0, 2, 0, 0), filled, kOpen);
-        const Batch before = batch;
+        const MergeBatch before = batch;
         kernels->merge_partials(batch.Args(), team);
         const int32_t part = head_dim + 2;
         before.ForEachState(before.items[0], [&](int64_t at) {
@@ -267,7 +267,7 @@ TEST(MergePartials, SidesOfVeryDifferentScoresKeepTheLarger) {
   for (const cpu::KernelTable* kernels : AllKernels()) {
     for (const float apart : {-1000.0f, 1000.0f}) {
       Random random(11);
-      Batch batch({1, 1, kHeadDim, 1});
+      MergeBatch batch({1, 1, kHeadDim, 1});
       batch.Add(random, Item(0, 1, 0, 1, 0, 1), kFinished, kFinished);
       batch.state[kHeadDim] = 500 + apart;
       batch.partials[kHeadDim] = 500;
@@ -283,8 +283,8 @@ TEST(MergePartials, SidesOfVeryDifferentScoresKeepTheLarger) {
 TEST(MergePartials, WithoutItemsThereIsNothingToDo) {
   CpuTeam team(2);
   for (const cpu::KernelTable* kernels : AllKernels()) {
-    Batch batch({2, 3, 64, 4});
-    const Batch before = batch;
+    MergeBatch batch({2, 3, 64, 4});
+    const MergeBatch before = batch;
     kernels->merge_partials(batch.Args(), team);
     EXPECT_TRUE(SameBits(batch.state, before.state));
     EXPECT_TRUE(SameBits(batch.out, before.out));
@@ -294,9 +294,10 @@ TEST(MergePartials, WithoutItemsThereIsNothingToDo) {
 // ---- With attention -----------------------------------------------------------------------------
 
 // Rows of one sequence, and its keys in one extent.
-class Sequence {
+class MergedSequence {
  public:
-  Sequence(const Shape& shape, int64_t tokens, uint32_t seed) : shape_(shape), tokens_(tokens) {
+  MergedSequence(const MergeShape& shape, int64_t tokens, uint32_t seed)
+      : shape_(shape), tokens_(tokens) {
     Random random(seed);
     q_ = random.Floats(shape.num_states() * shape.head_dim, 1.5f);
     const auto capacity = static_cast<int32_t>(CeilToBlock(tokens));
@@ -341,7 +342,7 @@ class Sequence {
   }
 
  private:
-  Shape shape_;
+  MergeShape shape_;
   int64_t tokens_;
   std::vector<float> q_;
   std::vector<BFloat16> kv_;
@@ -353,19 +354,19 @@ TEST(MergePartials, AttentionGoesOnFromPartialsToTheBitAndTakesEarlierKeysWithin
   CpuTeam team(2);
   for (const int32_t head_dim : {64, 128}) {
     for (const int64_t rows : {1, 40}) {
-      const Shape shape = {2, 3, head_dim, rows};
-      const Sequence sequence(shape, kTokens, 31);
-      Batch whole(shape);
+      const MergeShape shape = {2, 3, head_dim, rows};
+      const MergedSequence sequence(shape, kTokens, 31);
+      MergeBatch whole(shape);
       sequence.Attend(0, kTokens, true, whole.state, whole.out.data(), team);
       for (const int64_t cut : {64, 192, 256, 320, 512, 640}) {
-        Batch after(shape);
+        MergeBatch after(shape);
         sequence.Attend(0, cut, true, after.partials, nullptr, team);
         after.items = {Item(0, static_cast<int32_t>(rows), 0, 2, 1, 0)};
         BestKernels().merge_partials(after.Args(), team);
         sequence.Attend(cut, kTokens, false, after.state, after.out.data(), team);
         EXPECT_TRUE(SameBits(after.out, whole.out)) << "cut at " << cut << ", " << rows << " rows";
 
-        Batch before(shape);
+        MergeBatch before(shape);
         sequence.Attend(0, cut, true, before.partials, nullptr, team);
         sequence.Attend(cut, kTokens, true, before.state, nullptr, team);
         before.items = {Item(0, static_cast<int32_t>(rows), 0, 2, 0, 1)};

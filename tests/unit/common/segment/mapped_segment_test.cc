@@ -15,7 +15,7 @@ namespace headroom {
 namespace {
 
 constexpr int64_t kDataBytes = 1 << 20;
-constexpr uint64_t kGeneration = 41;
+constexpr uint64_t kSegmentGeneration = 41;
 
 // A segment's files, written here as docs/segment.md says and not by a store.
 class MappedSegmentTest : public testing::Test {
@@ -41,7 +41,7 @@ class MappedSegmentTest : public testing::Test {
     header_.head_dim = 64;
     header_.fingerprint.fill(9);
     header_.checksum = ChecksumOf(header_);
-    header_.generation = kGeneration;
+    header_.generation = kSegmentGeneration;
     header_.ready_bytes = kDataBytes / 2;
     expected_.geometry = {2, 3, 64};
     expected_.fingerprint.fill(9);
@@ -55,7 +55,7 @@ class MappedSegmentTest : public testing::Test {
     EXPECT_EQ(pwrite(fd, &header_, sizeof(header_), 0), 4096);
     close(fd);
   }
-  absl::Status Open() { return MappedSegment::Open(dir_, expected_, kGeneration).status(); }
+  absl::Status Open() { return MappedSegment::Open(dir_, expected_, kSegmentGeneration).status(); }
   // Open() after a change to the header that its checksum agrees with.
   template <typename Change>
   absl::Status OpenForged(Change change) {
@@ -75,10 +75,10 @@ class MappedSegmentTest : public testing::Test {
 };
 
 TEST_F(MappedSegmentTest, WhatIsWrittenIsInTheFile) {
-  const auto segment = MappedSegment::Open(dir_, expected_, kGeneration);
+  const auto segment = MappedSegment::Open(dir_, expected_, kSegmentGeneration);
   ASSERT_TRUE(segment.ok()) << segment.status();
   EXPECT_EQ((*segment)->data_bytes(), kDataBytes);
-  EXPECT_EQ((*segment)->generation(), kGeneration);
+  EXPECT_EQ((*segment)->generation(), kSegmentGeneration);
   std::memcpy((*segment)->data() + 5000, "keys", 4);
   const int fd = open((dir_ + "/data").c_str(), O_RDONLY);
   char read_back[4];
@@ -88,15 +88,15 @@ TEST_F(MappedSegmentTest, WhatIsWrittenIsInTheFile) {
 }
 
 TEST_F(MappedSegmentTest, SeesWhatTheStoreWritesLater) {
-  const auto segment = MappedSegment::Open(dir_, expected_, kGeneration);
+  const auto segment = MappedSegment::Open(dir_, expected_, kSegmentGeneration);
   ASSERT_TRUE(segment.ok());
   EXPECT_EQ((*segment)->ready_bytes(), kDataBytes / 2);
   header_.ready_bytes = kDataBytes;
-  header_.generation = kGeneration + 1;
+  header_.generation = kSegmentGeneration + 1;
   WriteIndex();
   EXPECT_EQ((*segment)->ready_bytes(), kDataBytes);
-  EXPECT_EQ((*segment)->current_generation(), kGeneration + 1);
-  EXPECT_EQ((*segment)->generation(), kGeneration);
+  EXPECT_EQ((*segment)->current_generation(), kSegmentGeneration + 1);
+  EXPECT_EQ((*segment)->generation(), kSegmentGeneration);
   header_.ready_bytes = UINT64_MAX;
   WriteIndex();
   EXPECT_EQ((*segment)->ready_bytes(), kDataBytes) << "never more than is mapped";
@@ -119,7 +119,7 @@ TEST_F(MappedSegmentTest, AnotherGeometryOrShardIsRefused) {
 }
 
 TEST_F(MappedSegmentTest, AnotherGenerationIsRefused) {
-  for (const uint64_t other : {kGeneration - 1, kGeneration + 1}) {
+  for (const uint64_t other : {kSegmentGeneration - 1, kSegmentGeneration + 1}) {
     EXPECT_TRUE(
         absl::IsFailedPrecondition(MappedSegment::Open(dir_, expected_, other).status()));
   }
@@ -129,7 +129,7 @@ TEST_F(MappedSegmentTest, WithoutFilesThereIsNothingToMap) {
   std::filesystem::remove(dir_ + "/data");
   EXPECT_TRUE(absl::IsNotFound(Open()));
   EXPECT_TRUE(absl::IsNotFound(
-      MappedSegment::Open(dir_ + "/none", expected_, kGeneration).status()));
+      MappedSegment::Open(dir_ + "/none", expected_, kSegmentGeneration).status()));
 }
 
 TEST_F(MappedSegmentTest, ADataFileThatIsShorterIsNotMapped) {

@@ -12,7 +12,7 @@
 namespace headroom::coordinator {
 namespace {
 
-constexpr KvGeometry kGeometry = {/*num_layers=*/4, /*num_kv_heads=*/3, /*head_dim=*/64};
+constexpr KvGeometry kSmallGeometry = {/*num_layers=*/4, /*num_kv_heads=*/3, /*head_dim=*/64};
 
 // ---------------------------------------------------------------- leases
 
@@ -21,15 +21,15 @@ TEST(Lease, NeverLetsASealLackAnExtentNorTakesMoreThanReserved) {
     for (const int64_t max_tokens : {0, 1, 64, 300, 4000}) {
       const int64_t final_tokens = prompt + max_tokens;
       int64_t runs = 0;
-      const int64_t reserved = ReservedTokens(kGeometry, 0, final_tokens, &runs);
+      const int64_t reserved = ReservedTokens(kSmallGeometry, 0, final_tokens, &runs);
       int64_t have = 0;
       for (int64_t pos = prompt; pos <= final_tokens; ++pos) {
         for (int64_t more;
-             (more = NextLeaseTokens(kGeometry, have, pos, final_tokens, reserved)) > 0;
+             (more = NextLeaseTokens(kSmallGeometry, have, pos, final_tokens, reserved)) > 0;
              have += more) {
           EXPECT_EQ(more & (more - 1), 0) << "capacities are powers of two";
           EXPECT_GE(more, kBlockTokens);
-          EXPECT_LE(more, kGeometry.MaxExtentTokens());
+          EXPECT_LE(more, kSmallGeometry.MaxExtentTokens());
         }
         EXPECT_GE(have, FloorToBlock(std::min(final_tokens, pos + kLeaseAheadTokens)));
         EXPECT_LE(have, reserved);
@@ -39,25 +39,26 @@ TEST(Lease, NeverLetsASealLackAnExtentNorTakesMoreThanReserved) {
 }
 
 TEST(Lease, NothingMoreOnceThereIsRoom) {
-  EXPECT_EQ(NextLeaseTokens(kGeometry, 512, 200, 10000, 16384), 0);
-  EXPECT_GT(NextLeaseTokens(kGeometry, 512, 320, 10000, 16384), 0);
-  EXPECT_EQ(NextLeaseTokens(kGeometry, 0, 10, 63, 0), 0) << "what is never sealed needs no extent";
+  EXPECT_EQ(NextLeaseTokens(kSmallGeometry, 512, 200, 10000, 16384), 0);
+  EXPECT_GT(NextLeaseTokens(kSmallGeometry, 512, 320, 10000, 16384), 0);
+  EXPECT_EQ(NextLeaseTokens(kSmallGeometry, 0, 10, 63, 0), 0)
+      << "what is never sealed needs no extent";
 }
 
 TEST(Lease, ReservationsCountFromWhatIsKept) {
-  EXPECT_EQ(ReservedTokens(kGeometry, 4096, 100), 4096);
-  EXPECT_EQ(ReservedTokens(kGeometry, 4096, 4159), 4096);
-  EXPECT_GT(ReservedTokens(kGeometry, 4096, 4160), 4096);
+  EXPECT_EQ(ReservedTokens(kSmallGeometry, 4096, 100), 4096);
+  EXPECT_EQ(ReservedTokens(kSmallGeometry, 4096, 4159), 4096);
+  EXPECT_GT(ReservedTokens(kSmallGeometry, 4096, 4160), 4096);
 }
 
 // ---------------------------------------------------------------- admission
 
 Capacity SomeCapacity() {
   Capacity capacity;
-  capacity.geometry = kGeometry;
-  capacity.host_bytes = 8192 * kGeometry.BytesPerToken();
+  capacity.geometry = kSmallGeometry;
+  capacity.host_bytes = 8192 * kSmallGeometry.BytesPerToken();
   capacity.max_extents = 1000;
-  capacity.tail_bytes_per_sequence = 256 * kGeometry.BytesPerToken();
+  capacity.tail_bytes_per_sequence = 256 * kSmallGeometry.BytesPerToken();
   capacity.kv_pool_bytes = 3 * capacity.tail_bytes_per_sequence;
   capacity.max_sequences = 16;
   return capacity;
@@ -148,7 +149,7 @@ TEST(Admission, HugeNumbersDoNotOverflow) {
 
 constexpr StepLimits kLimits = {.max_chunk_tokens = 512, .max_decode_rows = 4, .max_results = 128};
 
-SequenceProgress Prompt(int64_t tokens, int64_t max_tokens = 10) {
+SequenceProgress PromptOf(int64_t tokens, int64_t max_tokens = 10) {
   SequenceProgress progress;
   progress.known_tokens = progress.prompt_tokens = tokens;
   progress.end_pos = tokens + std::max<int64_t>(0, max_tokens - 1);
@@ -171,7 +172,7 @@ std::vector<Piece> Chunks(SequenceProgress progress) {
 }
 
 TEST(NextPiece, ChunksFollowEachOtherAndTheLastDraws) {
-  const std::vector<Piece> pieces = Chunks(Prompt(1100));
+  const std::vector<Piece> pieces = Chunks(PromptOf(1100));
   ASSERT_EQ(pieces.size(), 3u);
   EXPECT_EQ(pieces[0].end_pos(), 512);
   EXPECT_EQ(pieces[1].end_pos(), 1024);
@@ -183,7 +184,7 @@ TEST(NextPiece, ChunksFollowEachOtherAndTheLastDraws) {
 
 TEST(NextPiece, ChunksOfAnySizeNameWholeBlocksAndFitTheTail) {
   for (const int64_t chunk : {1, 2, 7, 63, 64, 65, 300}) {
-    SequenceProgress progress = Prompt(1000);
+    SequenceProgress progress = PromptOf(1000);
     progress.chunk_tokens = chunk;
     int64_t next = 0;
     for (const Piece& piece : Chunks(progress)) {
@@ -202,7 +203,7 @@ TEST(NextPiece, ChunksOfAnySizeNameWholeBlocksAndFitTheTail) {
 }
 
 TEST(NextPiece, AfterTheKnownTokensComesTheLastDrawn) {
-  SequenceProgress progress = Prompt(100, 3);
+  SequenceProgress progress = PromptOf(100, 3);
   Advance(progress, *NextPiece(progress, kLimits));
   const std::optional<Piece> ahead = NextPiece(progress, kLimits);
   ASSERT_TRUE(ahead.has_value());
@@ -216,14 +217,14 @@ TEST(NextPiece, AfterTheKnownTokensComesTheLastDrawn) {
 }
 
 TEST(NextPiece, OnlyThePromptWhereNothingIsDrawn) {
-  SequenceProgress progress = Prompt(100, 0);
+  SequenceProgress progress = PromptOf(100, 0);
   EXPECT_FALSE(NextPiece(progress, kLimits)->draw);
   Advance(progress, *NextPiece(progress, kLimits));
   EXPECT_FALSE(NextPiece(progress, kLimits).has_value());
 }
 
 TEST(NextPiece, TokensDrawnBeforeALossAreComputedAgainInChunks) {
-  SequenceProgress progress = Prompt(100, 200);
+  SequenceProgress progress = PromptOf(100, 200);
   progress.known_tokens = 170;  // 70 were drawn
   progress.next_pos = progress.sealed_tokens = progress.tail_begin = 128;
   const Piece piece = *NextPiece(progress, kLimits);
@@ -234,7 +235,7 @@ TEST(NextPiece, TokensDrawnBeforeALossAreComputedAgainInChunks) {
 }
 
 TEST(NextPiece, ScoresEachPromptTokenButTheFirstOnce) {
-  SequenceProgress progress = Prompt(1000);
+  SequenceProgress progress = PromptOf(1000);
   progress.scores = true;
   int64_t scored = 1;  // the first has no score
   for (const Piece& piece : Chunks(progress)) {
@@ -246,7 +247,7 @@ TEST(NextPiece, ScoresEachPromptTokenButTheFirstOnce) {
 }
 
 TEST(NextPiece, ATokenIsAttendedInALaneOnceTheStoreKnowsOfIt) {
-  SequenceProgress progress = Prompt(100, 1000);
+  SequenceProgress progress = PromptOf(100, 1000);
   progress.next_pos = 195;
   progress.known_tokens = 196;
   EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, 0) << "all in the tail";
@@ -258,7 +259,7 @@ TEST(NextPiece, ATokenIsAttendedInALaneOnceTheStoreKnowsOfIt) {
 
 TEST(NextPiece, WhatAStepReadsWhereDoesNotHangOnTheStoresHaste) {
   for (int64_t pos = 100; pos < 1000; ++pos) {
-    SequenceProgress progress = Prompt(100, 1000);
+    SequenceProgress progress = PromptOf(100, 1000);
     progress.next_pos = pos;
     progress.known_tokens = pos + 1;
     progress.sealed_tokens = FloorToBlock(pos);
@@ -271,7 +272,7 @@ TEST(NextPiece, WhatAStepReadsWhereDoesNotHangOnTheStoresHaste) {
 }
 
 TEST(NextPiece, AStoreThatIsAwayDoesNotOverflowTheTail) {
-  SequenceProgress progress = Prompt(100, 1000);
+  SequenceProgress progress = PromptOf(100, 1000);
   progress.sealed_tokens = 320;  // none of it acknowledged
   progress.next_pos = 383;
   progress.known_tokens = 384;
@@ -281,14 +282,14 @@ TEST(NextPiece, AStoreThatIsAwayDoesNotOverflowTheTail) {
 }
 
 TEST(NextPiece, AfterAChunkLongerThanTheTailOnlyItsRestIsThere) {
-  SequenceProgress progress = Prompt(500, 10);
+  SequenceProgress progress = PromptOf(500, 10);
   Advance(progress, *NextPiece(progress, kLimits));
   EXPECT_EQ(progress.tail_begin, 448);
   EXPECT_EQ(NextPiece(progress, kLimits)->sealed_tokens, 448);
 }
 
 TEST(NextPiece, WaitsForTheExtentThatABlockGoesTo) {
-  SequenceProgress progress = Prompt(100, 100);
+  SequenceProgress progress = PromptOf(100, 100);
   progress.capacity_tokens = 128;
   progress.next_pos = 190;
   progress.known_tokens = 191;
@@ -301,7 +302,7 @@ TEST(NextPiece, WaitsForTheExtentThatABlockGoesTo) {
 }
 
 TEST(NextPiece, NothingWhilePaused) {
-  SequenceProgress progress = Prompt(100);
+  SequenceProgress progress = PromptOf(100);
   progress.may_run = false;
   EXPECT_FALSE(NextPiece(progress, kLimits).has_value());
 }
@@ -309,14 +310,14 @@ TEST(NextPiece, NothingWhilePaused) {
 // ---------------------------------------------------------------- steps
 
 SequenceProgress Decoding(int64_t pos) {
-  SequenceProgress progress = Prompt(pos, 100);
+  SequenceProgress progress = PromptOf(pos, 100);
   progress.next_pos = pos - 1;
   return progress;
 }
 
 TEST(Compose, AllSingleTokensGoTogetherAndOneChunkBeside) {
-  const std::vector<SequenceProgress> sequences = {Decoding(10), Prompt(400), Decoding(20),
-                                                   Prompt(300)};
+  const std::vector<SequenceProgress> sequences = {Decoding(10), PromptOf(400), Decoding(20),
+                                                   PromptOf(300)};
   const std::vector<BatchEntry> tokens = ComposeTokenStep(sequences, kLimits, 0);
   ASSERT_EQ(tokens.size(), 2u);
   EXPECT_EQ(tokens[0].index, 0);

@@ -105,7 +105,7 @@ TEST(StepModel, FollowsALaneThatSlowsDownAndAsksOnceInAWhile) {
 
 // ---- Placements
 
-constexpr KvGeometry kGeometry{4, 8, 64};
+constexpr KvGeometry kFourLayers{4, 8, 64};
 
 SequenceShape Long() {
   SequenceShape shape;
@@ -114,11 +114,11 @@ SequenceShape Long() {
   return shape;
 }
 
-TEST(PlaceByBudget, SharesWhatIsNotResidentByWholeHeadsAndOneCut) {
-  const double all = 4 * 8 * 4096.0 * static_cast<double>(kGeometry.BytesPerTokenPerHead());
+TEST(PlaceByBudgetAndShare, SharesWhatIsNotResidentByWholeHeadsAndOneCut) {
+  const double all = 4 * 8 * 4096.0 * static_cast<double>(kFourLayers.BytesPerTokenPerHead());
   for (const double share : {1.0, 0.9, 0.75, 0.5, 0.3, 0.01, 0.0}) {
-    const Placement placement = PlaceByBudget(kGeometry, 0, share, {Long()});
-    const LaneBytes bytes = BytesOfStep(kGeometry, placement, {Long()});
+    const Placement placement = PlaceByBudget(kFourLayers, 0, share, {Long()});
+    const LaneBytes bytes = BytesOfStep(kFourLayers, placement, {Long()});
     EXPECT_EQ(bytes[kResident], 0);
     EXPECT_DOUBLE_EQ(bytes[kFetched] + bytes[kInPlace], all);
     // Within half an extent of one head of each layer.
@@ -133,15 +133,15 @@ TEST(PlaceByBudget, SharesWhatIsNotResidentByWholeHeadsAndOneCut) {
   }
 }
 
-TEST(PlaceByBudget, LeavesResidentKeysWhereTheyAre) {
-  const int64_t budget = 4 * (3 * 4096 + 1024) * kGeometry.BytesPerTokenPerHead();
+TEST(PlaceByBudgetAndShare, LeavesResidentKeysWhereTheyAre) {
+  const int64_t budget = 4 * (3 * 4096 + 1024) * kFourLayers.BytesPerTokenPerHead();
   const LaneBytes fetched =
-      BytesOfStep(kGeometry, PlaceByBudget(kGeometry, budget, 1.0, {Long()}), {Long()});
+      BytesOfStep(kFourLayers, PlaceByBudget(kFourLayers, budget, 1.0, {Long()}), {Long()});
   for (const double share : {0.6, 0.0}) {
-    const Placement placement = PlaceByBudget(kGeometry, budget, share, {Long()});
-    const LaneBytes bytes = BytesOfStep(kGeometry, placement, {Long()});
+    const Placement placement = PlaceByBudget(kFourLayers, budget, share, {Long()});
+    const LaneBytes bytes = BytesOfStep(kFourLayers, placement, {Long()});
     EXPECT_EQ(bytes[kResident], fetched[kResident]);
-    EXPECT_EQ(ResidentBytes(kGeometry, placement, {Long()}), budget);
+    EXPECT_EQ(ResidentBytes(kFourLayers, placement, {Long()}), budget);
     EXPECT_NEAR(bytes[kFetched] / fetched[kFetched], share, 0.02);
   }
 }

@@ -9,26 +9,10 @@
 #include <vector>
 
 #include "tests/common/worker_harness.h"
+#include "tests/unit/services/worker/executor_test_util.h"
 
 namespace headroom {
 namespace {
-
-// Under a sanitizer everything takes some twenty times as long: the same paths, less of each.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr bool kThoroughly = false;
-#else
-constexpr bool kThoroughly = true;
-#endif
-
-template <typename T>
-std::vector<T> Either(std::vector<T> thoroughly, std::vector<T> briefly) {
-  return kThoroughly ? thoroughly : briefly;
-}
-constexpr int Either(int thoroughly, int briefly) { return kThoroughly ? thoroughly : briefly; }
-
-constexpr uint64_t kResident = 1;
-constexpr uint64_t kFetched = 2;
-constexpr uint64_t kMixed = 3;
 
 class Exactness : public ::testing::Test {
  protected:

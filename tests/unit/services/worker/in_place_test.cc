@@ -16,28 +16,12 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "tests/common/worker_harness.h"
+#include "tests/unit/services/worker/executor_test_util.h"
 
 namespace headroom {
 namespace {
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr bool kThoroughly = false;
-#else
-constexpr bool kThoroughly = true;
-#endif
-
-template <typename T>
-std::vector<T> Either(std::vector<T> thoroughly, std::vector<T> briefly) {
-  return kThoroughly ? thoroughly : briefly;
-}
-constexpr int Either(int thoroughly, int briefly) { return kThoroughly ? thoroughly : briefly; }
-
 constexpr int kInPlace = static_cast<int>(Lane::kInPlace);
-
-constexpr uint64_t kResident = 1;
-constexpr uint64_t kFetched = 2;
-constexpr uint64_t kAllInPlace = 3;
-constexpr uint64_t kMixed = 4;
 
 class InPlace : public ::testing::Test {
  protected:

@@ -10,13 +10,10 @@
 #include <vector>
 
 #include "tests/common/worker_harness.h"
+#include "tests/unit/services/worker/executor_test_util.h"
 
 namespace headroom {
 namespace {
-
-constexpr uint64_t kResident = 1;
-constexpr uint64_t kFetched = 2;
-constexpr uint64_t kMixed = 3;  // head 0 resident, the others fetched
 
 class Steps : public ::testing::Test {
  protected:
