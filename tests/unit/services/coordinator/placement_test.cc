@@ -202,7 +202,7 @@ TEST(ForeseenShape, RunsFollowEachOtherUpToTheTokens) {
 
 // Layers 0 and 2 see 1,000 tokens, 1 and 3 all; runs of 1,024.
 const LayerWindows kWindows = {1000, 0, 1000, 0};
-constexpr KvGeometry kFourLayers = {4, 2, 64};
+constexpr KvGeometry kWindowGeometry = {4, 2, 64};
 
 std::vector<SequenceShape> TenRuns() {
   SequenceShape shape;
@@ -220,41 +220,41 @@ TEST(Windows, TheFirstKeyIsTheBlockThatTheNextQuerySees) {
 }
 
 TEST(Windows, NothingBehindThemIsCounted) {
-  const int64_t a_head = 1024 * kFourLayers.BytesPerTokenPerHead();  // of a run
+  const int64_t a_head = 1024 * kWindowGeometry.BytesPerTokenPerHead();  // of a run
   PlacementSpec all_resident;
   all_resident.automatic = false;
   all_resident.shares = {1, 0, 0};
-  const Placement placement = PlaceByShares(kFourLayers, all_resident, TenRuns());
-  EXPECT_EQ(ResidentBytes(kFourLayers, placement, TenRuns()), 4 * 2 * 10 * a_head);
+  const Placement placement = PlaceByShares(kWindowGeometry, all_resident, TenRuns());
+  EXPECT_EQ(ResidentBytes(kWindowGeometry, placement, TenRuns()), 4 * 2 * 10 * a_head);
   // The query at 10,240 sees 9,241 and on, which lies in the last run.
-  EXPECT_EQ(ResidentBytes(kFourLayers, placement, TenRuns(), kWindows),
+  EXPECT_EQ(ResidentBytes(kWindowGeometry, placement, TenRuns(), kWindows),
             2 * 2 * 10 * a_head + 2 * 2 * 1 * a_head);
-  const LaneBytes bytes = BytesOfStep(kFourLayers, placement, TenRuns(), kWindows);
+  const LaneBytes bytes = BytesOfStep(kWindowGeometry, placement, TenRuns(), kWindows);
   const int64_t seen = 10240 - FirstKey(kWindows, 0, 10240);
   EXPECT_EQ(bytes[static_cast<int>(Lane::kResident)],
             static_cast<double>((2 * 2 * 10240 + 2 * 2 * seen) *
-                                kFourLayers.BytesPerTokenPerHead()));
+                                kWindowGeometry.BytesPerTokenPerHead()));
 }
 
 // Layers with a window come first: what they hold does not grow.
 TEST(Windows, ABudgetGoesToLayersWithAWindowFirst) {
-  const int64_t a_head = 1024 * kFourLayers.BytesPerTokenPerHead();
+  const int64_t a_head = 1024 * kWindowGeometry.BytesPerTokenPerHead();
   const auto resident = [&](const Placement& placement, int32_t layer) {
     Placement one;
     one.layers.assign(4, {});
     one.layers[layer] = placement.layers[layer];
-    return ResidentBytes(kFourLayers, one, TenRuns(), kWindows);
+    return ResidentBytes(kWindowGeometry, one, TenRuns(), kWindows);
   };
   const Placement placement =
-      PlaceByBudget(kFourLayers, 24 * a_head, /*fetched_share=*/1.0, TenRuns(), kWindows);
+      PlaceByBudget(kWindowGeometry, 24 * a_head, /*fetched_share=*/1.0, TenRuns(), kWindows);
   EXPECT_EQ(resident(placement, 0), 2 * a_head);
   EXPECT_EQ(resident(placement, 2), 2 * a_head);
   EXPECT_EQ(resident(placement, 1), 10 * a_head);
   EXPECT_EQ(resident(placement, 3), 10 * a_head);
-  EXPECT_LE(ResidentBytes(kFourLayers, placement, TenRuns(), kWindows), 24 * a_head);
+  EXPECT_LE(ResidentBytes(kWindowGeometry, placement, TenRuns(), kWindows), 24 * a_head);
   // With no memory for any, half of what is read goes in place: of windows too.
   const Placement shared =
-      PlaceByBudget(kFourLayers, 0, /*fetched_share=*/0.5, TenRuns(), kWindows);
+      PlaceByBudget(kWindowGeometry, 0, /*fetched_share=*/0.5, TenRuns(), kWindows);
   EXPECT_EQ(shared.LaneOf(0, 0, 9216), Lane::kFetched);
   EXPECT_EQ(shared.LaneOf(0, 1, 9216), Lane::kInPlace);
   EXPECT_EQ(shared.LaneOf(1, 1, 0), Lane::kInPlace);
