@@ -26,9 +26,10 @@ namespace headroom {
 // New tokens of a step whose keys may be attended in place: what a mailbox has room for.
 inline constexpr int64_t kMaxInPlaceRows = kMaxDecodeRows;
 // Queries that a sequence may bring to a KV head (new tokens times query heads of a KV head) for its
-// keys to be attended in place; with more they are fetched. On a 16-core host beside an H100 a KV head
-// in place takes a third of the time of its copy over PCIe for 4 queries, two thirds for 32 and twice
-// that time for 128.
+// keys to be attended in place; with more they are fetched. On a 16-core host beside an H100 a key in
+// place takes half of the time of its copy over PCIe for 4 queries, as long for 32 and three times as long
+// for 128. A plan that balances decode steps has some 60% of the keys in place, side by side with the rest:
+// up to about 50 queries that is shorter than to fetch all.
 inline constexpr int64_t kMaxInPlaceQueries = 48;
 
 // What a worker with this budget makes its mailboxes like.

@@ -3,15 +3,29 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "common/segment_format.h"
 #include "common/status.h"
 #include "kernels/cpu/team.h"
 #include "services/headroom/bench/host_memory.h"
 
 namespace headroom {
+namespace {
+
+// Beside the keys: the probe's buffers, libraries, what the driver pins.
+constexpr int64_t kLeftToOthers = int64_t{3} << 30;
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<BenchSegment>> BenchSegment::Create(Device& device, int64_t bytes,
                                                                    int32_t threads) {
+  // A system that runs out kills the process without a word: on a host of 125 GiB 122 were too many.
+  const int64_t available = AvailableHostBytes();
+  if (bytes > available - kLeftToOthers) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the keys of the longest item take ", bytes, " bytes of host memory; ", available,
+        " are available, ", kLeftToOthers, " of them for everything else"));
+  }
   HEADROOM_ASSIGN_OR_RETURN(MappedRegion region, MapSharedMemory(bytes, "headroom-bench-segment"));
   std::unique_ptr<BenchSegment> segment(new BenchSegment(device, std::move(region)));
   segment->background_ =

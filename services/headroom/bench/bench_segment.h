@@ -18,7 +18,8 @@ namespace headroom {
 // Thread-safe.
 class BenchSegment {
  public:
-  // `device` outlives this; `threads` fill. Errors are those of the mapping.
+  // `device` outlives this; `threads` fill. RESOURCE_EXHAUSTED if the system has not got so much memory;
+  // other errors are those of the mapping.
   static absl::StatusOr<std::unique_ptr<BenchSegment>> Create(Device& device, int64_t bytes,
                                                               int32_t threads);
   // REQUIRES: no operation uses the segment any more.

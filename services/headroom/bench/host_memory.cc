@@ -4,7 +4,10 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -63,6 +66,15 @@ absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view wh
   }
   return MappedRegion::Map(fd.get(), bytes, MappedRegion::Access::kReadWrite, /*huge_pages=*/true,
                            what);
+}
+
+int64_t AvailableHostBytes() {
+  std::ifstream file("/proc/meminfo");
+  for (std::string line; std::getline(file, line);) {
+    int64_t kib = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %ld kB", &kib) == 1) return kib << 10;
+  }
+  return std::numeric_limits<int64_t>::max();
 }
 
 void FillWithKeys(uint8_t* data, int64_t bytes, kernels::CpuTeam& team) {

@@ -18,6 +18,9 @@ namespace headroom {
 // name `what`.
 absl::StatusOr<MappedRegion> MapSharedMemory(int64_t bytes, absl::string_view what);
 
+// What the system could still give away without swapping; int64's largest where it does not say.
+int64_t AvailableHostBytes();
+
 // Finite keys and values: bfloat16 in (-1, 1), a MiB of them over and over.
 void FillWithKeys(uint8_t* data, int64_t bytes, kernels::CpuTeam& team);
 
