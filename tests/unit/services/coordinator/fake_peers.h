@@ -81,6 +81,7 @@ class FakeMachine {
   bool store_away = false;
   bool worker_away = false;
   absl::Duration step_time = absl::ZeroDuration();
+  int64_t steps_that_wait = 0;  // so many steps, the first ones, are answered once the next has come
   std::map<uint32_t, std::vector<int32_t>> extents;  // of layer 0: a token for each position, or -1
   std::map<uint64_t, Stored> stored;
   uint32_t next_extent = 1;
@@ -314,18 +315,24 @@ class FakeStepStream : public StepStream {
         queue_.pop_front();
       }
       absl::Duration step_time;
+      bool waits = false;
       int code = 0;
       bool discard = false;
       {
         MutexLock lock(&machine_->mutex);
         const int64_t count = ++machine_->steps;
         step_time = machine_->step_time;
+        waits = count <= machine_->steps_that_wait;
         if (machine_->worker_away || machine_->break_at_steps.count(count) > 0) break;
         const auto failure = machine_->fail_steps.find(count);
         if (failure != machine_->fail_steps.end()) code = failure->second;
         discard = machine_->discard_steps.count(count) > 0;
       }
       if (step_time > absl::ZeroDuration()) absl::SleepFor(step_time);
+      if (waits) {
+        MutexLock lock(&mutex_);
+        while (queue_.empty() && !stop_) sent_.WaitFor(&mutex_, absl::Seconds(1));
+      }
       v1::StepResponse response = Run(step, discard);
       if (code != 0) {
         response.clear_results();

@@ -227,17 +227,17 @@ TEST_F(SchedulerTest, ManyRequestsAtOnceDoNotMix) {
 }
 
 TEST_F(SchedulerTest, SendsTheNextTokensStepBeforeTheLastHasReturned) {
-  machine_->step_time = absl::Milliseconds(2);
+  machine_->steps_that_wait = 19;  // of 20: the last has none after it
   Start();
   auto outcome = Submit(Prompt(5), 20);
-  ASSERT_TRUE(outcome->WaitForEnd());
+  ASSERT_TRUE(outcome->WaitForEnd()) << "a step waits for the answer of the one before it";
   int ahead = 0;
   for (const v1::StepRequest& step : Under(&FakeMachine::sent)) {
     for (const v1::StepSequence& sequence : step.sequences()) {
       if (sequence.token_ids().empty()) ++ahead;
     }
   }
-  EXPECT_GE(ahead, 18) << "all but the first token go out as 'the last drawn'";
+  EXPECT_EQ(ahead, 19) << "all but the first token go out as 'the last drawn'";
 }
 
 TEST_F(SchedulerTest, OnlyThePromptWhereNoTokenIsWanted) {
