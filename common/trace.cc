@@ -20,6 +20,7 @@
 #include "common/fd.h"
 #include "common/log.h"
 #include "common/mutex.h"
+#include "common/steady_time.h"
 
 namespace headroom {
 
@@ -187,7 +188,7 @@ void TraceSlice(const char* name, int64_t begin_ns, int64_t end_ns, const char* 
 
 void TraceInstant(const char* name, const char* arg_name, int64_t arg) {
   if (!TraceOn()) return;
-  TheTracer().Add({name, arg_name, arg, TraceNowNs(), kInstant, ThreadId()});
+  TheTracer().Add({name, arg_name, arg, SteadyNs(), kInstant, ThreadId()});
 }
 
 }  // namespace headroom

@@ -7,11 +7,11 @@
 #define HEADROOM_COMMON_TRACE_H_
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/steady_time.h"
 
 namespace headroom {
 
@@ -21,18 +21,12 @@ extern std::atomic<bool> on;
 
 inline bool TraceOn() { return trace_internal::on.load(std::memory_order_relaxed); }
 
-inline int64_t TraceNowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 // Begins to append to `path`, which is made if it is not there. Once, before anything is traced.
 absl::Status StartTrace(const std::string& path, const std::string& process);
 // Writes what there is and closes the file.
 void StopTrace();
 
-// Something that took from `begin_ns` to `end_ns` (TraceNowNs()) on the calling thread. `name` and
+// Something that took from `begin_ns` to `end_ns` (SteadyNs()) on the calling thread. `name` and
 // `arg_name` are literals; arg_name null: no argument. Thread-safe, allocates nothing.
 void TraceSlice(const char* name, int64_t begin_ns, int64_t end_ns, const char* arg_name = nullptr,
                 int64_t arg = 0);
@@ -43,9 +37,9 @@ void TraceInstant(const char* name, const char* arg_name = nullptr, int64_t arg 
 class TraceScope {
  public:
   explicit TraceScope(const char* name, const char* arg_name = nullptr, int64_t arg = 0)
-      : name_(name), arg_name_(arg_name), arg_(arg), begin_ns_(TraceOn() ? TraceNowNs() : 0) {}
+      : name_(name), arg_name_(arg_name), arg_(arg), begin_ns_(TraceOn() ? SteadyNs() : 0) {}
   ~TraceScope() {
-    if (begin_ns_ != 0) TraceSlice(name_, begin_ns_, TraceNowNs(), arg_name_, arg_);
+    if (begin_ns_ != 0) TraceSlice(name_, begin_ns_, SteadyNs(), arg_name_, arg_);
   }
   TraceScope(const TraceScope&) = delete;
   TraceScope& operator=(const TraceScope&) = delete;

@@ -55,9 +55,10 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.Choice("geometry", GeometryNames(), &options.geometry,
                "Instead of --model: a published model's shape and options, with such weights.");
   flags.TextList("work", "ITEM", &options.work,
-                 "prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE] "
-                 "(30 tokens behind a context), LANE resident, fetched, in_place or, but for "
-                 "prefill, auto. May be given several times. Default: the items of --set.");
+                 "prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE] (the tokens of another sequence while "
+                 "that context is prefilled), decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE] "
+                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in_place "
+                 "or auto. May be given several times. Default: the items of --set.");
   flags.Text("set", "NAME", &options.set,
              "A named set of items: default, prefill, decode; quick, 128k and million for a GPU; or "
              "plan, which sets what the planner predicts for --gpu-memory against what is measured.");

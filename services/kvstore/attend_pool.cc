@@ -4,24 +4,18 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "common/device/touch_ranges.h"
 #include "common/futex.h"
+#include "common/steady_time.h"
 #include "common/trace.h"
 #include "kernels/cpu/tile_attention.h"
 
 namespace headroom::kvstore {
 namespace {
-
-int64_t NowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -92,7 +86,7 @@ void AttendPool::Loop() {
       served = ServeSlot(*mailbox, slot) || served;
     }
     if (served) {
-      last_active_ns_ = NowNs();
+      last_active_ns_ = SteadyNs();
     } else {
       Idle(*mailbox);
     }
@@ -126,9 +120,9 @@ void AttendPool::Idle(Mailbox& mailbox) {
   const bool woken = mailbox.shape().poster_wakes;
   const uint32_t wake = header.wake.load();
   // A step begins: its first post may be some time off.
-  if (wake != wake_) last_active_ns_ = NowNs();
+  if (wake != wake_) last_active_ns_ = SteadyNs();
   wake_ = wake;
-  const absl::Duration quiet = absl::Nanoseconds(NowNs() - last_active_ns_);
+  const absl::Duration quiet = absl::Nanoseconds(SteadyNs() - last_active_ns_);
   if (quiet < (woken ? patience_.spin_if_woken : patience_.spin)) {
     for (int i = 0; i < 64; ++i) Pause();
     return;
@@ -152,7 +146,7 @@ bool AttendPool::ServeSlot(Mailbox& mailbox, uint32_t slot) {
   const uint64_t count = at.posted.load(std::memory_order_acquire);
   if (count == served_[slot]) return false;
   served_[slot] = count;
-  const int64_t begun_ns = NowNs();
+  const int64_t begun_ns = SteadyNs();
   const TraceScope trace("attend in place", "layer", at.post.layer);
   const absl::Status status = reader_.Read(mailbox, slot);
   if (status.ok()) {
@@ -177,7 +171,7 @@ void AttendPool::Attend(bool for_cpu_device) {
 void AttendPool::Answer(Mailbox& mailbox, uint32_t slot, uint64_t count,
                         const absl::Status& status, int64_t begun_ns) {
   const MailboxPost& post = reader_.post();
-  const auto busy_ns = static_cast<uint64_t>(NowNs() - begun_ns);
+  const auto busy_ns = static_cast<uint64_t>(SteadyNs() - begun_ns);
   const bool late = mailbox.header().retired.load(std::memory_order_acquire) != 0;
   {
     MutexLock lock(&mutex_);

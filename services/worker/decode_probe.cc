@@ -1,19 +1,15 @@
 #include "services/worker/decode_probe.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "common/steady_time.h"
 #include "services/worker/device_budget.h"
 
 namespace headroom {
 namespace {
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 std::unique_ptr<Step> NewStep(const DecodeWork& work, const StepPort& port) {
   auto step = std::make_unique<Step>();
@@ -22,32 +18,49 @@ std::unique_ptr<Step> NewStep(const DecodeWork& work, const StepPort& port) {
   return step;
 }
 
-absl::StatusOr<std::unique_ptr<Step>> Take(const StepPort& port) {
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Step>> TakeStep(const StepPort& port) {
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, port.take());
   HEADROOM_RETURN_IF_ERROR(Annotate(step->result.status, absl::StrCat("step ", step->number)));
   return step;
 }
 
-absl::Status Open(const DecodeWork& work, const StepPort& port) {
-  const int64_t sealed = FloorToBlock(work.context_tokens);
-  for (const OpenSequence& open : work.sequences) {
-    std::unique_ptr<Step> step = NewStep(work, port);
+absl::Status DecodeSteps::Open() {
+  const int64_t sealed = FloorToBlock(work_.context_tokens);
+  for (const OpenSequence& open : work_.sequences) {
+    std::unique_ptr<Step> step = NewStep(work_, port_);
     step->open.push_back(open);
     step->open.back().sealed_tokens = sealed;
-    if (work.context_tokens > sealed) {
+    if (work_.context_tokens > sealed) {
       StepSequence sequence;
       sequence.sequence_id = open.sequence_id;
       sequence.first_pos = sequence.sealed_tokens = sealed;
-      sequence.token_ids.assign(work.context_tokens - sealed, 1);
+      sequence.token_ids.assign(work_.context_tokens - sealed, 1);
       step->sequences.push_back(std::move(sequence));
     }
-    HEADROOM_RETURN_IF_ERROR(port.submit(std::move(step)));
-    HEADROOM_RETURN_IF_ERROR(Take(port).status());
+    HEADROOM_RETURN_IF_ERROR(port_.submit(std::move(step)));
+    HEADROOM_RETURN_IF_ERROR(TakeStep(port_).status());
   }
   return absl::OkStatus();
 }
 
-}  // namespace
+absl::Status DecodeSteps::SubmitNext() {
+  std::unique_ptr<Step> step = NewStep(work_, port_);
+  for (const OpenSequence& open : work_.sequences) {
+    StepSequence sequence;
+    sequence.sequence_id = open.sequence_id;
+    sequence.first_pos = work_.context_tokens + submitted_;
+    // A block less than is whole, as the coordinator: what was sealed last may still be on its way.
+    sequence.sealed_tokens = std::max(FloorToBlock(work_.context_tokens),
+                                      FloorToBlock(sequence.first_pos) - kBlockTokens);
+    if (submitted_ == 0) sequence.token_ids.push_back(1);
+    sequence.draw = true;
+    step->sequences.push_back(std::move(sequence));
+  }
+  ++submitted_;
+  return port_.submit(std::move(step));
+}
 
 void StepTimes::Add(const StepResult& result, double weight) {
   for (int lane = 0; lane < kNumLanes; ++lane) {
@@ -60,35 +73,36 @@ void StepTimes::Add(const StepResult& result, double weight) {
   sealed_bytes += weight * static_cast<double>(result.sealed_bytes);
 }
 
+void StepTimes::Scale(double factor) {
+  for (int lane = 0; lane < kNumLanes; ++lane) {
+    lane_bytes[lane] *= factor;
+    lane_busy_seconds[lane] *= factor;
+    lane_idle_seconds[lane] *= factor;
+  }
+  fetch_wait_seconds *= factor;
+  in_place_wait_seconds *= factor;
+  sealed_bytes *= factor;
+}
+
 absl::StatusOr<DecodeTimes> MeasureDecode(const DecodeWork& work, const StepPort& port) {
-  HEADROOM_RETURN_IF_ERROR(Open(work, port));
+  DecodeSteps decode(work, port);
+  HEADROOM_RETURN_IF_ERROR(decode.Open());
   const int steps = work.warm_steps + work.measured_steps;
   DecodeTimes times;
   double begin = 0, last = 0;
   std::vector<double> each;
-  for (int submitted = 0, taken = 0; taken < steps;) {
-    if (submitted < steps && submitted - taken < kStepsInFlight) {
-      std::unique_ptr<Step> step = NewStep(work, port);
-      for (const OpenSequence& open : work.sequences) {
-        StepSequence sequence;
-        sequence.sequence_id = open.sequence_id;
-        sequence.first_pos = work.context_tokens + submitted;
-        sequence.sealed_tokens = FloorToBlock(work.context_tokens);
-        if (submitted == 0) sequence.token_ids.push_back(1);
-        sequence.draw = true;
-        step->sequences.push_back(std::move(sequence));
-      }
-      HEADROOM_RETURN_IF_ERROR(port.submit(std::move(step)));
-      ++submitted;
+  for (int taken = 0; taken < steps;) {
+    if (decode.submitted() < steps && decode.submitted() - taken < kStepsInFlight) {
+      HEADROOM_RETURN_IF_ERROR(decode.SubmitNext());
       continue;
     }
-    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, Take(port));
+    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeStep(port));
     ++taken;
     if (taken > work.warm_steps) {
       times.Add(step->result, 1.0 / work.measured_steps);
-      each.push_back(Now() - last);
+      each.push_back(SteadySeconds() - last);
     }
-    last = Now();
+    last = SteadySeconds();
     if (taken == work.warm_steps) {
       begin = last;
       if (work.on_measured_begin) work.on_measured_begin();

@@ -24,6 +24,7 @@ struct StepTimes {
   double sealed_bytes = 0;
 
   void Add(const StepResult& result, double weight);
+  void Scale(double factor);
 };
 
 // Means over the measured steps.
@@ -49,9 +50,29 @@ struct StepPort {
   std::function<uint64_t()> next_number;
 };
 
-// Opens the sequences with whole blocks sealed, prefills what is over, then decodes two steps deep, as
-// the coordinator does: each token but the first is the one drawn before. The sequences stay open.
+// Decode steps of `work`'s sequences, one after the other: each token but the first is the one drawn
+// before. `work` and `port` outlive it.
+class DecodeSteps {
+ public:
+  DecodeSteps(const DecodeWork& work, const StepPort& port) : work_(work), port_(port) {}
+
+  // Opens the sequences with whole blocks sealed and prefills what is over. REQUIRES: nothing in flight.
+  absl::Status Open();
+  // REQUIRES: at most kStepsInFlight of them in flight.
+  absl::Status SubmitNext();
+  int64_t submitted() const { return submitted_; }
+
+ private:
+  const DecodeWork& work_;
+  const StepPort& port_;
+  int64_t submitted_ = 0;
+};
+
+// Opens the sequences, then decodes two steps deep, as the coordinator does. They stay open.
 absl::StatusOr<DecodeTimes> MeasureDecode(const DecodeWork& work, const StepPort& port);
+
+// The next step that has run; its error, if it has one.
+absl::StatusOr<std::unique_ptr<Step>> TakeStep(const StepPort& port);
 
 }  // namespace headroom
 

@@ -3,12 +3,12 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <chrono>
 #include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "common/steady_time.h"
 #include "common/trace.h"
 #include "services/worker/draw_state.h"
 
@@ -16,12 +16,6 @@ namespace headroom {
 namespace {
 
 constexpr size_t kMaxPlans = 16;
-
-int64_t NowNs() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 bool SharesSequence(const Step& a, const Step& b) {
   for (const StepSequence& one : a.sequences) {
@@ -321,7 +315,7 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   const TraceScope trace("begin step", "step", static_cast<int64_t>(step->number));
   StepContext& state = *context.state;
   StepContext::Flight& at = state.flight(flight);
-  at.enqueued_ns = NowNs();
+  at.enqueued_ns = SteadyNs();
   at.seals = false;
   at.status = absl::OkStatus();
   at.step = std::move(step);
@@ -625,7 +619,7 @@ void StepExecutor::CompletionLoop() {
     if (flight.status.ok()) flight.status = JudgeAwaits(flight);
     std::unique_ptr<Step> step =
         Complete(flight, std::max(flight.enqueued_ns, context.last_done_ns));
-    context.last_done_ns = NowNs();
+    context.last_done_ns = SteadyNs();
     {
       MutexLock lock(&mutex_);
       running_.pop_front();
@@ -679,7 +673,7 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
           "the model's logits are not finite: weights or keys are damaged");
     }
   }
-  const int64_t ended_ns = NowNs();
+  const int64_t ended_ns = SteadyNs();
   result.duration_ns = ended_ns - begun_ns;
   TraceSlice(step->has_chunk() ? "chunk step" : "token step", begun_ns, ended_ns, "step",
              static_cast<int64_t>(step->number));

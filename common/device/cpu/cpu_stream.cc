@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/futex.h"
 #include "common/status.h"
+#include "common/steady_time.h"
 #include "common/trace.h"
 
 #if defined(__x86_64__)
@@ -42,9 +43,9 @@ uint64_t NextRandom(uint64_t& state) {
 void RunOp(const CpuOp& op, kernels::CpuTeam& team) {
   const bool traced = op.name != nullptr && TraceOn();
   if (op.account == nullptr && !traced) return op.run(op.storage, team, nullptr);
-  const int64_t begin_ns = TraceNowNs();
+  const int64_t begin_ns = SteadyNs();
   op.run(op.storage, team, op.account);
-  const int64_t end_ns = TraceNowNs();
+  const int64_t end_ns = SteadyNs();
   if (op.account != nullptr) {
     op.account->busy_ns.fetch_add(end_ns - begin_ns, std::memory_order_relaxed);
   }

@@ -169,7 +169,7 @@ absl::Status BenchRun::Measure(const WorkItem& item) {
     HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine_->Measure(item, deadline_, on_chunk));
     // Of prefills that are whole and one that is cut off there is no median: either those or this one.
     const bool cut_off =
-        item.kind == WorkItem::Kind::kPrefill && measurement.prefilled_tokens < item.context_tokens;
+        item.prefills() && measurement.prefilled_tokens < item.context_tokens;
     if (cut_off && !result.measurements.empty()) break;
     result.measurements.push_back(measurement);
     HEADROOM_RETURN_IF_ERROR(LookAtMemory(result));

@@ -119,4 +119,8 @@ Spread SpreadOf(std::vector<double> values) {
   return {median, values.front(), values.back()};
 }
 
+double Percentile(const std::vector<double>& sorted, size_t percent) {
+  return sorted[std::min(sorted.size() - 1, sorted.size() * percent / 100)];
+}
+
 }  // namespace headroom

@@ -79,6 +79,9 @@ struct Spread {
 };
 Spread SpreadOf(std::vector<double> values);
 
+// What `percent` of a hundred do not exceed. REQUIRES: not empty, sorted.
+double Percentile(const std::vector<double>& sorted, size_t percent);
+
 }  // namespace headroom
 
 #endif  // HEADROOM_SERVICES_HEADROOM_BENCH_COSTS_H_

@@ -3,7 +3,6 @@
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,6 +10,7 @@
 #include "common/kv_layout.h"
 #include "common/segment_format.h"
 #include "common/status.h"
+#include "common/steady_time.h"
 #include "services/coordinator/placement/step_model.h"
 #include "services/headroom/bench/costs.h"
 #include "services/headroom/bench/geometries.h"
@@ -21,12 +21,10 @@ namespace {
 
 constexpr int64_t kDefaultKvBytes = int64_t{2} << 30;
 constexpr absl::Duration kStepTimeout = absl::Minutes(10);
+// Of a decode beside a prefill: at 20 ms each those of 80 s.
+constexpr int64_t kMostStepsBeside = 4096;
 // Any plan that sends every head to one lane has the lane's number, from 1 on.
 uint64_t PlanVersionOf(Lane lane) { return 1 + static_cast<uint64_t>(lane); }
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // Of all threads of this process, user and system.
 double CpuSeconds() {
@@ -65,6 +63,11 @@ int64_t PositionsOf(const WorkItem& item) {
          question + 1;
 }
 
+constexpr int64_t kPositionsBeside = kBesideContextTokens + kMostStepsBeside + 1;
+
+int32_t SequencesOf(const WorkItem& item) {
+  return item.kind == WorkItem::Kind::kBeside ? 2 : item.batch;
+}
 
 }  // namespace
 
@@ -78,10 +81,10 @@ void BenchEngine::DoneQueue::Put(std::unique_ptr<Step> step) {
 
 absl::StatusOr<std::unique_ptr<Step>> BenchEngine::DoneQueue::Take() {
   MutexLock lock(&mutex_);
-  const double deadline = Now() + absl::ToDoubleSeconds(kStepTimeout);
+  const double deadline = SteadySeconds() + absl::ToDoubleSeconds(kStepTimeout);
   while (steps_.empty()) {
     put_.WaitFor(&mutex_, absl::Seconds(1));
-    if (steps_.empty() && Now() > deadline) {
+    if (steps_.empty() && SteadySeconds() > deadline) {
       return absl::DeadlineExceededError("a step has not ended in time");
     }
   }
@@ -116,7 +119,8 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
   int32_t batch = 1;
   for (const WorkItem& item : items) {
     positions = std::max(positions, PositionsOf(item) * item.batch);
-    batch = std::max(batch, item.batch);
+    if (item.kind == WorkItem::Kind::kBeside) positions = std::max(positions, kPositionsBeside);
+    batch = std::max(batch, SequencesOf(item));
   }
   HEADROOM_ASSIGN_OR_RETURN(
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
@@ -162,6 +166,7 @@ absl::Status BenchEngine::MapSegment(const std::vector<WorkItem>& items, int32_t
   for (const WorkItem& item : items) {
     int64_t used = 0;
     for (int32_t i = 0; i < item.batch; ++i) Layout(0, PositionsOf(item), used);
+    if (item.kind == WorkItem::Kind::kBeside) Layout(0, kPositionsBeside, used);
     bytes = std::max(bytes, used);
   }
   HEADROOM_ASSIGN_OR_RETURN(segment_, BenchSegment::Create(*device_, bytes, threads));
@@ -213,9 +218,8 @@ int64_t BenchEngine::PrefillChunkTokens() const {
 
 absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item, absl::Time deadline,
                                                  const OnChunk& on_chunk) {
-  absl::StatusOr<Measurement> measured = item.kind == WorkItem::Kind::kPrefill
-                                             ? MeasurePrefill(item, deadline, on_chunk)
-                                             : MeasureDecode(item);
+  absl::StatusOr<Measurement> measured =
+      item.prefills() ? MeasurePrefill(item, deadline, on_chunk) : MeasureDecode(item);
   if (measured.ok() && item.kind == WorkItem::Kind::kQuestion) measured = MeasureQuestion(item);
   if (measured.ok()) measured->kv_pool_used_bytes = executor_->memory().kv_pool_used_bytes;
   HEADROOM_RETURN_IF_ERROR(executor_->CloseAll());
@@ -238,59 +242,47 @@ uint64_t BenchEngine::PlanVersion(const WorkItem& item) const {
   return item.planned ? planned_version_ : PlanVersionOf(item.lane);
 }
 
-std::unique_ptr<Step> BenchEngine::NewStep(const WorkItem& item) {
-  auto step = std::make_unique<Step>();
-  step->number = next_step_++;
-  step->plan_version = PlanVersion(item);
-  return step;
-}
-
-absl::StatusOr<std::unique_ptr<Step>> BenchEngine::TakeDone() {
-  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, done_.Take());
-  HEADROOM_RETURN_IF_ERROR(
-      Annotate(step->result.status, absl::StrCat("step ", step->number)));
-  return step;
-}
-
 absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item, absl::Time deadline,
                                                         const OnChunk& on_chunk) {
+  const StepPort port = Port();
   int64_t used = 0;
-  OpenSequence open = Layout(next_sequence_++, PositionsOf(item), used);
-  const uint64_t id = open.sequence_id;
-  const std::vector<Run> runs = open.runs;
-  Measurement measured;
-  std::deque<int64_t> in_flight;  // where the chunks end
-  const double begin = Now();
-  const double cpu_begin = CpuSeconds();
-  const auto take = [&]() -> absl::Status {
-    HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> step, TakeDone());
-    measured.Add(step->result, 1);
-    measured.prefilled_tokens = in_flight.front();
-    in_flight.pop_front();
-    return on_chunk ? on_chunk(measured.prefilled_tokens, Now() - begin) : absl::OkStatus();
-  };
-  for (int64_t pos = 0; pos < item.context_tokens;) {
-    if (in_flight.size() == kStepsInFlight) HEADROOM_RETURN_IF_ERROR(take());
-    if (pos > 0 && absl::Now() > deadline) break;
-    const int64_t tokens = std::min(PrefillChunkTokens(), item.context_tokens - pos);
-    HEADROOM_RETURN_IF_ERROR(segment_->Await(EndOfRuns(runs, pos + tokens)));
-    StepSequence sequence;
-    sequence.sequence_id = id;
-    sequence.first_pos = sequence.sealed_tokens = pos;
-    for (int64_t i = 0; i < tokens; ++i) {
-      sequence.token_ids.push_back(static_cast<int32_t>((pos + i) * 7919 % config_.vocab));
-    }
-    pos += tokens;
-    sequence.draw = pos == item.context_tokens;
-    std::unique_ptr<Step> step = NewStep(item);
-    if (sequence.first_pos == 0) step->open.push_back(std::move(open));
-    step->sequences.push_back(std::move(sequence));
-    HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
-    in_flight.push_back(pos);
+  PrefillWork work;
+  work.plan_version = PlanVersion(item);
+  work.sequence = Layout(next_sequence_++, PositionsOf(item), used);
+  work.context_tokens = item.context_tokens;
+  work.chunk_tokens = PrefillChunkTokens();
+  work.vocab = config_.vocab;
+  work.deadline = deadline;
+  work.await = [&](int64_t tokens) { return segment_->Await(EndOfRuns(work.sequence.runs, tokens)); };
+  work.on_chunk = on_chunk;
+  DecodeWork beside_work;
+  DecodeSteps beside(beside_work, port);
+  if (item.kind == WorkItem::Kind::kBeside) {
+    beside_work.plan_version = work.plan_version;
+    beside_work.context_tokens = kBesideContextTokens;
+    beside_work.sequences.push_back(Layout(next_sequence_++, kPositionsBeside, used));
+    HEADROOM_RETURN_IF_ERROR(segment_->Await(used));
+    HEADROOM_RETURN_IF_ERROR(beside.Open());
+    work.beside = &beside;
+    work.most_beside = kMostStepsBeside;
   }
-  while (!in_flight.empty()) HEADROOM_RETURN_IF_ERROR(take());
-  measured.seconds = Now() - begin;
+  const double cpu_begin = CpuSeconds();
+  HEADROOM_ASSIGN_OR_RETURN(PrefillTimes times, headroom::MeasurePrefill(work, port));
+  Measurement measured;
   measured.cpu_seconds = CpuSeconds() - cpu_begin;
+  measured.seconds = measured.prefill_seconds = times.seconds;
+  measured.prefilled_tokens = times.prefilled_tokens;
+  if (work.beside != nullptr) {
+    if (times.token_seconds.empty()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(item.ToString(), ": the prefill was over before a token beside it"));
+    }
+    times.Scale(1.0 / static_cast<double>(times.token_seconds.size()));
+    std::sort(times.token_seconds.begin(), times.token_seconds.end());
+    measured.token_seconds = std::move(times.token_seconds);
+    measured.seconds = Percentile(measured.token_seconds, 99);
+  }
+  static_cast<StepTimes&>(measured) = times;
   return measured;
 }
 
@@ -330,14 +322,17 @@ absl::StatusOr<Measurement> BenchEngine::MeasureQuestion(const WorkItem& item) {
   sequence.sealed_tokens = FloorToBlock(item.context_tokens);
   sequence.token_ids.assign(kQuestionTokens, 1);
   sequence.draw = true;
-  std::unique_ptr<Step> step = NewStep(item);
+  const StepPort port = Port();
+  auto step = std::make_unique<Step>();
+  step->number = port.next_number();
+  step->plan_version = PlanVersion(item);
   step->sequences.push_back(std::move(sequence));
   Measurement measured;
-  const double begin = Now();
+  const double begin = SteadySeconds();
   const double cpu_begin = CpuSeconds();
-  HEADROOM_RETURN_IF_ERROR(executor_->Submit(std::move(step)));
-  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> done, TakeDone());
-  measured.seconds = Now() - begin;
+  HEADROOM_RETURN_IF_ERROR(port.submit(std::move(step)));
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<Step> done, TakeStep(port));
+  measured.seconds = SteadySeconds() - begin;
   measured.cpu_seconds = CpuSeconds() - cpu_begin;
   measured.Add(done->result, 1);
   return measured;

@@ -15,6 +15,7 @@
 #include "common/device/device.h"
 #include "common/mutex.h"
 #include "services/headroom/bench/bench_segment.h"
+#include "services/headroom/bench/prefill_probe.h"
 #include "services/headroom/bench/work_item.h"
 #include "services/kvstore/attend_pool.h"
 #include "services/worker/decode_probe.h"
@@ -39,11 +40,16 @@ struct EngineOptions {
   int64_t chunk_tokens = 0;
 };
 
-// One measurement: sums over the prefill's steps, or means over the window's.
+// One measurement: sums over the prefill's steps, or means over the window's; beside a prefill, means
+// over the decode's steps.
 struct Measurement : StepTimes {
-  double seconds = 0;      // of the prefill; of one decode step (mean over a window of steps)
+  // Of the prefill; of one decode step (mean over a window of steps); beside a prefill, between two
+  // tokens, 99 of 100 times (p99).
+  double seconds = 0;
   double cpu_seconds = 0;  // of the whole process
   int64_t prefilled_tokens = 0;  // of the prefill: fewer than asked for if it was cut off
+  double prefill_seconds = 0;
+  std::vector<double> token_seconds;  // beside a prefill: between tokens, sorted
   int64_t kv_pool_used_bytes = 0;  // at its end, when it holds the most
 };
 
@@ -57,8 +63,6 @@ class BenchEngine {
                                                              const std::vector<WorkItem>& items);
   ~BenchEngine();
 
-  // A chunk of a prefill has been computed: tokens so far, seconds since the first was submitted.
-  using OnChunk = std::function<absl::Status(int64_t tokens, double seconds)>;
   // No chunk of a prefill begins after `deadline`, but for the first. `on_chunk` may be empty.
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
   absl::StatusOr<Measurement> Measure(const WorkItem& item, absl::Time deadline,
@@ -79,6 +83,7 @@ class BenchEngine {
     return item.kind == WorkItem::Kind::kQuestion ? 1 : item.once ? 6 : 32;
   }
   static double MeanDecodeContext(const WorkItem& item) {
+    if (item.kind == WorkItem::Kind::kBeside) return kBesideContextTokens;
     return static_cast<double>(item.context_tokens) + WarmSteps(item) +
            (MeasuredSteps(item) + 1) / 2.0;
   }
@@ -112,6 +117,7 @@ class BenchEngine {
   // Where the extents of positions [0, tokens) end in the segment.
   int64_t EndOfRuns(const std::vector<Run>& runs, int64_t tokens) const;
 
+  // With the decode beside it if `item` says so.
   absl::StatusOr<Measurement> MeasurePrefill(const WorkItem& item, absl::Time deadline,
                                              const OnChunk& on_chunk);
   StepPort Port();
@@ -119,8 +125,6 @@ class BenchEngine {
   // The step that takes a question in, of the sequence that MeasureDecode() has left.
   absl::StatusOr<Measurement> MeasureQuestion(const WorkItem& item);
   uint64_t PlanVersion(const WorkItem& item) const;
-  std::unique_ptr<Step> NewStep(const WorkItem& item);
-  absl::StatusOr<std::unique_ptr<Step>> TakeDone();
   absl::Status CheckResident(const WorkItem& item, const Measurement& measurement) const;
 
   std::unique_ptr<Device> device_;

@@ -43,9 +43,19 @@ const char* TypeOf(WorkItem::Kind kind) {
   switch (kind) {
     case WorkItem::Kind::kPrefill: return "prefill";
     case WorkItem::Kind::kQuestion: return "question";
+    case WorkItem::Kind::kBeside: return "beside";
     case WorkItem::Kind::kDecode: break;
   }
   return "decode";
+}
+
+Json TokensBesideJson(const Measurement& measurement) {
+  const std::vector<double>& tokens = measurement.token_seconds;
+  if (tokens.empty()) return nullptr;
+  return Json::Object{{"count", static_cast<int64_t>(tokens.size())},
+                      {"p50_seconds", Percentile(tokens, 50)},
+                      {"p99_seconds", Percentile(tokens, 99)},
+                      {"most_seconds", tokens.back()}};
 }
 
 void PrintCeilings(const BenchResult& result) {
@@ -91,7 +101,7 @@ double BenchResult::tokens() const {
 }
 
 bool BenchResult::cut_off() const {
-  return item.kind == WorkItem::Kind::kPrefill && median().prefilled_tokens < item.context_tokens;
+  return item.prefills() && median().prefilled_tokens < item.context_tokens;
 }
 
 Json ToJson(const BenchSetup& setup) {
@@ -127,6 +137,8 @@ Json ToJson(const BenchResult& result) {
                                {"most", seconds.most}}},
       {"tokens_per_second", result.tokens() / seconds.median},
       {"prefilled_tokens", median.prefilled_tokens},
+      {"prefill_seconds", median.prefill_seconds},
+      {"tokens_beside", TokensBesideJson(median)},
       {"cut_off", result.cut_off()},
       {"floor_seconds", result.floor_seconds},
       {"predicted_seconds", result.predicted_seconds},
@@ -226,8 +238,8 @@ absl::Status BenchReport::Add(const BenchResult& result) {
               result.floor_seconds * kMilli, seconds.median / result.floor_seconds,
               seconds.least / result.floor_seconds);
   if (result.cut_off()) {
-    std::printf("    CUT OFF   after %.0f of %ld tokens, by --stop-after: all figures are of those\n",
-                result.tokens(), static_cast<long>(result.item.context_tokens));
+    std::printf("    CUT OFF   after %ld of %ld tokens, by --stop-after: all figures are of those\n",
+                static_cast<long>(median.prefilled_tokens), static_cast<long>(result.item.context_tokens));
   }
   PrintCeilings(result);
   std::printf(
@@ -238,6 +250,14 @@ absl::Status BenchReport::Add(const BenchResult& result) {
   if (result.predicted_seconds > 0) {
     std::printf("    plan      %9.2f ms predicted, %+.1f%% off\n", result.predicted_seconds * kMilli,
                 100 * (result.predicted_seconds / seconds.median - 1));
+  }
+  if (!median.token_seconds.empty()) {
+    const std::vector<double>& tokens = median.token_seconds;
+    std::printf("    beside    a prefill of %ld tokens in %.2f s: %zu tokens, p50 %.2f ms, p99 %.2f ms, "
+                "at most %.2f ms\n",
+                static_cast<long>(median.prefilled_tokens), median.prefill_seconds, tokens.size(),
+                Percentile(tokens, 50) * kMilli, Percentile(tokens, 99) * kMilli,
+                tokens.back() * kMilli);
   }
   PrintLane(median, Lane::kResident);
   PrintLane(median, Lane::kFetched);

@@ -51,7 +51,8 @@ const std::vector<NamedSet>& Sets() {
       {"128k",
        {{Kind::kDecode, 131072, Lane::kResident, 1},
         {Kind::kDecode, 131072, Lane::kFetched, 1},
-        {Kind::kPrefill, 131072, Lane::kFetched, 1}}},
+        {Kind::kPrefill, 131072, Lane::kFetched, 1},
+        {Kind::kBeside, 131072, Lane::kFetched, 1}}},
       {"million",
        {{Kind::kPrefill, 1000000, Lane::kFetched, 1, /*planned=*/false, /*once=*/true},
         {Kind::kDecode, 1000000, Lane::kFetched, 1, /*planned=*/false, /*once=*/true},
@@ -84,6 +85,7 @@ absl::string_view LaneName(Lane lane) {
 std::string WorkItem::ToString() const {
   const absl::string_view where = planned ? "auto" : LaneName(lane);
   if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", where);
+  if (kind == Kind::kBeside) return absl::StrCat("beside:", context_tokens, ":", where);
   if (kind == Kind::kQuestion) return absl::StrCat("question:", context_tokens, ":", where);
   return absl::StrCat("decode:", context_tokens, ":", where, ":", batch);
 }
@@ -96,11 +98,13 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
   WorkItem item;
   if (parts[0] == "prefill") {
     item.kind = Kind::kPrefill;
+  } else if (parts[0] == "beside") {
+    item.kind = Kind::kBeside;
   } else if (parts[0] == "question") {
-    item.kind = WorkItem::Kind::kQuestion;
+    item.kind = Kind::kQuestion;
   } else if (parts[0] != "decode") {
-    return wrong(
-        "expected prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE]");
+    return wrong("expected prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE], "
+                 "decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE]");
   }
   if (parts.size() < 2) return wrong("no context length");
   HEADROOM_ASSIGN_OR_RETURN(item.context_tokens,
@@ -116,8 +120,8 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       return wrong(
           absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place or auto"));
     }
-    if (item.kind == Kind::kPrefill && item.planned) return wrong("no prefill is planned");
-    if (item.kind == Kind::kPrefill && item.lane == Lane::kInPlace) {
+    if (item.prefills() && item.planned) return wrong("no prefill is planned");
+    if (item.prefills() && item.lane == Lane::kInPlace) {
       return wrong("a prefill has too many rows to be attended to in place");
     }
   }

@@ -14,10 +14,12 @@ namespace headroom {
 
 inline constexpr int64_t kMaxBenchContextTokens = int64_t{1} << 24;
 inline constexpr int64_t kQuestionTokens = 30;
+inline constexpr int64_t kBesideContextTokens = 4096;
 
 struct WorkItem {
   // kQuestion: kQuestionTokens at once behind a context, and the first token of the answer.
-  enum class Kind { kPrefill, kDecode, kQuestion };
+  // kBeside: another sequence's tokens, behind kBesideContextTokens, while the context is prefilled.
+  enum class Kind { kPrefill, kDecode, kQuestion, kBeside };
 
   Kind kind = Kind::kDecode;
   int64_t context_tokens = 0;
@@ -27,6 +29,7 @@ struct WorkItem {
   // Measured once and, a decode, over few steps, whatever is asked for: what takes minutes.
   bool once = false;
 
+  bool prefills() const { return kind == Kind::kPrefill || kind == Kind::kBeside; }
   // The text that ParseWorkItem() takes, which says nothing of `once`.
   std::string ToString() const;
   friend bool operator==(const WorkItem&, const WorkItem&) = default;
@@ -34,8 +37,8 @@ struct WorkItem {
 
 absl::string_view LaneName(Lane lane);
 
-// prefill:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE]; but for prefill
-// also with `auto` as LANE: planned.
+// prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or
+// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned.
 // INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 

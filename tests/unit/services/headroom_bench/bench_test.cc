@@ -58,6 +58,10 @@ TEST(WorkItem, IsReadFromItsText) {
   ASSERT_TRUE(question.ok()) << question.status();
   EXPECT_EQ(*question, (WorkItem{WorkItem::Kind::kQuestion, 7168, Lane::kResident, 1, true}));
   EXPECT_EQ(question->ToString(), "question:7168:auto");
+  const absl::StatusOr<WorkItem> beside = ParseWorkItem("beside:7168:fetched");
+  ASSERT_TRUE(beside.ok()) << beside.status();
+  EXPECT_EQ(*beside, (WorkItem{WorkItem::Kind::kBeside, 7168, Lane::kFetched, 1}));
+  EXPECT_EQ(beside->ToString(), "beside:7168:fetched");
   const absl::StatusOr<WorkItem> prefill = ParseWorkItem("prefill:2048");
   ASSERT_TRUE(prefill.ok()) << prefill.status();
   EXPECT_EQ(*prefill, (WorkItem{WorkItem::Kind::kPrefill, 2048, Lane::kResident, 1}));
@@ -85,6 +89,7 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
       {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
       {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"}, {"prefill:5:auto", "no prefill is planned"},
+      {"beside:5:in_place", "too many rows"}, {"beside:5:auto", "no prefill is planned"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
       {"question:5:resident:2", "only a decode"},
@@ -304,6 +309,43 @@ TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
   EXPECT_NE(setup->Find("model")->as_string().find("random weights of"), std::string::npos);
   EXPECT_EQ(setup->Find("decode_keys")->as_string(), "generated, not prefilled");
   EXPECT_EQ(setup->Find("chunk_tokens")->as_int(), 1024);
+}
+
+TEST(Bench, TimesTokensBesideAPrefill) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
+#endif
+  const TempDir dir;
+  BenchOptions options;
+  options.random_weights = dir.File("geometry.json");
+  std::ofstream(options.random_weights) << kTinyConfig;
+  options.threads = 2;
+  options.gpu_memory_bytes = int64_t{128} << 20;
+  options.repeat = 3;
+  options.chunk_tokens = 64;
+  options.work = {"beside:3000:fetched"};
+  options.json_path = dir.File("bench.json");
+  ASSERT_EQ(RunBench(options), 0);
+  std::ifstream file(options.json_path);
+  std::string line;
+  while (std::getline(file, line)) {
+    const absl::StatusOr<Json> json = Json::Parse(line, 1 << 20);
+    ASSERT_TRUE(json.ok()) << json.status();
+    if (json->Find("type")->as_string() != "beside") continue;
+    const Json& tokens = *json->Find("tokens_beside");
+    // As long as there are chunks, 47 of them, the other sequence goes on at their layers' borders.
+    EXPECT_GE(tokens.Find("count")->as_int(), 40);
+    EXPECT_LE(tokens.Find("p50_seconds")->as_number(), tokens.Find("p99_seconds")->as_number());
+    EXPECT_LE(tokens.Find("p99_seconds")->as_number(), tokens.Find("most_seconds")->as_number());
+    EXPECT_EQ(json->Find("prefilled_tokens")->as_int(), 3000);
+    EXPECT_GT(json->Find("prefill_seconds")->as_number(), tokens.Find("most_seconds")->as_number());
+    // A decode step's bytes: 4,096 tokens and some of 2 KV heads in 6 layers.
+    const double bytes = json->Find("lanes")->Find("fetched")->Find("bytes")->as_number();
+    EXPECT_GE(bytes, 4096.0 * 6 * 2 * 64 * 4);
+    EXPECT_LE(bytes, 8192.0 * 6 * 2 * 64 * 4);
+    return;
+  }
+  FAIL() << "no line of it in " << options.json_path;
 }
 
 TEST(Bench, WritesALineForTheSetupAndForEachItem) {
