@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <cstdio>
 
 namespace headroom::kernels {
@@ -35,6 +36,18 @@ uint32_t AwaitChange(const std::atomic<uint32_t>& word, uint32_t old) {
   return word.load(std::memory_order_acquire);
 }
 
+// The processors that the process may use, in order.
+std::vector<int> UsableProcessors() {
+  std::vector<int> processors;
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return processors;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed)) processors.push_back(cpu);
+  }
+  return processors;
+}
+
 }  // namespace
 
 CpuTeam::CpuTeam(int size) : size_(size < 1 ? 1 : size) {
@@ -47,6 +60,22 @@ CpuTeam::~CpuTeam() {
   stop_.store(true, std::memory_order_relaxed);
   Announce(kRun);
   for (std::thread& member : members_) member.join();
+}
+
+int CpuTeam::NumProcessors() {
+  return std::max(1, static_cast<int>(UsableProcessors().size()));
+}
+
+void CpuTeam::Pin(PinFrom from) {
+  std::vector<int> processors = UsableProcessors();
+  if (from == PinFrom::kLast) std::reverse(processors.begin(), processors.end());
+  Run([&processors](int member) {
+    if (member >= static_cast<int>(processors.size())) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(processors[member], &one);
+    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
+  });
 }
 
 void CpuTeam::Announce(uint32_t kind) {

@@ -23,6 +23,14 @@ class CpuTeam {
   CpuTeam& operator=(const CpuTeam&) = delete;
 
   int size() const { return size_; }
+  // That the process may use; at least 1.
+  static int NumProcessors();
+
+  // Binds member i to the i-th of the processors that the process may use, counted from the first or
+  // from the last one; a member for which there is none stays free. As Run() otherwise, and once: the
+  // caller too may use no other from then on, nor may threads that it starts.
+  enum class PinFrom { kFirst, kLast };
+  void Pin(PinFrom from);
 
   // Calls fn(member) once on every member, member in [0, size()); returns when all have returned.
   template <typename Fn>

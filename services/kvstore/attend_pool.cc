@@ -1,7 +1,6 @@
 #include "services/kvstore/attend_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <utility>
@@ -21,22 +20,6 @@ inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-}
-
-// Pins the calling thread to the `index`-th last processor that the process may use: what comes first
-// is left to others.
-void PinTo(int index) {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-  for (int cpu = CPU_SETSIZE - 1; cpu >= 0; --cpu) {
-    if (!CPU_ISSET(cpu, &allowed) || index-- > 0) continue;
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
-    return;
-  }
 }
 
 }  // namespace
@@ -77,7 +60,7 @@ void AttendPool::Attach(std::shared_ptr<Mailbox> mailbox) {
 
 void AttendPool::Loop() {
   pthread_setname_np(pthread_self(), "attend");
-  team_.Run([](int member) { PinTo(member); });
+  team_.Pin(kernels::CpuTeam::PinFrom::kLast);  // what comes first is left to others
   while (!stop_.load(std::memory_order_relaxed)) {
     Mailbox* const mailbox = Current();
     if (mailbox == nullptr) continue;

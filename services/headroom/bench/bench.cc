@@ -1,7 +1,5 @@
 #include "services/headroom/bench/bench.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <memory>
@@ -13,6 +11,7 @@
 #include "common/device/card_probe.h"
 #include "common/device/device_factory.h"
 #include "common/status.h"
+#include "kernels/cpu/team.h"
 #include "services/headroom/bench/ceilings.h"
 #include "services/headroom/bench/costs.h"
 #include "services/headroom/bench/engine.h"
@@ -55,13 +54,6 @@ absl::Status CheckOptions(const BenchOptions& options) {
   return range("--repeat", options.repeat, kMinBenchRepeats, kMaxBenchRepeats);
 }
 
-int32_t UsableThreads() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return std::clamp(CPU_COUNT(&set), 1, int{kMaxThreads});
-}
-
 absl::StatusOr<std::vector<WorkItem>> ItemsOf(const BenchOptions& options) {
   if (options.work.empty()) return WorkItemsOf(options.set, options.seed);
   std::vector<WorkItem> items;
@@ -79,7 +71,9 @@ EngineOptions EngineOptionsOf(const BenchOptions& options) {
   engine.geometry = options.geometry;
   engine.seed = options.seed;
   engine.device = ChooseDevice(options.device);
-  engine.threads = options.threads != 0 ? options.threads : UsableThreads();
+  engine.threads = options.threads != 0
+                       ? options.threads
+                       : std::min(kernels::CpuTeam::NumProcessors(), int{kMaxThreads});
   engine.gpu_memory_bytes = options.gpu_memory_bytes;
   engine.chunk_tokens = options.chunk_tokens;
   if (engine.chunk_tokens == 0) {

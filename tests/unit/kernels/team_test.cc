@@ -1,10 +1,13 @@
 // The team, and kernels on it: labelled tsan, so that a race between members is a report.
 #include "kernels/cpu/team.h"
 
+#include <sched.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -34,6 +37,33 @@ TEST(CpuTeam, TheCallerIsMemberZero) {
   EXPECT_EQ(ids[0], std::this_thread::get_id());
   EXPECT_NE(ids[1], ids[0]);
   EXPECT_NE(ids[2], ids[1]);
+}
+
+// Where each member may run: its only processor, or -1 if there are several.
+std::vector<int> OnlyProcessors(int size, CpuTeam::PinFrom from) {
+  std::vector<int> only(size);
+  std::thread([&] {  // what is bound stays bound
+    CpuTeam team(size);
+    team.Pin(from);
+    team.Run([&only](int member) {
+      cpu_set_t allowed;
+      CPU_ZERO(&allowed);
+      sched_getaffinity(0, sizeof(allowed), &allowed);
+      only[member] = CPU_COUNT(&allowed) == 1 ? sched_getcpu() : -1;
+    });
+  }).join();
+  return only;
+}
+
+TEST(CpuTeam, PinGivesEachMemberAProcessorOfItsOwn) {
+  const int processors = CpuTeam::NumProcessors();
+  if (processors == 1) GTEST_SKIP() << "there is one processor";
+  std::vector<int> first = OnlyProcessors(processors, CpuTeam::PinFrom::kFirst);
+  EXPECT_EQ(std::set<int>(first.begin(), first.end()).size(), static_cast<size_t>(processors));
+  EXPECT_EQ(std::count(first.begin(), first.end(), -1), 0);
+  std::reverse(first.begin(), first.end());
+  EXPECT_EQ(OnlyProcessors(processors, CpuTeam::PinFrom::kLast), first);
+  EXPECT_EQ(OnlyProcessors(processors + 1, CpuTeam::PinFrom::kFirst).back(), -1) << "one too many";
 }
 
 TEST(CpuTeam, ForEachTakesEveryIndexOnce) {
