@@ -69,7 +69,7 @@ std::optional<absl::Status> UnparsableRequests::Take(const void* request) {
 std::string MessageBytes::Text() const {
   grpc_byte_buffer_reader reader;
   std::string text;
-  if (!grpc_byte_buffer_reader_init(&reader, bytes_)) return text;
+  if (bytes_ == nullptr || !grpc_byte_buffer_reader_init(&reader, bytes_)) return text;
   const grpc_slice all = grpc_byte_buffer_reader_readall(&reader);
   text.assign(reinterpret_cast<const char*>(GRPC_SLICE_START_PTR(all)), GRPC_SLICE_LENGTH(all));
   grpc_slice_unref(all);

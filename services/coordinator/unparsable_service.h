@@ -37,14 +37,18 @@ class UnparsableRequests {
   std::unordered_map<const void*, absl::Status> why_ ABSL_GUARDED_BY(mutex_);
 };
 
-// Another reference to a call's message: parsing frees the first.
+// Another reference to a call's message: parsing frees the first. There is none where the client went
+// before it sent one.
 class MessageBytes {
  public:
-  explicit MessageBytes(grpc_byte_buffer* message) : bytes_(grpc_byte_buffer_copy(message)) {}
-  ~MessageBytes() { grpc_byte_buffer_destroy(bytes_); }
+  explicit MessageBytes(grpc_byte_buffer* message)
+      : bytes_(message == nullptr ? nullptr : grpc_byte_buffer_copy(message)) {}
+  ~MessageBytes() {
+    if (bytes_ != nullptr) grpc_byte_buffer_destroy(bytes_);
+  }
   MessageBytes(const MessageBytes&) = delete;
   MessageBytes& operator=(const MessageBytes&) = delete;
-  std::string Text() const;
+  std::string Text() const;  // empty if there is no message
 
  private:
   grpc_byte_buffer* const bytes_;

@@ -194,7 +194,7 @@ TEST_F(Restart, ASegmentOfAnotherModelIsRefusedWithTheFlagToSet) {
     const std::string log = cluster_.coordinator().Log();
     return absl::StrContains(log, "--allow-clean-segment") && absl::StrContains(log, "--segment-dir");
   })) << cluster_.coordinator().Log();
-  EXPECT_EQ(client().Health(), "NOT_SERVING");
+  EXPECT_TRUE(client().AwaitHealth("NOT_SERVING", absl::Seconds(2)));
   EXPECT_TRUE(cluster_.kvstore().running());
   cluster_.AddCoordinatorArg("--allow-clean-segment");
   cluster_.StartCoordinator();

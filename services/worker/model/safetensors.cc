@@ -306,15 +306,19 @@ absl::Status SafetensorsReader::AddHeader(int32_t file, const std::string& heade
   const std::string& path = files_[file].path;
   const int64_t data_bytes = files_[file].size_bytes - data_begin;
   Added added;
-  absl::Status wrong;  // with a tensor; what is wrong with the JSON is said of the header
+  // The first wrong tensor is said when all has been read: a name that stands twice may stand behind it,
+  // right the second time.
+  absl::Status wrong;
   const auto take = [&](const std::string& name, const Json& value) {
-    wrong = name == "__metadata__" ? CheckMetadata(value, path)
-                                   : AddTensor(file, name, value, data_begin, added);
-    return wrong;
+    if (wrong.ok()) {
+      wrong = name == "__metadata__" ? CheckMetadata(value, path)
+                                     : AddTensor(file, name, value, data_begin, added);
+    }
+    return absl::OkStatus();
   };
   const absl::Status read = Json::ParseMembers(header, kMaxHeaderBytes, {kMaxEntryValues, take});
-  HEADROOM_RETURN_IF_ERROR(wrong);
   if (!read.ok()) return Annotate(read, path + ": header");
+  HEADROOM_RETURN_IF_ERROR(wrong);
   return CheckTiling(std::move(added), path, data_begin, data_bytes);
 }
 

@@ -73,6 +73,14 @@ TEST(WhyUnparsable, AnyBytesAreReadWithinTheirEnds) {
   EXPECT_TRUE(absl::IsInvalidArgument(Why(deep)));
 }
 
+// A client that goes before it has sent its message.
+TEST(MessageBytes, MayBeOfNoMessage) {
+  EXPECT_EQ(MessageBytes(nullptr).Text(), "");
+  grpc_byte_buffer* const empty = grpc_raw_byte_buffer_create(nullptr, 0);
+  EXPECT_EQ(MessageBytes(empty).Text(), "");
+  grpc_byte_buffer_destroy(empty);
+}
+
 TEST(UnparsableRequests, AreTakenOnce) {
   UnparsableRequests requests;
   const int a = 0, b = 0;
