@@ -23,7 +23,7 @@ namespace {
 
 using R = v1::GenerateRequest;
 
-constexpr int kRepeats = kSanitized ? 10 : 200;
+constexpr int kRepeats = kSanitized ? 10 : 100;
 constexpr int64_t kMiB = int64_t{1} << 20;
 // Of messages of several MiB: gRPC's own work on one is tens of ms.
 constexpr int kLargeRepeats = kSanitized ? 2 : 10;
