@@ -50,11 +50,13 @@ class CountingIterator {
 };
 
 // Builds the tree from the parser's events, so that depth and duplicates are checked while reading
-// and not after a hostile document has been expanded.
+// and not after a hostile document has been expanded. With MemberRules each member of the outermost
+// object is handed on when it is whole and not kept.
 class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
  public:
   // `taken`: how many bytes have been read, while reading.
-  explicit TreeBuilder(const int64_t* taken) : taken_(taken) {}
+  explicit TreeBuilder(const int64_t* taken, const Json::MemberRules* rules = nullptr)
+      : taken_(taken), rules_(rules) {}
 
   bool null() override { return Add(Json()); }
   bool boolean(bool value) override { return Add(Json(value)); }
@@ -75,7 +77,10 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
   }
   bool string(string_t& value) override { return Add(Json(std::move(value))); }
   bool binary(binary_t&) override { return Fail("binary data"); }
-  bool start_object(std::size_t) override { return Open(Frame{.is_object = true}); }
+  bool start_object(std::size_t) override {
+    if (rules_ != nullptr && frames_.empty()) whole_is_object_ = true;
+    return Open(Frame{.is_object = true});
+  }
   bool end_object() override { return Close(); }
   bool start_array(std::size_t) override { return Open(Frame{.is_object = false}); }
   bool end_array() override { return Close(); }
@@ -92,8 +97,12 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
     return false;
   }
 
-  const std::string& error() const { return error_; }
+  // Why reading has stopped.
+  absl::Status status() const {
+    return refused_.ok() ? absl::InvalidArgumentError(error_) : refused_;
+  }
   Json Take() { return std::move(root_); }
+  bool whole_is_object() const { return whole_is_object_; }
 
  private:
   struct Frame {
@@ -121,6 +130,17 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
     return Add(frame.is_object ? Json(std::move(frame.object)) : Json(std::move(frame.array)));
   }
   bool Add(Json value) {
+    if (rules_ != nullptr && !frames_.empty()) {
+      if (++values_ > rules_->max_values) {
+        return Fail(absl::StrCat("member '", BriefText(frames_.front().key), "' has more than ",
+                                 rules_->max_values, " values"));
+      }
+      if (frames_.size() == 1 && frames_.back().is_object) {
+        values_ = 0;
+        refused_ = rules_->take(frames_.back().key, value);
+        return refused_.ok();
+      }
+    }
     if (frames_.empty()) {
       root_ = std::move(value);
     } else if (frames_.back().is_object) {
@@ -132,6 +152,10 @@ class TreeBuilder : public nlohmann::json_sax<nlohmann::json> {
   }
 
   const int64_t* const taken_;
+  const Json::MemberRules* const rules_;
+  int64_t values_ = 0;  // of the member that is being read
+  bool whole_is_object_ = false;
+  absl::Status refused_;
   std::vector<Frame> frames_;
   Json root_;
   std::string error_;
@@ -160,9 +184,8 @@ nlohmann::ordered_json ToLibrary(const Json& json) {
   return object;
 }
 
-}  // namespace
-
-absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
+// Hands a text's events to the builder.
+absl::Status Read(absl::string_view text, int64_t max_bytes, int64_t& taken, TreeBuilder& builder) {
   if (static_cast<int64_t>(text.size()) > max_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(text.size(), " bytes of JSON, at most ", max_bytes, " are read"));
@@ -175,13 +198,28 @@ absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
   if (const size_t zero = text.find('\0'); zero != absl::string_view::npos) {
     return absl::InvalidArgumentError(absl::StrCat("not valid JSON at byte ", zero + 1));
   }
+  const bool whole = nlohmann::json::sax_parse(CountingIterator(text.data(), &taken),
+                                               CountingIterator(text.data() + text.size(), &taken),
+                                               &builder);
+  return whole ? absl::OkStatus() : builder.status();
+}
+
+}  // namespace
+
+absl::StatusOr<Json> Json::Parse(absl::string_view text, int64_t max_bytes) {
   int64_t taken = 0;
   TreeBuilder builder(&taken);
-  if (!nlohmann::json::sax_parse(CountingIterator(text.data(), &taken),
-                                 CountingIterator(text.data() + text.size(), &taken), &builder)) {
-    return absl::InvalidArgumentError(builder.error());
-  }
+  HEADROOM_RETURN_IF_ERROR(Read(text, max_bytes, taken, builder));
   return builder.Take();
+}
+
+absl::Status Json::ParseMembers(absl::string_view text, int64_t max_bytes,
+                                const MemberRules& rules) {
+  int64_t taken = 0;
+  TreeBuilder builder(&taken, &rules);
+  HEADROOM_RETURN_IF_ERROR(Read(text, max_bytes, taken, builder));
+  if (builder.whole_is_object()) return absl::OkStatus();
+  return absl::InvalidArgumentError("expected an object");
 }
 
 absl::StatusOr<Json> Json::ParseFile(const std::string& path, int64_t max_bytes) {

@@ -110,6 +110,7 @@ absl::Status Tokenizer::ReadVocabulary() {
     arena_.append(rest.data() + 9, size);
     rest.remove_prefix(9 + size);
     tokens_.push_back(token);
+    longest_token_bytes_ = std::max<int64_t>(longest_token_bytes_, token.spelling_size);
   }
   arena_.shrink_to_fit();
   return absl::OkStatus();

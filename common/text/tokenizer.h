@@ -56,6 +56,9 @@ class Tokenizer {
   // 1 + the largest id, added tokens included. A model may have more rows (padding), never fewer.
   int64_t vocab_size() const { return static_cast<int64_t>(tokens_.size()); }
 
+  // Of a token's text, as the vocabulary spells it.
+  int64_t longest_token_bytes() const { return longest_token_bytes_; }
+
   // The ids that end a text; may be empty.
   const std::vector<int32_t>& eos_ids() const { return eos_ids_; }
   bool IsEos(int32_t id) const;
@@ -94,6 +97,7 @@ class Tokenizer {
   std::unique_ptr<HeadroomTextTokenizer, Freer> tokenizer_;
   std::string arena_;
   std::vector<Token> tokens_;  // by id
+  int64_t longest_token_bytes_ = 0;
   std::vector<int32_t> eos_ids_;
 };
 

@@ -51,6 +51,51 @@ class RefusedStream : public grpc::ServerWriteReactor<v1::GenerateResponse> {
 
 }  // namespace
 
+InferenceService::InferenceService(Scheduler* scheduler, const ServedModel* model,
+                                   int64_t context_limit)
+    : scheduler_(scheduler), model_(model), context_limit_(context_limit) {
+  // In the order of inference.proto.
+  MarkMethodCallback(0, new CheckedServerStreamingHandler<v1::GenerateRequest, v1::GenerateResponse>(
+                            &unparsable_,
+                            [](grpc::CallbackServerContext* context, const absl::Status& status) {
+                              AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), status);
+                              return new RefusedStream(status);
+                            },
+                            [this](grpc::CallbackServerContext* context,
+                                   const v1::GenerateRequest* request) {
+                              return Generate(context, request);
+                            }));
+  CheckMessages(1, &InferenceService::GenerateOnce, "request.");
+  CheckMessages(2, &InferenceService::Tokenize);
+  CheckMessages(3, &InferenceService::Detokenize);
+  CheckMessages(4, &InferenceService::GetModelInfo);
+  CheckMessages(5, &InferenceService::GetServerInfo);
+  CheckMessages(6, &InferenceService::GetLoad);
+  CheckMessages(7, &InferenceService::Abort);
+  CheckMessages(8, &InferenceService::GetSession);
+  CheckMessages(9, &InferenceService::ListSessions);
+  CheckMessages(10, &InferenceService::UpdateSession);
+  CheckMessages(11, &InferenceService::DeleteSession);
+  CheckMessages(12, &InferenceService::ForkSession);
+}
+
+template <typename Request, typename Response>
+void InferenceService::CheckMessages(int index,
+                                     grpc::ServerUnaryReactor* (InferenceService::*method)(
+                                         grpc::CallbackServerContext*, const Request*, Response*),
+                                     const char* omitted) {
+  const auto refuse = [](grpc::CallbackServerContext* context, const absl::Status& status) {
+    AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), status);
+    return Answer(context, status);
+  };
+  MarkMethodCallback(index, new CheckedUnaryHandler<Request, Response>(
+                                &unparsable_, omitted, refuse,
+                                [this, method](grpc::CallbackServerContext* context,
+                                               const Request* request, Response* response) {
+                                  return (this->*method)(context, request, response);
+                                }));
+}
+
 absl::StatusOr<RequestLimits> InferenceService::Limits() const {
   const std::shared_ptr<const PeerFacts> facts = scheduler_->facts();
   if (facts == nullptr) return NotReadyError("worker and kvstore have not been found yet");

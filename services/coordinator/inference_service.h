@@ -13,6 +13,7 @@
 #include "services/coordinator/request_validation.h"
 #include "services/coordinator/scheduler.h"
 #include "services/coordinator/served_model.h"
+#include "services/coordinator/unparsable_service.h"
 
 namespace headroom::coordinator {
 
@@ -24,8 +25,7 @@ class InferenceService final : public v1::InferenceService::CallbackService {
  public:
   // `scheduler` and `model` outlive the server. `context_limit`: most tokens of a sequence, beside
   // the model's own limit; 0: only that.
-  InferenceService(Scheduler* scheduler, const ServedModel* model, int64_t context_limit)
-      : scheduler_(scheduler), model_(model), context_limit_(context_limit) {}
+  InferenceService(Scheduler* scheduler, const ServedModel* model, int64_t context_limit);
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
       grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
@@ -67,6 +67,12 @@ class InferenceService final : public v1::InferenceService::CallbackService {
                                         v1::ForkSessionResponse* response) override;
 
  private:
+  // Puts a handler around method number `index` that says what is wrong with a message.
+  template <typename Request, typename Response>
+  void CheckMessages(int index,
+                     grpc::ServerUnaryReactor* (InferenceService::*method)(
+                         grpc::CallbackServerContext*, const Request*, Response*),
+                     const char* omitted = "");
   // The checked request with its id, arrival and deadline.
   absl::StatusOr<std::unique_ptr<Request>> MakeRequest(const grpc::CallbackServerContext& context,
                                                        const v1::GenerateRequest& proto) const;
@@ -76,6 +82,7 @@ class InferenceService final : public v1::InferenceService::CallbackService {
   Scheduler* const scheduler_;
   const ServedModel* const model_;
   const int64_t context_limit_;
+  UnparsableRequests unparsable_;
 };
 
 }  // namespace headroom::coordinator

@@ -141,8 +141,12 @@ v1::MeasureLanesResponse Peers::LaneCostsOf(const PeersFound& found) {
 absl::Status Peers::BindStore(PeersFound& found) {
   HEADROOM_ASSIGN_OR_RETURN(found.store, store_->GetInfo());
   HEADROOM_RETURN_IF_ERROR(CheckRevision(found.store, "kvstore"));
-  HEADROOM_RETURN_IF_ERROR(
-      store_->BindModel(found.worker.geometry(), found.worker.fingerprint(), allow_clean_));
+  const absl::Status bound =
+      store_->BindModel(found.worker.geometry(), found.worker.fingerprint(), allow_clean_);
+  if (ReasonOf(bound) == "OTHER_MODEL") {
+    return Annotate(bound, "the coordinator's --allow-clean-segment is not set");
+  }
+  HEADROOM_RETURN_IF_ERROR(bound);
   HEADROOM_ASSIGN_OR_RETURN(found.stored, store_->ListSequences());
   // Binding may have changed what is used.
   HEADROOM_ASSIGN_OR_RETURN(found.store, store_->GetInfo());

@@ -215,10 +215,10 @@ absl::StatusOr<std::vector<int32_t>> PromptIds(const v1::GenerateRequest& proto,
   switch (proto.input_case()) {
     case v1::GenerateRequest::kPrompt:
       field = "prompt";
-      return EncodeText(model, proto.prompt(), field);
+      return EncodeText(model, proto.prompt(), field, &limits);
     case v1::GenerateRequest::kChat:
       field = "chat";
-      return EncodeChat(model, proto.chat(), field);
+      return EncodeChat(model, proto.chat(), field, &limits);
     case v1::GenerateRequest::kTokenIds: {
       field = "token_ids.ids";
       Checker checker;
@@ -252,23 +252,41 @@ absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& mod
   return absl::OkStatus();
 }
 
+// Tokenizing takes a second a MB: a text that is longer than the context's number of longest tokens is
+// refused before. (A text of nothing but characters that the vocabulary leaves out would have fit.)
+absl::Status CheckFits(const Tokenizer& tokenizer, size_t text_bytes, const RequestLimits& limits) {
+  const int64_t longest = tokenizer.longest_token_bytes();
+  if (static_cast<int64_t>(text_bytes) <= limits.max_context_tokens * longest) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("text has ", text_bytes, " bytes, the context limit is ",
+                   limits.max_context_tokens, " tokens of at most ", longest));
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<int32_t>> EncodeText(const ServedModel& model, absl::string_view text,
-                                                absl::string_view field) {
+                                                absl::string_view field,
+                                                const RequestLimits* limits) {
   if (model.tokenizer() == nullptr) {
     return BadRequestError({{std::string(field), "the model has no tokenizer: send token_ids"}});
   }
-  absl::StatusOr<std::vector<int32_t>> ids = model.tokenizer()->Encode(text);
-  if (absl::IsInvalidArgument(ids.status())) {
-    return BadRequestError({{std::string(field), std::string(ids.status().message())}});
+  absl::Status status =
+      limits == nullptr ? absl::OkStatus() : CheckFits(*model.tokenizer(), text.size(), *limits);
+  if (status.ok()) {
+    absl::StatusOr<std::vector<int32_t>> ids = model.tokenizer()->Encode(text);
+    if (ids.ok()) return ids;
+    status = ids.status();
   }
-  return ids;
+  if (!absl::IsInvalidArgument(status)) return status;
+  return BadRequestError({{std::string(field), std::string(status.message())}});
 }
 
 absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
                                                 const v1::ChatMessages& chat,
-                                                absl::string_view field) {
+                                                absl::string_view field,
+                                                const RequestLimits* limits) {
   if (model.chat_template() == nullptr || model.tokenizer() == nullptr) {
     return WithReason(absl::FailedPreconditionError(
                           absl::StrCat("model ", model.name(), " has no chat template")),
@@ -292,6 +310,9 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
       !chat.has_add_generation_prompt() || chat.add_generation_prompt();
   absl::StatusOr<std::string> text = model.chat_template()->Render(messages, add_generation_prompt);
   absl::Status status = text.status();
+  if (status.ok() && limits != nullptr) {
+    status = CheckFits(*model.tokenizer(), text->size(), *limits);
+  }
   if (status.ok()) {
     // The template's output spells what goes around a text.
     absl::StatusOr<std::vector<int32_t>> ids =

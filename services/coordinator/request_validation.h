@@ -42,12 +42,15 @@ absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateReque
                                                          const ServedModel& model,
                                                          const RequestLimits& limits);
 
-// Also what Tokenize answers. `field` is named in errors.
+// Also what Tokenize answers. `field` is named in errors. With `limits` a text that cannot fit them is
+// INVALID_ARGUMENT without being tokenized.
 absl::StatusOr<std::vector<int32_t>> EncodeText(const ServedModel& model, absl::string_view text,
-                                                absl::string_view field);
+                                                absl::string_view field,
+                                                const RequestLimits* limits = nullptr);
 absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
                                                 const v1::ChatMessages& chat,
-                                                absl::string_view field);
+                                                absl::string_view field,
+                                                const RequestLimits* limits = nullptr);
 
 // The metadata x-request-id: 1 to 128 visible ASCII characters.
 absl::Status CheckRequestId(absl::string_view id);

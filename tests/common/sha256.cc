@@ -62,13 +62,30 @@ void Finish(const unsigned char* rest, int bytes, uint64_t total_bytes, State& s
   for (int i = 0; i < tail_bytes; i += kBlockBytes) Compress(tail.data() + i, state);
 }
 
+std::string Hex(const State& state) {
+  std::string hex;
+  for (const uint32_t word : state) absl::StrAppendFormat(&hex, "%08x", word);
+  return hex;
+}
+
+constexpr State kInitialState = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+
 }  // namespace
+
+std::string Sha256Of(std::string_view bytes) {
+  State state = kInitialState;
+  const auto* const data = reinterpret_cast<const unsigned char*>(bytes.data());
+  size_t done = 0;
+  for (; done + kBlockBytes <= bytes.size(); done += kBlockBytes) Compress(data + done, state);
+  Finish(data + done, static_cast<int>(bytes.size() - done), bytes.size(), state);
+  return Hex(state);
+}
 
 absl::StatusOr<std::string> Sha256OfFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat("cannot open ", path));
-  State state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+  State state = kInitialState;
   std::vector<unsigned char> buffer(1024 * kBlockBytes);
   uint64_t total_bytes = 0;
   for (;;) {
@@ -83,9 +100,7 @@ absl::StatusOr<std::string> Sha256OfFile(const std::string& path) {
       break;
     }
   }
-  std::string hex;
-  for (const uint32_t word : state) absl::StrAppendFormat(&hex, "%08x", word);
-  return hex;
+  return Hex(state);
 }
 
 }  // namespace headroom

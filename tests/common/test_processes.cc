@@ -185,17 +185,21 @@ std::string CommandLineOf(pid_t pid) {
 
 // ---------------------------------------------------------------- memory
 
+int64_t MemoryOf(pid_t pid) {
+  std::istringstream status(ReadFile(absl::StrCat("/proc/", pid, "/status")));
+  int64_t kib = 0;
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind("RssAnon:", 0) == 0 || line.rfind("RssFile:", 0) == 0) {
+      kib += atoll(line.c_str() + line.find(':') + 1);
+    }
+  }
+  return kib << 10;
+}
+
 MemorySampler::MemorySampler(pid_t pid) : pid_(pid) {
   thread_ = std::thread([this] {
     while (!stop_.load()) {
-      std::istringstream status(ReadFile(absl::StrCat("/proc/", pid_, "/status")));
-      int64_t kib = 0;
-      for (std::string line; std::getline(status, line);) {
-        if (line.rfind("RssAnon:", 0) == 0 || line.rfind("RssFile:", 0) == 0) {
-          kib += atoll(line.c_str() + line.find(':') + 1);
-        }
-      }
-      peak_bytes_ = std::max(peak_bytes_, kib << 10);
+      peak_bytes_ = std::max(peak_bytes_, MemoryOf(pid_));
       ++samples_;
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }

@@ -86,8 +86,11 @@ std::vector<pid_t> DescendantsOf(pid_t pid);
 // Its command line, words joined by spaces; empty if there is no such process.
 std::string CommandLineOf(pid_t pid);
 
-// Samples what a process holds for itself (anonymous memory and pages of files; shared memory is
-// somebody else's) every 10 ms.
+// Bytes that a process holds for itself now: anonymous memory and pages of files; shared memory is
+// somebody else's.
+int64_t MemoryOf(pid_t pid);
+
+// Samples that every 10 ms.
 class MemorySampler {
  public:
   explicit MemorySampler(pid_t pid);

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
@@ -382,6 +383,19 @@ TEST_F(Api, ReflectsOnlyIfAskedTo) {
   EXPECT_EQ(reflects(asked.api_address()), grpc::StatusCode::OK);
   EXPECT_EQ(reflects(asked.admin_address()), grpc::StatusCode::OK);
   EXPECT_EQ(reflects(asked.worker_address()), grpc::StatusCode::UNIMPLEMENTED);
+  // What a client needs that knows no service beforehand: ServerReflectionRequest{
+  // file_containing_symbol = 4}.
+  for (const std::string symbol : {"headroom.v1.InferenceService", "grpc.health.v1.Health"}) {
+    std::string file;
+    EXPECT_TRUE(asked.client()
+                    .Call("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+                          absl::StrCat("\x22", std::string(1, static_cast<char>(symbol.size())), symbol),
+                          &file)
+                    .ok());
+    EXPECT_TRUE(absl::StrContains(file, symbol == "grpc.health.v1.Health" ? "HealthCheckRequest"
+                                                                          : "GenerateRequest"))
+        << symbol;
+  }
 }
 
 // ---------------------------------------------------------------- what it refuses

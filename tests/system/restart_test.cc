@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/errors.h"
@@ -177,6 +178,28 @@ TEST_F(Restart, AKilledCoordinatorLeavesNothingBehind) {
   EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
                         [&] { return client().Load().host_used_bytes() == 0; }))
       << client().Load().host_used_bytes();
+}
+
+// Its keys would be another model's: nothing is served and nothing given up before somebody says so.
+TEST_F(Restart, ASegmentOfAnotherModelIsRefusedWithTheFlagToSet) {
+  ASSERT_TRUE(client().Generate(AskHalf("kept", RandomPrompt(1, 200), 4)).status.ok());
+  cluster_.coordinator().Kill();
+  cluster_.worker().Kill();
+  RandomModelSpec other = SystemTestModel();
+  other.seed = 2;
+  MustWriteModel(other, cluster_.model_dir());
+  cluster_.StartWorker();
+  cluster_.StartCoordinator();
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(2)), [&] {
+    const std::string log = cluster_.coordinator().Log();
+    return absl::StrContains(log, "--allow-clean-segment") && absl::StrContains(log, "--segment-dir");
+  })) << cluster_.coordinator().Log();
+  EXPECT_TRUE(client().AwaitHealth("NOT_SERVING", absl::Seconds(2)));
+  EXPECT_TRUE(cluster_.kvstore().running());
+  cluster_.AddCoordinatorArg("--allow-clean-segment");
+  cluster_.StartCoordinator();
+  ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
+  EXPECT_EQ(client().Generate(AskHalf("", RandomPrompt(1, 200), 4)).tokens.size(), 4u);
 }
 
 }  // namespace

@@ -132,8 +132,14 @@ TEST_F(Startup, AConfigWithAnOptionThatWouldChangeTheMaths) {
     std::ofstream(model_ + "/config.json")
         << "{\"" << name << "\": " << value << "," << config.substr(config.find('{') + 1);
     const bool rope = std::string(name) == "rope_parameters";
-    ExpectRefused(WorkerOfModel(), {"config.json", rope ? "'rope_type'" : name});
+    const std::string named = rope ? "'rope_type'" : name;
+    ExpectRefused(WorkerOfModel(), {"config.json", named});
+    ExpectRefused(RunCommand({HeadroomBinary(), "plan", "--model", model_, "--context", "100",
+                              "--gpu-memory", "48MiB", "--host-memory", "64MiB", "--device", "cpu"},
+                             Patience(kSoon)),
+                  {"config.json", named});
   }
+  EXPECT_GE(std::size(options), 20u);
   std::ofstream(model_ + "/config.json") << config;
   ExpectRefused(Worker({"--model", model_, "--gpu-memory", "1MiB"}), {"--gpu-memory"});
 }
@@ -271,12 +277,15 @@ TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
   ExpectRefused(check("worker", {"--model", model_}), {"model.safetensors"});
 }
 
+// Refusals of a segment: nobody waits for a store that cannot be.
+constexpr absl::Duration kRefused = absl::Seconds(2);
+
 TEST_F(Startup, AStoreThatDoesNotFitSaysSo) {
   const TestDir segments("/dev/shm");
   const auto store = [&](const std::string& memory) {
     return RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
                        segments.File("segment"), "--host-memory", memory},
-                      Patience(kSoon));
+                      Patience(kRefused));
   };
   ExpectRefused(store("900TiB"), {"--host-memory"});
   EXPECT_FALSE(std::filesystem::exists(segments.File("segment") + "/data"));
@@ -287,7 +296,7 @@ TEST_F(Startup, AStoreOnASmallOrReadOnlyFileSystemSaysSo) {
   const auto store = [&] {
     return RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
                        segments.File("segment"), "--host-memory", "64MiB"},
-                      Patience(kSoon));
+                      Patience(kRefused));
   };
   {
     const TmpfsMount tmpfs(segments.path(), "size=2m");
@@ -306,7 +315,7 @@ TEST_F(Startup, ASecondStoreOnASegmentIsRefused) {
   ASSERT_NO_FATAL_FAILURE(cluster.AwaitServing());
   ExpectRefused(RunCommand({HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
                             cluster.segment_dir(), "--host-memory", "64MiB"},
-                           Patience(kSoon)),
+                           Patience(kRefused)),
                 {cluster.segment_dir()});
   // It has done the first no harm.
   EXPECT_EQ(cluster.client().Generate(Ask(RandomPrompt(1, 300), 5)).tokens.size(), 5u);

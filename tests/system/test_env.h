@@ -134,6 +134,8 @@ class Cluster {
   void StartKvStore();
   void StartWorker();
   void StartCoordinator();
+  // From the next StartCoordinator() on.
+  void AddCoordinatorArg(const std::string& arg) { options_.coordinator_args.push_back(arg); }
   Process& kvstore() { return *kvstore_; }
   Process& worker() { return *worker_; }
   Process& coordinator() { return *coordinator_; }

@@ -1,11 +1,11 @@
 // Reads weights in the safetensors format: an 8-byte little-endian header length, a JSON header,
 // then the tensors' bytes. One file, or shards named by model.safetensors.index.json.
 //
-// Files are not trusted: the header is capped, every offset and product is checked before it is
-// used, ranges may neither overlap nor leave holes, and shards lie in the model's folder, links
-// followed. What is a well-formed file is what the format's own library takes for one, less what the
-// format's text forbids or no writer writes (safetensors_oracle_test.cc names each such rule); which
-// tensors a model has, and of which type, is Expect's.
+// Files are not trusted: the header is capped and read tensor by tensor, every offset and product is
+// checked before it is used, ranges may neither overlap nor leave holes, and shards lie in the model's
+// folder, links followed. What is a well-formed file is what the format's own library takes for one,
+// less what the format's text forbids or no writer writes (safetensors_oracle_test.cc names each such
+// rule); which tensors a model has, and of which type, is Expect's.
 #ifndef HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 #define HEADROOM_SERVICES_WORKER_MODEL_SAFETENSORS_H_
 
@@ -13,12 +13,14 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "common/fd.h"
+#include "common/json.h"
 
 namespace headroom {
 
@@ -55,7 +57,12 @@ class SafetensorsReader {
     int64_t size_bytes = 0;
   };
 
+  // Tensors of one file, as they stand in tensors_.
+  using Added = std::vector<std::pair<const std::string*, const TensorInfo*>>;
+
   absl::Status ReadHeader(const std::string& path, Fd fd);
+  absl::Status AddTensor(int32_t file, const std::string& name, const Json& value,
+                         int64_t data_begin, Added& added);
   absl::Status AddHeader(int32_t file, const std::string& header, int64_t data_begin);
   absl::Status OpenShards(const std::string& model_dir, const std::string& index_path);
 

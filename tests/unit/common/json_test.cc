@@ -12,6 +12,8 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 
@@ -166,6 +168,58 @@ TEST(Json, TextsAreCapped) {
   EXPECT_NE(error.find("6 bytes"), std::string::npos) << error;
   EXPECT_NE(error.find("at most 5"), std::string::npos) << error;
 }
+
+// ---------------------------------------------------------------- member by member
+
+// What ParseMembers hands on, as "name=value", and the error that it ends with.
+std::pair<std::vector<std::string>, std::string> Members(absl::string_view text, int64_t max_values = 10,
+                                                         const std::string& refused = "") {
+  std::vector<std::string> members;
+  const absl::Status status = Json::ParseMembers(
+      text, kPlenty, {max_values, [&](const std::string& name, const Json& value) {
+                        if (name == refused && !refused.empty()) return absl::DataLossError("mine");
+                        members.push_back(absl::StrCat(name, "=", value.Dump()));
+                        return absl::OkStatus();
+                      }});
+  return {members, std::string(status.message())};
+}
+
+TEST(JsonMembers, ComeInTheirOrderAndWhole) {
+  const auto [members, error] = Members(R"( {"b": {"x": [1, {"y": null}]}, "a": "t", "": []} )");
+  EXPECT_EQ(error, "");
+  EXPECT_EQ(members, (std::vector<std::string>{R"(b={"x":[1,{"y":null}]})", R"(a="t")", "=[]"}));
+  EXPECT_EQ(Members("{}").second, "");
+}
+
+TEST(JsonMembers, TheSameTextsAreRefused) {
+  for (const char* text : {"", "{", "{\"a\":1}x", "{\"a\":01}", "{\"a\":1,}", "{\"a\":\"\xff\"}",
+                           "\xEF\xBB\xBF{}", "{\"a\":1,\"a\":2}", "{\"a\":{\"b\":1,\"b\":1}}",
+                           "{\"a\":18446744073709551616}"}) {
+    EXPECT_EQ(Members(text).second, ErrorOf(text)) << text;
+    EXPECT_NE(Members(text).second, "") << text;
+  }
+  const std::string deep = "{\"a\":" + std::string(70, '[');
+  EXPECT_EQ(Members(deep, 100).second, ErrorOf(deep));
+  EXPECT_EQ(Json::ParseMembers("{}", 1, {1, nullptr}).message(), ErrorOf("{}", 1));
+  for (const char* text : {"[]", "[{}]", "3", "null", "\"a\""}) {
+    EXPECT_EQ(Members(text).second, "expected an object") << text;
+  }
+}
+
+TEST(JsonMembers, OneThatIsTooLargeIsNotKept) {
+  EXPECT_EQ(Members(R"({"a":[1,2,3]})", 4).second, "");
+  EXPECT_EQ(Members(R"({"a":[1,2,3]})", 3).second, "member 'a' has more than 3 values at byte 12");
+  EXPECT_EQ(Members(R"({"a":{"b":[[],[]]}})", 3).first.size(), 0u);
+  EXPECT_EQ(Members(R"({"a":1,"b":2,"c":3,"d":4})", 1).first.size(), 4u) << "each counts by itself";
+}
+
+TEST(JsonMembers, ARefusalEndsTheReading) {
+  const auto [members, error] = Members(R"({"a":1,"b":2,"c":3,)", 10, "b");
+  EXPECT_EQ(error, "mine");
+  EXPECT_EQ(members, std::vector<std::string>{"a=1"});
+}
+
+// ---------------------------------------------------------------- files
 
 class JsonFile : public testing::Test {
  protected:

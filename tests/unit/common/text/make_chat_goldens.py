@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Writes tests/unit/common/text/chat_goldens.json: what transformers makes of 30 conversations with
-the chat templates of Llama 3, Llama 3.1, Qwen 2.5 and Mistral. chat_template_test.cc renders the
-same and compares bytes.
+the chat templates of Llama 3, Llama 3.1, Qwen 2.5, Mistral, Gemma (1 and 2 have the same) and Llama 2.
+chat_template_test.cc renders the same and compares bytes.
 
-The templates are those that two wheels from PyPI hold, both under Apache-2.0: trl 1.16.0 (the first
-three, as their models have them) and axolotl 0.19.0 (Mistral's of version 3, extended there by
-contents that are lists). Needs transformers (4.57.1) and jinja2; tests need only the JSON.
-usage: make_chat_goldens.py TRL.whl AXOLOTL.whl [OUT.json]
+The templates are those that three wheels from PyPI hold, all under Apache-2.0: trl 1.16.0 (as their
+models have them), axolotl 0.19.0 (Mistral's of version 3, extended there by contents that are lists)
+and transformers 4.40.2 (Llama 2's, which that version still had in its code). Needs transformers
+(4.57.1) and jinja2; tests need only the JSON.
+usage: make_chat_goldens.py TRL.whl AXOLOTL.whl TRANSFORMERS-4.40.2.whl [OUT.json]
 """
+import ast
 import hashlib
 import json
 import pathlib
@@ -26,6 +28,12 @@ TEMPLATES = [
      {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
     ("qwen2_5", 0, "trl/chat_templates/qwen2_5.jinja", {"eos_token": "<|im_end|>"}),
     ("mistral_v3", 1, "axolotl/utils/chat_templates/templates/mistral_v2v3.jinja",
+     {"bos_token": "<s>", "eos_token": "</s>"}),
+    ("gemma", 0, "trl/chat_templates/gemma.jinja", {"bos_token": "<bos>", "eos_token": "<eos>"}),
+    # It knows no system messages; without those that come first it renders most of the 30.
+    ("gemma_without_system", 0, "trl/chat_templates/gemma.jinja",
+     {"bos_token": "<bos>", "eos_token": "<eos>"}),
+    ("llama2", 2, "transformers/models/llama/tokenization_llama_fast.py",
      {"bos_token": "<s>", "eos_token": "</s>"}),
 ]
 
@@ -77,6 +85,23 @@ CONVERSATIONS = [
 assert len(CONVERSATIONS) == 30
 
 
+def template_in(source, path):
+    """A file that is the template, or LlamaTokenizerFast, whose default_chat_template assigns it."""
+    if path.endswith(".jinja"):
+        return source
+    method = next(node for node in ast.walk(ast.parse(source))
+                  if isinstance(node, ast.FunctionDef) and node.name == "default_chat_template")
+    template = next(node.value.value for node in method.body if isinstance(node, ast.Assign))
+    # Without a system message of its own, as the tokenizer is configured unless it says otherwise.
+    return template.replace("USE_DEFAULT_PROMPT", "false")
+
+
+def asked(name, conversation):
+    """What the template gets of a conversation."""
+    drop = name.endswith("_without_system") and conversation[0]["role"] == "system"
+    return conversation[1:] if drop and len(conversation) > 1 else conversation
+
+
 def rendered(tokenizer, conversation, add_generation_prompt):
     try:
         return tokenizer.apply_chat_template(conversation, tokenize=False,
@@ -86,12 +111,12 @@ def rendered(tokenizer, conversation, add_generation_prompt):
 
 
 def main():
-    wheels = [zipfile.ZipFile(path) for path in sys.argv[1:3]]
-    out = pathlib.Path(sys.argv[3] if len(sys.argv) > 3
+    wheels = [zipfile.ZipFile(path) for path in sys.argv[1:4]]
+    out = pathlib.Path(sys.argv[4] if len(sys.argv) > 4
                        else pathlib.Path(__file__).with_name("chat_goldens.json"))
     templates = []
     for name, wheel, path, special in TEMPLATES:
-        source = wheels[wheel].read(path).decode()
+        source = template_in(wheels[wheel].read(path).decode(), path)
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()), **special)
         tokenizer.chat_template = source
@@ -102,7 +127,7 @@ def main():
             "special_tokens": special,
             "source": source,
             # of each conversation: without and with the opening of the assistant's turn
-            "rendered": [[rendered(tokenizer, conversation, add) for add in (False, True)]
+            "rendered": [[rendered(tokenizer, asked(name, conversation), add) for add in (False, True)]
                          for conversation in CONVERSATIONS],
         })
         errors = sum(isinstance(both[0], dict) for both in templates[-1]["rendered"])

@@ -87,6 +87,17 @@ class TempModelDir {
   std::string path_;
 };
 
+// A code point as UTF-8. REQUIRES: no surrogate
+inline std::string Utf8Of(uint32_t code) {
+  const auto byte = [code](uint32_t lead, int shift) {
+    return static_cast<char>(lead | (lead == 0x80 ? code >> shift & 0x3F : code >> shift));
+  };
+  if (code < 0x80) return {byte(0, 0)};
+  if (code < 0x800) return {byte(0xC0, 6), byte(0x80, 0)};
+  if (code < 0x10000) return {byte(0xE0, 12), byte(0x80, 6), byte(0x80, 0)};
+  return {byte(0xF0, 18), byte(0x80, 12), byte(0x80, 6), byte(0x80, 0)};
+}
+
 // A text of `characters` random characters of all sizes, many of them emoji, letters, spaces and digits;
 // without those for whose bytes SmolLM2's vocabulary has no token.
 inline std::string RandomText(std::mt19937_64& random, int characters) {
@@ -104,21 +115,7 @@ inline std::string RandomText(std::mt19937_64& random, int characters) {
     const bool surrogate = code >= 0xD800 && code < 0xE000;
     const bool no_token = code >= 0x40000 && code < 0xC0000;  // F1.. and F2..
     if (surrogate || no_token || (code < 0x20 && code != '\n' && code != '\t')) code = 0xFFFD;
-    if (code < 0x80) {
-      text += static_cast<char>(code);
-    } else if (code < 0x800) {
-      text += static_cast<char>(0xC0 | code >> 6);
-      text += static_cast<char>(0x80 | (code & 0x3F));
-    } else if (code < 0x10000) {
-      text += static_cast<char>(0xE0 | code >> 12);
-      text += static_cast<char>(0x80 | (code >> 6 & 0x3F));
-      text += static_cast<char>(0x80 | (code & 0x3F));
-    } else {
-      text += static_cast<char>(0xF0 | code >> 18);
-      text += static_cast<char>(0x80 | (code >> 12 & 0x3F));
-      text += static_cast<char>(0x80 | (code >> 6 & 0x3F));
-      text += static_cast<char>(0x80 | (code & 0x3F));
-    }
+    text += Utf8Of(code);
   }
   return text;
 }

@@ -39,6 +39,9 @@ constexpr StricterRule kStricter[] = {
      "takes any number under a name that it does not know"},
     {"expected an object of dtype, shape and data_offsets",
      "what its derived parser takes besides: the three values as a list, without names"},
+    {"at most 4194304", "the format's limit is 100 MB; no model of ours comes near 4 MiB"},
+    {"has more than 4096 values",
+     "an entry of the format has a type, a shape and two offsets; more would only take memory"},
     {"'dtype' is {", "what its derived parser takes besides: {\"F32\": null} for \"F32\""},
 };
 
@@ -187,6 +190,8 @@ TEST_F(OracleTest, EachRuleByWhichWeAreStricter) {
   const std::string f32 = OneTensor("\"F32\"", "[1]", 4);
   const std::string deep =
       R"({"a":{"x":)" + std::string(70, '[') + std::string(70, ']') + "," + f32.substr(6);
+  std::string many;
+  for (int i = 0; i < 5000; ++i) many += "1,";
   for (const auto& [header, error] : std::vector<std::pair<std::string, std::string>>{
            {R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},)" + f32.substr(1),
             kStricter[0].error},
@@ -198,7 +203,9 @@ TEST_F(OracleTest, EachRuleByWhichWeAreStricter) {
                 f32.substr(1),
             kStricter[2].error},
            {R"({"a":["F32",[1],[0,4]]})", kStricter[3].error},
-           {OneTensor(R"({"F32":null})", "[1]", 4), kStricter[4].error},
+           {f32 + std::string(4 << 20, ' '), kStricter[4].error},
+           {R"({"a":{"x":[)" + many + "1]," + f32.substr(6), kStricter[5].error},
+           {OneTensor(R"({"F32":null})", "[1]", 4), kStricter[6].error},
        }) {
     const std::string file = FileOf(header, "data");
     EXPECT_TRUE(CrateAccepts(file)) << header;

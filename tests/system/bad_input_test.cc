@@ -1,0 +1,328 @@
+// Requests that are wrong in each way that there is: the field is named, soon, and nothing of them stays in
+// memory.
+#include <google/protobuf/stubs/logging.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/errors.h"
+#include "common/grpc_status.h"
+#include "tests/system/test_env.h"
+
+namespace headroom {
+namespace {
+
+using R = v1::GenerateRequest;
+
+constexpr int kRepeats = kSanitized ? 10 : 100;
+constexpr int64_t kMiB = int64_t{1} << 20;
+// Of messages of several MiB: gRPC's own work on one is tens of ms.
+constexpr int kLargeRepeats = kSanitized ? 2 : 10;
+
+struct Kind {
+  std::string name;
+  std::string field;  // that is named
+  std::function<void(R&)> change;
+  int repeats = kRepeats;
+};
+
+std::vector<Kind> WrongIds() {
+  const auto ids = [](R& r) { return r.mutable_token_ids()->mutable_ids(); };
+  return {
+      {"an id beyond the vocabulary", "token_ids.ids[1]", [=](R& r) { ids(r)->Set(1, kTestVocab); }},
+      {"a negative id", "token_ids.ids[2]", [=](R& r) { ids(r)->Set(2, -1); }},
+      {"no ids", "token_ids.ids", [=](R& r) { ids(r)->Clear(); }},
+      {"an empty prompt", "prompt", [](R& r) { r.set_prompt(""); }},
+      {"no input", "input", [](R& r) { r.clear_input(); }},
+      {"a stop id beyond the vocabulary", "stopping.stop_token_ids[0]",
+       [](R& r) { r.mutable_stopping()->add_stop_token_ids(kTestVocab); }},
+      {"a bias of no token", absl::StrCat("sampling.logit_bias[", kTestVocab, "]"),
+       [](R& r) { (*r.mutable_sampling()->mutable_logit_bias())[kTestVocab] = 1; }},
+  };
+}
+
+std::vector<Kind> TooMuch() {
+  return {
+      {"ids over the context limit", "token_ids.ids",
+       [](R& r) { r.mutable_token_ids()->mutable_ids()->Resize(kTestContext, 9); }},
+      {"a prompt over it", "prompt", [](R& r) { r.set_prompt(std::string(kTestContext, '.')); }},
+      {"3,000,000 ids", "token_ids.ids",
+       [](R& r) { r.mutable_token_ids()->mutable_ids()->Resize(3'000'000, 9); }, kLargeRepeats},
+      {"a prompt of 8 MB", "prompt", [](R& r) { r.set_prompt(std::string(8'000'000, 'a')); },
+       kLargeRepeats},
+      {"a chat of 8 MB", "chat",
+       [](R& r) {
+         v1::ChatMessage* const message = r.mutable_chat()->add_messages();
+         message->set_role("user");
+         message->set_content(std::string(8'000'000, 'a'));
+       },
+       kLargeRepeats},
+      {"17 stop strings", "stopping.stop_strings",
+       [](R& r) {
+         for (int i = 0; i < 17; ++i) r.mutable_stopping()->add_stop_strings("x");
+       }},
+      {"a stop string of 257 bytes", "stopping.stop_strings[0]",
+       [](R& r) { r.mutable_stopping()->add_stop_strings(std::string(257, 'x')); }},
+      {"65 stop ids", "stopping.stop_token_ids",
+       [](R& r) { r.mutable_stopping()->mutable_stop_token_ids()->Resize(65, 9); }},
+      {"1,025 biases", "sampling.logit_bias",
+       [](R& r) {
+         for (int i = 0; i < 1025; ++i) (*r.mutable_sampling()->mutable_logit_bias())[i] = 1;
+       }},
+      {"4,097 messages", "chat.messages",
+       [](R& r) {
+         for (int i = 0; i < 4097; ++i) r.mutable_chat()->add_messages()->set_role("user");
+       }},
+      {"a salt of 129 bytes", "cache_salt", [](R& r) { r.set_cache_salt(std::string(129, 'x')); }},
+  };
+}
+
+std::vector<Kind> WrongNumbers() {
+  std::vector<Kind> kinds;
+  struct Number {
+    const char* field;
+    void (*set)(R&, float);
+    std::vector<float> more;
+  };
+  const Number numbers[] = {
+      {"sampling.temperature",
+       [](R& r, float v) { r.mutable_sampling()->set_temperature(v); },
+       {-0.01f, 101}},
+      {"sampling.top_p", [](R& r, float v) { r.mutable_sampling()->set_top_p(v); }, {0, 1.01f}},
+      {"sampling.min_p", [](R& r, float v) { r.mutable_sampling()->set_min_p(v); }, {-0.01f, 1.01f}},
+      {"sampling.repetition_penalty",
+       [](R& r, float v) { r.mutable_sampling()->set_repetition_penalty(v); },
+       {0, 101}},
+      {"sampling.frequency_penalty",
+       [](R& r, float v) { r.mutable_sampling()->set_frequency_penalty(v); },
+       {-2.01f, 2.01f}},
+      {"sampling.presence_penalty",
+       [](R& r, float v) { r.mutable_sampling()->set_presence_penalty(v); },
+       {-2.01f, 2.01f}},
+      {"sampling.logit_bias[7]",
+       [](R& r, float v) { (*r.mutable_sampling()->mutable_logit_bias())[7] = v; },
+       {-101, 101}},
+      {"placement.shares",
+       [](R& r, float v) { Place(r, {{v1::LANE_RESIDENT, v}, {v1::LANE_FETCHED, 1}}); },
+       {-0.5f, 0.5f}},
+  };
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const Number& number : numbers) {
+    std::vector<float> values = {std::numeric_limits<float>::quiet_NaN(), kInfinity, -kInfinity};
+    values.insert(values.end(), number.more.begin(), number.more.end());
+    for (const float value : values) {
+      kinds.push_back({absl::StrCat(number.field, " = ", value), number.field,
+                       [set = number.set, value](R& r) { set(r, value); }});
+    }
+  }
+  struct Integer {
+    const char* field;
+    void (*set)(R&, int32_t);
+    std::vector<int32_t> values;
+  };
+  const Integer integers[] = {
+      {"sampling.top_k", [](R& r, int32_t v) { r.mutable_sampling()->set_top_k(v); }, {-1, kTestVocab + 1}},
+      {"stopping.max_tokens",
+       [](R& r, int32_t v) { r.mutable_stopping()->set_max_tokens(v); },
+       {-1, INT32_MIN}},
+      {"stopping.min_tokens",
+       [](R& r, int32_t v) { r.mutable_stopping()->set_min_tokens(v); },
+       {-1, 3}},
+      {"stopping.time_limit_ms",
+       [](R& r, int32_t v) { r.mutable_stopping()->set_time_limit_ms(v); },
+       {0, INT32_MIN}},
+      {"logprobs.num_top", [](R& r, int32_t v) { r.mutable_logprobs()->set_num_top(v); }, {-1, 21}},
+      {"placement.chunk_tokens",
+       [](R& r, int32_t v) { r.mutable_placement()->set_chunk_tokens(v); },
+       {0, INT32_MIN}},
+      {"n", [](R& r, int32_t v) { r.set_n(v); }, {0, 17}},
+  };
+  for (const Integer& integer : integers) {
+    for (const int32_t value : integer.values) {
+      kinds.push_back({absl::StrCat(integer.field, " = ", value), integer.field,
+                       [set = integer.set, value](R& r) { set(r, value); }});
+    }
+  }
+  return kinds;
+}
+
+std::vector<Kind> WrongTexts() {
+  constexpr char kNoUtf8[] = "ab\xff";
+  const auto chat = [](R& r, const std::string& role, const std::string& content) {
+    for (int i = 0; i < 3; ++i) r.mutable_chat()->add_messages()->set_role("user");
+    r.mutable_chat()->mutable_messages(2)->set_role(role);
+    r.mutable_chat()->mutable_messages(2)->set_content(content);
+  };
+  return {
+      {"a prompt that is not UTF-8", "prompt", [=](R& r) { r.set_prompt(kNoUtf8); }},
+      {"a surrogate", "prompt", [](R& r) { r.set_prompt("\xed\xa0\x80"); }},
+      {"8 MB and a byte that is not UTF-8", "prompt",
+       [=](R& r) { r.set_prompt(std::string(8'000'000, 'a') + kNoUtf8); }, kLargeRepeats},
+      {"a message that is not UTF-8", "chat.messages[2].content",
+       [=](R& r) { chat(r, "user", kNoUtf8); }},
+      {"a role that is not UTF-8", "chat.messages[2].role", [=](R& r) { chat(r, kNoUtf8, "a"); }},
+      {"a role that is empty", "chat.messages[2].role", [=](R& r) { chat(r, "", "a"); }},
+      {"a stop string that is not UTF-8", "stopping.stop_strings[1]",
+       [=](R& r) {
+         r.mutable_stopping()->add_stop_strings("x");
+         r.mutable_stopping()->add_stop_strings(kNoUtf8);
+       }},
+      {"a stop string that is empty", "stopping.stop_strings[0]",
+       [](R& r) { r.mutable_stopping()->add_stop_strings(""); }},
+      {"a session that is not UTF-8", "session_id", [=](R& r) { r.set_session_id(kNoUtf8); }},
+      {"a session with a slash", "session_id", [](R& r) { r.set_session_id("a/b"); }},
+      {"a model that is not UTF-8", "model", [=](R& r) { r.set_model(kNoUtf8); }},
+      {"a salt that is not UTF-8", "cache_salt", [=](R& r) { r.set_cache_salt(kNoUtf8); }},
+      {"a lane twice", "placement.shares[1].lane",
+       [](R& r) { Place(r, {{v1::LANE_FETCHED, 0.5}, {v1::LANE_FETCHED, 0.5}}); }},
+  };
+}
+
+class BadInput : public testing::Test {
+ protected:
+  void SetUp() override {
+    google::protobuf::SetLogHandler(nullptr);  // says of each wrong text here that it is one
+    ASSERT_NO_FATAL_FAILURE(cluster_.AwaitServing());
+  }
+
+  struct Cost {
+    std::vector<double> ms;
+    int64_t growth = 0;  // of the coordinator's memory, of all calls together
+
+    void Report(const std::string& name) {
+      std::sort(ms.begin(), ms.end());
+      std::printf("%-44s %7.2f ms, 99%% %7.2f, longest %7.2f; %6ld KiB by %zu\n", name.c_str(),
+                  ms[ms.size() / 2], ms[ms.size() * 99 / 100], ms.back(),
+                  static_cast<long>(growth >> 10), ms.size());
+    }
+  };
+  // `call` says what was wrong with the answer, or nothing.
+  Cost Repeat(const std::string& name, int repeats, const std::function<std::string(int)>& call) {
+    Cost cost;
+    EXPECT_EQ(call(0), "") << name;  // what is made once is not counted
+    EXPECT_EQ(call(1), "") << name;
+    const int64_t before = MemoryOf(cluster_.coordinator().pid());
+    for (int i = 0; i < repeats; ++i) {
+      const absl::Time begin = absl::Now();
+      const std::string wrong = call(i);
+      cost.ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - begin));
+      if (wrong.empty()) continue;
+      ADD_FAILURE() << name << ": " << wrong;
+      break;
+    }
+    cost.growth = MemoryOf(cluster_.coordinator().pid()) - before;
+    cost.Report(name);
+    // Less than 1 MiB each, and of many small ones together not much more.
+    if (!kSanitized) {
+      EXPECT_LT(cost.growth, std::min(repeats, 16) * kMiB) << name;
+    }
+    return cost;
+  }
+  const TestClient& client() const { return cluster_.client(); }
+
+  Cluster cluster_;
+};
+
+// What is measured is printed (docs/testing.md has it): no clock here is held to 20 ms.
+TEST_F(BadInput, EachRequestIsRefusedByItsFieldSoonAndLeavesNothing) {
+  std::vector<Kind> kinds;
+  for (const auto& more : {WrongIds(), TooMuch(), WrongNumbers(), WrongTexts()}) {
+    kinds.insert(kinds.end(), more.begin(), more.end());
+  }
+  const int64_t before = MemoryOf(cluster_.coordinator().pid());
+  std::vector<double> small_ms;
+  for (const Kind& kind : kinds) {
+    R request = Ask({10, 11, 12}, 2);
+    kind.change(request);
+    Cost cost = Repeat(kind.name, kind.repeats, [&](int i) -> std::string {
+      const absl::Status status =
+          (i % 2 == 0 ? client().Generate(request) : client().GenerateOnce(request)).status;
+      const std::vector<FieldViolation> violations = FieldViolationsOf(status);
+      if (!absl::IsInvalidArgument(status) || violations.size() != 1) return status.ToString();
+      return violations[0].field == kind.field ? "" : violations[0].field;
+    });
+    if (kind.repeats == kRepeats) small_ms.insert(small_ms.end(), cost.ms.begin(), cost.ms.end());
+  }
+  Cost all;
+  all.ms = small_ms;
+  all.growth = MemoryOf(cluster_.coordinator().pid()) - before;
+  all.Report("all together, times without the large ones");
+  EXPECT_LT(all.ms[all.ms.size() * 99 / 100], kSanitized ? 5000 : 500);
+  if (!kSanitized) {
+    EXPECT_LT(all.growth, 16 * kMiB);
+  }
+  EXPECT_TRUE(client().AwaitIdle(absl::Seconds(1)));
+  EXPECT_EQ(client().Generate(Ask(RandomPrompt(1, 70), 4)).tokens.size(), 4u);
+}
+
+TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
+  const std::string service = "/headroom.v1.InferenceService/";
+  // No field of any message begins with these bytes.
+  Repeat("bytes that are no message", kRepeats, [&](int i) -> std::string {
+    static constexpr const char* kMethods[] = {"Generate", "GenerateOnce", "Tokenize", "Abort",
+                                               "GetSession", "GetLoad"};
+    std::string response;
+    const absl::Status status =
+        FromGrpcStatus(client().Call(service + kMethods[i % 6], "\xff\xff\xff\xff", &response));
+    const bool told = absl::IsInvalidArgument(status) &&
+                      absl::StrContains(status.message(), "bytes are no headroom.v1.") &&
+                      !ReasonOf(status).empty();
+    return told ? "" : status.ToString();
+  });
+  Repeat("a text that is not UTF-8, in other calls", kRepeats, [&](int i) -> std::string {
+    static constexpr std::pair<const char*, const char*> kMethods[] = {
+        {"Tokenize", "text"}, {"Abort", "request_id"}, {"GetSession", "session_id"},
+        {"DeleteSession", "session_id"}};
+    const auto [method, field] = kMethods[i % 4];
+    std::string response;
+    const absl::Status status =
+        FromGrpcStatus(client().Call(service + method, "\x0a\x01\xff", &response));
+    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
+    const bool told = absl::IsInvalidArgument(status) && violations.size() == 1 &&
+                      violations[0].field == field;
+    return told ? "" : status.ToString();
+  });
+  R large = Ask({10, 11, 12}, 2);
+  large.set_prompt(std::string(17 << 20, 'a'));
+  // Of what gRPC reads of it before it gives up, some MiB stay with the connection.
+  Repeat("a message of 17 MiB", 2 * kLargeRepeats, [&](int i) -> std::string {
+    const absl::Status status =
+        (i % 2 == 0 ? client().Generate(large) : client().GenerateOnce(large)).status;
+    return absl::IsResourceExhausted(status) ? "" : status.ToString();
+  });
+  const auto with_metadata = [](const TestClient& from, const std::string& name,
+                                const std::string& value) {
+    const auto context = TestClient::Context();
+    context->AddMetadata(name, value);
+    const auto stream = from.api().Generate(context.get(), Ask({10, 11, 12}, 2));
+    for (v1::GenerateResponse event; stream->Read(&event);) {
+    }
+    return FromGrpcStatus(stream->Finish());
+  };
+  // gRPC refuses it, and may close the connection that it came by.
+  const TestClient own(cluster_.api_address(), cluster_.admin_address());
+  Repeat("1 MB of metadata", kLargeRepeats, [&](int) -> std::string {
+    const absl::Status status = with_metadata(own, "x-much", std::string(1'000'000, 'a'));
+    const bool refused = absl::IsResourceExhausted(status) || absl::IsUnavailable(status);
+    return refused ? "" : status.ToString();
+  });
+  Repeat("a request id of 129 characters", kRepeats, [&](int) -> std::string {
+    const std::vector<FieldViolation> violations =
+        FieldViolationsOf(with_metadata(client(), "x-request-id", std::string(129, 'a')));
+    return violations.size() == 1 && violations[0].field == "x-request-id" ? "" : "not named";
+  });
+  EXPECT_TRUE(client().AwaitIdle(absl::Seconds(1)));
+  EXPECT_EQ(client().Generate(Ask(RandomPrompt(1, 70), 4)).tokens.size(), 4u);
+}
+
+}  // namespace
+}  // namespace headroom
