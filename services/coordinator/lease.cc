@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "common/checked_math.h"
+#include "common/extent_limit.h"
 
 namespace headroom::coordinator {
 namespace {
@@ -13,23 +14,13 @@ namespace {
 int64_t RunTokens(const ExtentRules& rules, int64_t have_tokens, int64_t need_tokens) {
   if (rules.HasWindows()) need_tokens = std::min(need_tokens, rules.LeadTokens());
   return std::min(NextExtentTokens(rules.geometry, have_tokens, need_tokens),
-                  rules.MaxExtentTokens());
+                  MaxExtentTokens(rules.geometry, rules.windows));
 }
 
 }  // namespace
 
 bool ExtentRules::HasWindows() const {
   return std::any_of(windows.begin(), windows.end(), [](int64_t window) { return window > 0; });
-}
-
-int64_t ExtentRules::MaxExtentTokens() const {
-  int64_t shortest = std::numeric_limits<int64_t>::max();
-  for (const int64_t window : windows) {
-    if (window > 0) shortest = std::min(shortest, std::max(window, kUnitTokens));
-  }
-  int64_t tokens = geometry.MaxExtentTokens();
-  while (tokens > kBlockTokens && tokens > shortest) tokens /= 2;
-  return tokens;
 }
 
 int64_t ReservedTokens(const ExtentRules& rules, int64_t have_tokens, int64_t final_tokens,
@@ -68,7 +59,7 @@ int64_t MostHostBytes(const ExtentRules& rules, int64_t capacity_tokens) {
       // that position, one by the lead; and the short ones that a sequence begins with leave, one beside the
       // other, gaps in which none of full length fits.
       most = std::min(most, CeilToBlock(window) + 2 * kBlockTokens + rules.LeadTokens() +
-                                3 * rules.MaxExtentTokens());
+                                3 * MaxExtentTokens(rules.geometry, rules.windows));
     }
     tokens += most;
   }

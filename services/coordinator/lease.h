@@ -24,9 +24,6 @@ struct ExtentRules {
   int64_t max_chunk_tokens = 0;
 
   bool HasWindows() const;
-  // Of one extent. Not longer than the shortest window, or it would be kept for long when a part of it has
-  // come to lie behind; but a unit at least, so that descriptors stay few.
-  int64_t MaxExtentTokens() const;
   // REQUIRES: HasWindows(). Positions beyond those that the store knows to be sealed that have extents at
   // most, but for what rounding up to the last extent adds: two chunks in flight, a third that
   // is about to be sent, and what a decode step's lease is ahead and its commit behind.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/extent_limit.h"
 #include "services/coordinator/admission.h"
 #include "services/coordinator/batch.h"
 #include "services/coordinator/lease.h"
@@ -132,10 +133,9 @@ TEST(Lease, BehindWindowsNoMoreIsHeldThanIsReserved) {
 }
 
 TEST(Lease, WithWindowsExtentsAreNoLongerThanTheShortest) {
-  EXPECT_EQ((ExtentRules{kSmallGeometry, {5000, 0, 3000, 0}, 64}.MaxExtentTokens()), 2048);
-  EXPECT_EQ((ExtentRules{kSmallGeometry, {64, 0, 64, 0}, 64}.MaxExtentTokens()), 256);
-  EXPECT_EQ((ExtentRules{kSmallGeometry, {0, 0, 0, 0}, 64}.MaxExtentTokens()),
-            kSmallGeometry.MaxExtentTokens());
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {5000, 0, 3000, 0}), 2048);
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {64, 0, 64, 0}), 256);
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {0, 0, 0, 0}), kSmallGeometry.MaxExtentTokens());
 }
 
 // ---------------------------------------------------------------- admission
