@@ -40,7 +40,7 @@ inline std::string MailboxFile(uint64_t generation, uint64_t serial) {
 }
 
 inline constexpr std::array<char, 8> kIndexMagic = {'H', 'D', 'R', 'M', 'I', 'N', 'D', 'X'};
-inline constexpr uint32_t kSegmentFormatVersion = 1;
+inline constexpr uint32_t kSegmentFormatVersion = 2;
 
 // Data is pinned in pieces of this size, and a copy across two pinned ranges fails: no extent crosses a
 // multiple of it.
@@ -101,7 +101,9 @@ struct ExtentDescriptor {
   // Positions of the extent whose keys are sealed, in the low half; their complement in the high half.
   // Release after the keys were written, acquire before they are read.
   uint64_t sealed;
-  uint64_t reserved;
+  // 0: the extent has its place in the data. Equal to `commit`: it was given back, data_offset and bytes
+  // say where it lay. One word, so that a store that dies has either given it back or not.
+  uint64_t vacated;
 };
 
 static_assert(std::is_trivially_copyable_v<IndexHeader> && std::is_standard_layout_v<IndexHeader>);
@@ -138,7 +140,7 @@ static_assert(offsetof(ExtentDescriptor, bytes) == 32);
 static_assert(offsetof(ExtentDescriptor, capacity_tokens) == 40);
 static_assert(offsetof(ExtentDescriptor, layer) == 44);
 static_assert(offsetof(ExtentDescriptor, sealed) == 48);
-static_assert(offsetof(ExtentDescriptor, reserved) == 56);
+static_assert(offsetof(ExtentDescriptor, vacated) == 56);
 
 inline int64_t IndexBytes(int64_t max_extents) {
   return static_cast<int64_t>(sizeof(IndexHeader)) +

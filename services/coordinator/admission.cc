@@ -1,20 +1,17 @@
 #include "services/coordinator/admission.h"
 
 #include "absl/strings/str_cat.h"
-#include "services/coordinator/lease.h"
 
 namespace headroom::coordinator {
 
 Verdict Admit(const Capacity& capacity, const Commitments& commitments, const Demand& demand) {
-  const KvGeometry& geometry = capacity.geometry;
-  const int64_t token_bytes = geometry.BytesPerToken();
+  const KvGeometry& geometry = capacity.extents.geometry;
   Verdict verdict;
   int64_t extra_runs = 0;
   verdict.reserved_tokens =
-      ReservedTokens(geometry, demand.kept_tokens, demand.final_tokens, &extra_runs);
+      ReservedTokens(capacity.extents, demand.kept_tokens, demand.final_tokens, &extra_runs);
+  verdict.reserved_bytes = MostHostBytes(capacity.extents, verdict.reserved_tokens);
   verdict.reserved_runs = demand.kept_runs + extra_runs;
-  // Divided rather than multiplied: a hostile max_tokens must not overflow.
-  const int64_t host_tokens = capacity.host_bytes / token_bytes;
   const int64_t host_runs = capacity.max_extents / geometry.num_layers;
   const auto refuse = [&](Verdict::Kind kind, std::string reason) {
     verdict.kind = kind;
@@ -22,18 +19,17 @@ Verdict Admit(const Capacity& capacity, const Commitments& commitments, const De
     return verdict;
   };
 
-  if (verdict.reserved_tokens > host_tokens) {
+  if (verdict.reserved_bytes > capacity.host_bytes) {
     return refuse(Verdict::kNever,
                   absl::StrCat("the request's ", demand.final_tokens, " tokens take ",
-                               verdict.reserved_tokens, " tokens of host memory at ", token_bytes,
-                               " bytes each, the store has ", capacity.host_bytes,
-                               " bytes in all (", host_tokens, " tokens)"));
+                               verdict.reserved_bytes, " bytes of host memory, the store has ",
+                               capacity.host_bytes, " in all"));
   }
-  if (verdict.reserved_tokens > host_tokens - commitments.idle_tokens) {
+  if (verdict.reserved_bytes > capacity.host_bytes - commitments.idle_bytes) {
     return refuse(Verdict::kNever,
-                  absl::StrCat("the request takes ", verdict.reserved_tokens,
-                               " tokens of host memory, of ", host_tokens, " idle sessions hold ",
-                               commitments.idle_tokens, ": delete some"));
+                  absl::StrCat("the request takes ", verdict.reserved_bytes,
+                               " bytes of host memory, of ", capacity.host_bytes,
+                               " idle sessions hold ", commitments.idle_bytes, ": delete some"));
   }
   if (verdict.reserved_runs > host_runs - commitments.idle_runs) {
     return refuse(
@@ -66,11 +62,12 @@ Verdict Admit(const Capacity& capacity, const Commitments& commitments, const De
                                commitments.running_histories, " histories of ",
                                capacity.draw_state_bytes, " already"));
   }
-  if (verdict.reserved_tokens >
-      host_tokens - commitments.idle_tokens - commitments.running_tokens) {
-    return refuse(Verdict::kWait, absl::StrCat("the request takes ", verdict.reserved_tokens,
-                                               " tokens of host memory, running ones hold ",
-                                               commitments.running_tokens, " of ", host_tokens));
+  if (verdict.reserved_bytes >
+      capacity.host_bytes - commitments.idle_bytes - commitments.running_bytes) {
+    return refuse(Verdict::kWait,
+                  absl::StrCat("the request takes ", verdict.reserved_bytes,
+                               " bytes of host memory, running ones hold ",
+                               commitments.running_bytes, " of ", capacity.host_bytes));
   }
   if (verdict.reserved_runs > host_runs - commitments.idle_runs - commitments.running_runs) {
     return refuse(Verdict::kWait, absl::StrCat("of the store's ", capacity.max_extents,

@@ -6,14 +6,13 @@
 #include <string>
 
 #include "common/kv_layout.h"
-#include "services/coordinator/placement/placement.h"
+#include "services/coordinator/lease.h"
 
 namespace headroom::coordinator {
 
 // What the machine has.
 struct Capacity {
-  KvGeometry geometry;
-  LayerWindows windows;
+  ExtentRules extents;
   int64_t host_bytes = 0;
   int64_t max_extents = 0;
   int64_t kv_pool_bytes = 0;            // of the device
@@ -24,8 +23,8 @@ struct Capacity {
 
 // What is promised to running requests and held by idle sessions.
 struct Commitments {
-  int64_t running_tokens = 0;  // capacity reserved for running sequences
-  int64_t idle_tokens = 0;     // capacity that idle sessions keep
+  int64_t running_bytes = 0;  // of host memory, reserved for running sequences
+  int64_t idle_bytes = 0;     // ... that idle sessions hold
   int64_t running_runs = 0;
   int64_t idle_runs = 0;
   int64_t running_sequences = 0;
@@ -44,6 +43,7 @@ struct Verdict {
   enum Kind { kAdmit, kWait, kNever };
   Kind kind = kAdmit;
   int64_t reserved_tokens = 0;  // kAdmit
+  int64_t reserved_bytes = 0;   // of host memory
   int64_t reserved_runs = 0;
   std::string reason;  // kWait, kNever: which limit, with the numbers
 };

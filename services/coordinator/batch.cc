@@ -37,12 +37,9 @@ std::optional<Piece> NextPiece(const SequenceProgress& progress, const StepLimit
     piece.count = 1;
     piece.last_drawn = true;
   }
-  // What the step finishes must have an extent to go to.
-  if (FloorToBlock(piece.end_pos()) > progress.capacity_tokens) {
-    piece.count =
-        std::min(piece.count, progress.capacity_tokens + kBlockTokens - 1 - piece.first_pos);
-  }
-  if (piece.count < 1) return std::nullopt;
+  // What the step finishes must have an extent to go to. A chunk is not cut where it is still to come: then
+  // the borders of chunks would hang on when it does.
+  if (FloorToBlock(piece.end_pos()) > progress.capacity_tokens) return std::nullopt;
   piece.draw = progress.draws && piece.end_pos() >= progress.known_tokens;
   if (progress.scores) {
     piece.num_scores =

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/time/clock.h"
-#include "services/coordinator/lease.h"
 #include "services/coordinator/plan_proto.h"
 
 namespace headroom::coordinator {
@@ -141,12 +140,12 @@ void RunningRequest::Committed(int64_t tokens) {
   progress_.committed_tokens = sequence_.committed_tokens;
 }
 
-SequenceShape RunningRequest::Shape(const KvGeometry& geometry, int64_t horizon_tokens) const {
+SequenceShape RunningRequest::Shape(const ExtentRules& rules, int64_t horizon_tokens) const {
   SequenceShape shape;
   shape.tokens = prompt_tokens();
   for (const v1::ExtentRun& run : sequence_.runs) shape.runs.push_back(ShapeOf(run));
   for (int64_t have = sequence_.capacity_tokens(), more;
-       (more = NextLeaseTokens(geometry, have, horizon_tokens, progress_.end_pos,
+       (more = NextLeaseTokens(rules, have, horizon_tokens, progress_.end_pos,
                                reserved_tokens)) > 0;
        have += more) {
     shape.runs.push_back({have, more});

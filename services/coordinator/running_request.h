@@ -16,6 +16,7 @@
 #include "headroom/v1/inference.pb.h"
 #include "headroom/v1/worker.pb.h"
 #include "services/coordinator/batch.h"
+#include "services/coordinator/lease.h"
 #include "services/coordinator/placement/placement.h"
 #include "services/coordinator/request.h"
 #include "services/coordinator/session_table.h"
@@ -81,10 +82,11 @@ class RunningRequest {
   int64_t prompt_tokens() const { return static_cast<int64_t>(request_->prompt.size()); }
   int rows_in_flight() const { return rows_in_flight_; }
   // As the planner sees it: with the runs that it will have when `horizon_tokens` are there.
-  SequenceShape Shape(const KvGeometry& geometry, int64_t horizon_tokens) const;
+  SequenceShape Shape(const ExtentRules& rules, int64_t horizon_tokens) const;
 
   // What the scheduler keeps with it.
   int64_t reserved_tokens = 0;
+  int64_t reserved_bytes = 0;
   int64_t reserved_runs = 0;
   size_t runs_on_worker = 0;    // the first so many runs have been sent
   bool open_on_worker = false;  // the opening has been sent

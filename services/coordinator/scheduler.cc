@@ -7,7 +7,6 @@
 #include "absl/time/clock.h"
 #include "common/log.h"
 #include "services/coordinator/errors.h"
-#include "services/coordinator/lease.h"
 #include "services/coordinator/placement/predict.h"
 #include "services/coordinator/plan_proto.h"
 
@@ -194,7 +193,7 @@ void Scheduler::ExpireRequests(absl::Time now) {
     std::optional<absl::Status> status = over(request->request());
     // Whoever has extents enough goes on without the store.
     if (!status.has_value() && store_lost && request->rows_in_flight() == 0 &&
-        !LeasesNeeded(*request).empty()) {
+        LacksExtents(*request)) {
       status = PeerLostError(now - store_away_since_, connect_failure_);
     }
     if (status.has_value()) request->End(*status, v1::FINISH_REASON_TIME_LIMIT);

@@ -107,7 +107,7 @@ class Scheduler {
   // Sequences whose extents are to be freed; until the store has done so they count as taken.
   struct Leaving {
     std::vector<uint64_t> sequence_ids;
-    int64_t tokens = 0;
+    int64_t host_bytes = 0;
     int64_t runs = 0;
   };
   struct PlanInForce {
@@ -128,6 +128,8 @@ class Scheduler {
   void MaintainReattachment();
   void MaintainLeases();
   std::vector<int64_t> LeasesNeeded(const RunningRequest& request) const;
+  // Whether it will need extents that it does not have to compute all that is known of it, and go on.
+  bool LacksExtents(const RunningRequest& request) const;
   void OnLeased(uint64_t sequence_id, uint64_t connection, const absl::Status& status,
                 std::vector<v1::ExtentRun> runs);
   void MaintainCommits();
@@ -150,7 +152,7 @@ class Scheduler {
   Verdict JudgeShares(const Request& request, bool alone, Verdict verdict) const;
   bool PlacementFits(const Request& request) const;
   // Salt and wishes respected.
-  static int64_t CachedTokensFor(const Request& request, const Session& session);
+  int64_t CachedTokensFor(const Request& request, const Session& session) const;
   static int64_t FirstHorizon(const Request& request);
   int64_t HorizonOf(const RunningRequest& request) const;
   std::vector<SequenceShape> RunningShapes() const;

@@ -29,13 +29,13 @@ void Scheduler::AdmitFromQueue(absl::Time now) {
 
 Commitments Scheduler::CommitmentsBeside(bool alone) const {
   Commitments commitments;
-  commitments.idle_tokens = sessions_.idle_capacity_tokens();
+  commitments.idle_bytes = sessions_.idle_bytes(capacity_.extents.geometry);
   commitments.idle_runs = sessions_.idle_runs();
   if (alone) return commitments;
-  commitments.running_tokens = to_release_.tokens + in_release_.tokens;
+  commitments.running_bytes = to_release_.host_bytes + in_release_.host_bytes;
   commitments.running_runs = to_release_.runs + in_release_.runs;
   for (const auto& running : running_) {
-    commitments.running_tokens += running->reserved_tokens;
+    commitments.running_bytes += running->reserved_bytes;
     commitments.running_runs += running->reserved_runs;
     ++commitments.running_sequences;
     if (running->request().has_history()) ++commitments.running_histories;
@@ -50,7 +50,7 @@ Verdict Scheduler::Judge(const Request& request, const Session* session, bool al
   demand.has_history = request.has_history();
   if (session != nullptr && !session->busy) {
     // What the session has is given up or taken over; it is counted once.
-    commitments.idle_tokens -= session->sequence.capacity_tokens();
+    commitments.idle_bytes -= HostBytes(session->sequence, capacity_.extents.geometry);
     commitments.idle_runs -= static_cast<int64_t>(session->sequence.runs.size());
     const int64_t cached = CachedTokensFor(request, *session);
     for (const v1::ExtentRun& run : session->sequence.runs) {
@@ -68,7 +68,7 @@ Verdict Scheduler::Judge(const Request& request, const Session* session, bool al
 Verdict Scheduler::JudgeShares(const Request& request, bool alone, Verdict verdict) const {
   std::vector<SequenceShape> shapes;
   if (!alone) shapes = RunningShapes();
-  shapes.push_back(ForeseenShape(capacity_.geometry, static_cast<int64_t>(request.prompt.size()),
+  shapes.push_back(ForeseenShape(capacity_.extents, static_cast<int64_t>(request.prompt.size()),
                                  FirstHorizon(request)));
   const Commitments beside = CommitmentsBeside(alone);
   const int64_t pool =
@@ -76,8 +76,9 @@ Verdict Scheduler::JudgeShares(const Request& request, bool alone, Verdict verdi
       PoolBytes(capacity_, static_cast<int64_t>(shapes.size()),
                 beside.running_histories + (request.has_history() ? 1 : 0));
   const int64_t resident = ResidentBytes(
-      capacity_.geometry, PlaceByShares(capacity_.geometry, request.placement, shapes), shapes,
-      capacity_.windows);
+      capacity_.extents.geometry,
+      PlaceByShares(capacity_.extents.geometry, request.placement, shapes), shapes,
+      capacity_.extents.windows);
   if (resident <= pool) return verdict;
   verdict.kind = alone ? Verdict::kNever : Verdict::kWait;
   verdict.reason = absl::StrCat("the resident share takes ", resident,
@@ -151,6 +152,7 @@ void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) 
       std::move(waiting.request), std::move(waiting.sink), std::move(waiting.decoder),
       *std::move(sequence), cached_tokens);
   running->reserved_tokens = verdict.reserved_tokens;
+  running->reserved_bytes = verdict.reserved_bytes;
   running->reserved_runs = verdict.reserved_runs;
   running->explanation.set_device(facts()->worker.device());
   running->Accept();
@@ -160,12 +162,12 @@ void Scheduler::Begin(Waiting& waiting, const Verdict& verdict, absl::Time now) 
 
 // The prompt's scores need every position computed, and keys of another salt are none of its
 // business.
-int64_t Scheduler::CachedTokensFor(const Request& request, const Session& session) {
+int64_t Scheduler::CachedTokensFor(const Request& request, const Session& session) const {
   if (request.bypass_prefix_cache || request.score_prompt ||
       request.cache_salt != session.cache_salt) {
     return 0;
   }
-  return CachedTokens(session.sequence, request.prompt);
+  return CachedTokens(session.sequence, request.prompt, capacity_.extents.windows);
 }
 
 // Deterministic: nothing is planned anew on the way.
@@ -178,7 +180,7 @@ std::vector<SequenceShape> Scheduler::RunningShapes() const {
   std::vector<SequenceShape> shapes;
   for (const auto& request : running_) {
     if (!request->ended()) {
-      shapes.push_back(request->Shape(capacity_.geometry, request->horizon_tokens));
+      shapes.push_back(request->Shape(capacity_.extents, request->horizon_tokens));
     }
   }
   return shapes;
@@ -237,11 +239,12 @@ void Scheduler::MaintainPlan() {
 
 Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
   const std::vector<SequenceShape> shapes = RunningShapes();
-  if (!spec.automatic) return PlaceByShares(capacity_.geometry, spec, shapes);
+  const KvGeometry& geometry = capacity_.extents.geometry;
+  if (!spec.automatic) return PlaceByShares(geometry, spec, shapes);
   const int64_t tails = PoolBytes(capacity_, static_cast<int64_t>(running_.size()),
                                   CommitmentsBeside(/*alone=*/false).running_histories);
-  return PlaceByBudget(capacity_.geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(),
-                       shapes, capacity_.windows);
+  return PlaceByBudget(geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(), shapes,
+                       capacity_.extents.windows);
 }
 
 // Steps of one row tell how fast the lanes are now; the plan follows when that is worth it.

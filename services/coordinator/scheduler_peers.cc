@@ -46,8 +46,9 @@ void Scheduler::OnConnected(PeersFound found) {
   LogInfo(absl::StrCat("connected: worker ", found.worker.device(), ", kvstore generation ",
                        found.store.generation(), " with ", found.stored.size(), " sequences"));
   const v1::GetWorkerInfoResponse& worker = found.worker;
-  capacity_.geometry = FromProto(worker.geometry());
-  capacity_.windows.assign(worker.layer_windows().begin(), worker.layer_windows().end());
+  capacity_.extents = {FromProto(worker.geometry()),
+                       {worker.layer_windows().begin(), worker.layer_windows().end()},
+                       worker.max_chunk_tokens()};
   capacity_.host_bytes = static_cast<int64_t>(found.store.capacity_bytes());
   capacity_.max_extents = found.store.max_extents();
   capacity_.kv_pool_bytes = worker.memory().kv_pool_bytes();
@@ -63,6 +64,13 @@ void Scheduler::OnConnected(PeersFound found) {
   ReconcileWithStore(found.stored);
   for (auto& request : running_) {
     request->Restart();
+    if (!CanGoOnFrom(request->sequence(), capacity_.extents.windows,
+                     request->progress().next_pos)) {
+      // The store came back with less than was given back behind windows allows for.
+      peers_->Truncate(request->sequence().id, 0);
+      Reconcile(request->sequence(), nullptr);
+      request->Restart();
+    }
     request->leased = false;
     request->lease_retry = absl::InfinitePast();
   }
@@ -194,13 +202,21 @@ std::vector<int64_t> Scheduler::LeasesNeeded(const RunningRequest& request) cons
   const SequenceProgress& progress = request.progress();
   std::vector<int64_t> capacities;
   int64_t have = request.sequence().capacity_tokens();
-  for (int64_t more; (more = NextLeaseTokens(capacity_.geometry, have,
-                                             std::max(progress.known_tokens, progress.next_pos),
-                                             progress.end_pos, request.reserved_tokens)) > 0;
+  const int64_t from = LeaseFrom(capacity_.extents, std::max(progress.known_tokens, progress.next_pos),
+                                 progress.committed_tokens);
+  for (int64_t more; (more = NextLeaseTokens(capacity_.extents, have, from, progress.end_pos,
+                                             request.reserved_tokens)) > 0;
        have += more) {
     capacities.push_back(more);
   }
   return capacities;
+}
+
+bool Scheduler::LacksExtents(const RunningRequest& request) const {
+  const SequenceProgress& progress = request.progress();
+  return NextLeaseTokens(capacity_.extents, request.sequence().capacity_tokens(),
+                         std::max(progress.known_tokens, progress.next_pos), progress.end_pos,
+                         request.reserved_tokens) > 0;
 }
 
 void Scheduler::MaintainLeases() {
@@ -250,16 +266,16 @@ void Scheduler::MaintainCommits() {
     return;
   }
   std::vector<v1::SealedSequence> sealed;
-  const auto add = [&](const Sequence& sequence) {
+  // Vacated here before the store has done it: whoever looks for a prefix meanwhile must not count on it.
+  const auto add = [&](Sequence& sequence) {
     if (sequence.sealed_tokens <= sequence.committed_tokens) return;
-    sealed.emplace_back();
-    sealed.back().set_sequence_id(sequence.id);
-    sealed.back().set_sealed_tokens(sequence.sealed_tokens);
+    sealed.push_back(
+        TakeSealed(sequence, capacity_.extents.geometry, capacity_.extents.windows));
   };
   for (const auto& request : running_) add(request->sequence());
   std::set<std::string> sessions = std::exchange(uncommitted_sessions_, {});
   for (const std::string& id : sessions) {
-    const Session* const session = sessions_.Find(id);
+    Session* const session = sessions_.Find(id);
     if (session != nullptr && !session->busy) add(session->sequence);
   }
   if (sealed.empty()) return;
@@ -310,7 +326,7 @@ void Scheduler::MaintainReleases() {
         absl::StrCat("releasing ", released.sequence_ids.size(), " sequences: ", status.message()));
     released.sequence_ids.insert(released.sequence_ids.end(), to_release_.sequence_ids.begin(),
                                  to_release_.sequence_ids.end());
-    released.tokens += to_release_.tokens;
+    released.host_bytes += to_release_.host_bytes;
     released.runs += to_release_.runs;
     to_release_ = std::move(released);
     release_retry_ = absl::Now() + kRetryInterval;

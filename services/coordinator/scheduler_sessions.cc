@@ -24,7 +24,7 @@ v1::Session Scheduler::Describe(const Session& session) const {
   out.set_session_id(session.id);
   out.set_tokens(static_cast<int64_t>(sequence->token_ids.size()));
   out.set_sealed_tokens(sequence->sealed_tokens);
-  out.set_host_bytes(sequence->capacity_tokens() * capacity_.geometry.BytesPerToken());
+  out.set_host_bytes(HostBytes(*sequence, capacity_.extents.geometry));
   out.set_busy(session.busy);
   if (session.ttl.has_value()) out.set_ttl_ms(absl::ToInt64Milliseconds(*session.ttl));
   out.set_pinned(session.pinned);
@@ -94,7 +94,7 @@ bool Scheduler::DeleteSession(const std::string& id, std::function<void(absl::St
 void Scheduler::ReleaseLater(const Sequence& sequence) {
   if (sequence.id == 0) return;
   to_release_.sequence_ids.push_back(sequence.id);
-  to_release_.tokens += sequence.capacity_tokens();
+  to_release_.host_bytes += HostBytes(sequence, capacity_.extents.geometry);
   to_release_.runs += static_cast<int64_t>(sequence.runs.size());
 }
 

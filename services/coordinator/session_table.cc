@@ -12,18 +12,40 @@ namespace {
 
 constexpr size_t kMaxIdBytes = 128;
 
+// A vacated extent is the same as before.
 bool SameExtents(const v1::ExtentRun& a, const v1::ExtentRun& b) {
   if (a.first_pos() != b.first_pos() || a.capacity_tokens() != b.capacity_tokens()) return false;
   return std::equal(a.extents().begin(), a.extents().end(), b.extents().begin(), b.extents().end(),
                     [](const v1::Extent& x, const v1::Extent& y) {
                       return x.layer() == y.layer() && x.extent_id() == y.extent_id() &&
-                             x.data_offset() == y.data_offset();
+                             (x.vacated() || y.vacated() || x.data_offset() == y.data_offset());
                     });
 }
 
 }  // namespace
 
-int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& prompt) {
+int64_t HostBytes(const Sequence& sequence, const KvGeometry& geometry) {
+  int64_t tokens = 0;  // of one layer each
+  for (const v1::ExtentRun& run : sequence.runs) {
+    tokens += run.capacity_tokens() *
+              std::count_if(run.extents().begin(), run.extents().end(),
+                            [](const v1::Extent& extent) { return !extent.vacated(); });
+  }
+  return tokens * geometry.BytesPerTokenPerLayer();
+}
+
+bool CanGoOnFrom(const Sequence& sequence, const LayerWindows& windows, int64_t pos) {
+  return std::none_of(
+      sequence.runs.begin(), sequence.runs.end(), [&](const v1::ExtentRun& run) {
+        const int64_t end = run.first_pos() + run.capacity_tokens();
+        return std::any_of(run.extents().begin(), run.extents().end(), [&](const v1::Extent& extent) {
+          return extent.vacated() && end > FirstKey(windows, extent.layer(), pos);
+        });
+      });
+}
+
+int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& prompt,
+                     const LayerWindows& windows) {
   const int64_t most =
       std::min<int64_t>(sequence.sealed_tokens, static_cast<int64_t>(prompt.size()) - 1);
   int64_t common = 0;
@@ -31,7 +53,28 @@ int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& promp
          sequence.token_ids[common] == prompt[common]) {
     ++common;
   }
-  return FloorToBlock(common);
+  common = FloorToBlock(common);
+  return CanGoOnFrom(sequence, windows, common) ? common : 0;
+}
+
+v1::SealedSequence TakeSealed(Sequence& sequence, const KvGeometry& geometry,
+                              const LayerWindows& windows) {
+  v1::SealedSequence sealed;
+  sealed.set_sequence_id(sequence.id);
+  sealed.set_sealed_tokens(sequence.sealed_tokens);
+  if (windows.empty()) return sealed;
+  const int64_t pos = std::max<int64_t>(0, sequence.sealed_tokens - kBlockTokens);
+  for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
+    sealed.add_kept_from(FirstKey(windows, layer, pos));
+  }
+  for (v1::ExtentRun& run : sequence.runs) {
+    for (v1::Extent& extent : *run.mutable_extents()) {
+      if (run.first_pos() + run.capacity_tokens() > sealed.kept_from(extent.layer())) continue;
+      extent.clear_data_offset();
+      extent.set_vacated(true);
+    }
+  }
+  return sealed;
 }
 
 void Truncate(Sequence& sequence, int64_t tokens) {
@@ -119,12 +162,12 @@ std::vector<Sequence> SessionTable::TakeIdle() {
   return TakeWhere([](const Session&) { return true; });
 }
 
-int64_t SessionTable::idle_capacity_tokens() const {
-  int64_t tokens = 0;
+int64_t SessionTable::idle_bytes(const KvGeometry& geometry) const {
+  int64_t bytes = 0;
   for (const auto& [id, session] : sessions_) {
-    if (!session.busy) tokens += session.sequence.capacity_tokens();
+    if (!session.busy) bytes += HostBytes(session.sequence, geometry);
   }
-  return tokens;
+  return bytes;
 }
 
 int64_t SessionTable::idle_runs() const {

@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "headroom/v1/kv_store.pb.h"
 #include "headroom/v1/types.pb.h"
+#include "services/coordinator/placement/placement.h"
 
 namespace headroom::coordinator {
 
@@ -34,9 +35,23 @@ struct Sequence {
   }
 };
 
+// Host memory of its extents, those that are vacated left out.
+int64_t HostBytes(const Sequence& sequence, const KvGeometry& geometry);
+
+// Whether the sequence can be computed from position `pos` on: no extent that then is read is vacated.
+bool CanGoOnFrom(const Sequence& sequence, const LayerWindows& windows, int64_t pos);
+
 // Tokens of `prompt` whose keys the sequence has: whole blocks of the longest common prefix, and at
-// least the last prompt token is left to compute, since its logits are wanted.
-int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& prompt);
+// least the last prompt token is left to compute, since its logits are wanted. 0 if keys that the next
+// position would see are gone: what is before them lies still farther behind the window.
+int64_t CachedTokens(const Sequence& sequence, const std::vector<int32_t>& prompt,
+                     const LayerWindows& windows = {});
+
+// What the store is to be told of the sequence's sealed keys; vacates what it is then to give back. One
+// block more than the next position sees is kept: a loss, or a session that goes on with no more tokens than
+// it had, computes the last one anew.
+v1::SealedSequence TakeSealed(Sequence& sequence, const KvGeometry& geometry,
+                              const LayerWindows& windows);
 
 // Forgets what lies at and beyond `tokens` (a multiple of 64): the runs that begin there or later,
 // ids, sealed counts. The store must be told (TruncateSequence).
@@ -44,7 +59,8 @@ void Truncate(Sequence& sequence, int64_t tokens);
 
 // Brings the sequence in line with what a store that has come back holds of it (nullptr: nothing).
 // Where the extents are still the same, keys that were sealed but not yet committed when the store
-// went are kept: the bytes lie in the segment, which outlives the store.
+// went are kept: the bytes lie in the segment, which outlives the store. Which extents are vacated is the
+// store's word: of what it was told last it may have heard or not.
 void Reconcile(Sequence& sequence, const v1::StoredSequence* stored);
 
 struct Session {
@@ -83,7 +99,7 @@ class SessionTable {
   }
   int64_t size() const { return static_cast<int64_t>(sessions_.size()); }
   // Of idle sessions.
-  int64_t idle_capacity_tokens() const;
+  int64_t idle_bytes(const KvGeometry& geometry) const;
   int64_t idle_runs() const;
 
  private:

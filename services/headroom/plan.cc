@@ -85,8 +85,8 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCos
                    report.config.max_position_tokens,
                    options.product_type));
   coordinator::PredictInput input;
-  input.geometry = report.config.kv_geometry();
-  input.windows = report.config.windows;
+  input.extents = {report.config.kv_geometry(), report.config.windows,
+                   report.budget.max_chunk_tokens};
   input.spec = *spec;
   input.num_sequences = options.sequences;
   input.prompt_tokens = options.context_tokens;

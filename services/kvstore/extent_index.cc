@@ -74,7 +74,9 @@ absl::StatusOr<const StoredRun*> ExtentIndex::AllocateRun(uint64_t sequence_id, 
   const auto at = sequences_.find(sequence_id);
   if (at != sequences_.end()) {
     for (const StoredRun& run : at->second.runs) {
-      if (run.first_pos == first_pos && run.capacity_tokens == capacity_tokens) return &run;
+      const bool whole = std::none_of(run.extents.begin(), run.extents.end(),
+                                      [](const StoredExtent& extent) { return extent.vacated(); });
+      if (run.first_pos == first_pos && run.capacity_tokens == capacity_tokens && whole) return &run;
     }
   }
   HEADROOM_RETURN_IF_ERROR(
@@ -109,7 +111,7 @@ void ExtentIndex::Publish(uint32_t id, uint64_t sequence_id, const StoredRun& ru
   descriptor.bytes = static_cast<uint64_t>(ExtentBytes(run.capacity_tokens));
   descriptor.capacity_tokens = static_cast<uint32_t>(run.capacity_tokens);
   descriptor.layer = layer;
-  descriptor.reserved = 0;
+  StoreRelease(descriptor.vacated, 0);
   StoreRelease(descriptor.sealed, SealedWord(0));
   StoreRelease(descriptor.commit, CommitWordOf(descriptor));
 }
@@ -118,10 +120,24 @@ void ExtentIndex::FreeLastRun(StoredSequence& sequence) {
   const StoredRun& run = sequence.runs.back();
   for (const StoredExtent& extent : run.extents) {
     Unpublish(extent.extent_id);
-    allocator_.Free(extent.data_offset, ExtentBytes(run.capacity_tokens));
+    if (!extent.vacated()) {
+      allocator_.Free(extent.data_offset, ExtentBytes(run.capacity_tokens));
+    }
     free_ids_.push_back(extent.extent_id);
   }
   sequence.runs.pop_back();
+}
+
+void ExtentIndex::Vacate(StoredRun& run, const std::vector<int64_t>& kept_from) {
+  for (size_t layer = 0; layer < run.extents.size(); ++layer) {
+    StoredExtent& extent = run.extents[layer];
+    if (extent.vacated() || run.end_pos() > kept_from[layer]) continue;
+    // The word first: from then on a store that takes over does not count the bytes as the extent's.
+    ExtentDescriptor& descriptor = descriptors_[extent.extent_id];
+    StoreRelease(descriptor.vacated, descriptor.commit);
+    allocator_.Free(extent.data_offset, ExtentBytes(run.capacity_tokens));
+    extent.data_offset = StoredExtent::kVacated;
+  }
 }
 
 // ---------------------------------------------------------------- what is sealed
@@ -138,24 +154,46 @@ void ExtentIndex::WriteSealed(const StoredSequence& sequence, int64_t from, int6
   }
 }
 
+absl::Status ExtentIndex::CheckCount(const SealedCount& count, const StoredSequence& sequence,
+                                     const std::string& field) const {
+  const auto check = [](const std::string& name, int64_t tokens, int64_t most) {
+    if (tokens >= 0 && tokens % kBlockTokens == 0 && tokens <= most) return absl::OkStatus();
+    return BadRequestError({{name, absl::StrCat("is ", tokens, ", expected a multiple of ",
+                                                kBlockTokens, " up to ", most)}});
+  };
+  HEADROOM_RETURN_IF_ERROR(
+      check(field + ".sealed_tokens", count.sealed_tokens, sequence.capacity_tokens()));
+  if (!count.kept_from.empty() &&
+      count.kept_from.size() != static_cast<size_t>(geometry_.num_layers)) {
+    return BadRequestError({{field + ".kept_from",
+                             absl::StrCat("has ", count.kept_from.size(), " elements, expected ",
+                                          geometry_.num_layers, " or none")}});
+  }
+  const int64_t sealed = std::max(count.sealed_tokens, sequence.sealed_tokens);
+  for (size_t layer = 0; layer < count.kept_from.size(); ++layer) {
+    HEADROOM_RETURN_IF_ERROR(check(absl::StrCat(field, ".kept_from[", layer, "]"),
+                                   count.kept_from[layer], sealed));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ExtentIndex::CommitSealed(std::span<const SealedCount> counts) {
   for (const SealedCount& count : counts) {
     const auto at = sequences_.find(count.sequence_id);
     if (at == sequences_.end()) return UnknownSequenceError(count.sequence_id);
-    if (count.sealed_tokens < 0 || count.sealed_tokens % kBlockTokens != 0 ||
-        count.sealed_tokens > at->second.capacity_tokens()) {
-      return BadRequestError(
-          {{absl::StrCat("sequences[", &count - counts.data(), "].sealed_tokens"),
-            absl::StrCat("is ", count.sealed_tokens, ", expected a multiple of ", kBlockTokens,
-                         " up to ", at->second.capacity_tokens())}});
-    }
+    HEADROOM_RETURN_IF_ERROR(
+        CheckCount(count, at->second, absl::StrCat("sequences[", &count - counts.data(), "]")));
   }
   for (const SealedCount& count : counts) {
     StoredSequence& sequence = sequences_[count.sequence_id];
-    if (count.sealed_tokens <= sequence.sealed_tokens) continue;
-    const int64_t before = sequence.sealed_tokens;
-    sequence.sealed_tokens = count.sealed_tokens;
-    WriteSealed(sequence, before, count.sealed_tokens);
+    if (count.sealed_tokens > sequence.sealed_tokens) {
+      const int64_t before = sequence.sealed_tokens;
+      sequence.sealed_tokens = count.sealed_tokens;
+      WriteSealed(sequence, before, count.sealed_tokens);
+    }
+    if (count.kept_from.empty()) continue;
+    // The oldest first: what a store that dies in between has given back of a layer are its oldest.
+    for (StoredRun& run : sequence.runs) Vacate(run, count.kept_from);
   }
   return absl::OkStatus();
 }
@@ -168,6 +206,17 @@ absl::StatusOr<int64_t> ExtentIndex::Truncate(uint64_t sequence_id, int64_t toke
                                                     kBlockTokens)}});
   }
   StoredSequence& sequence = at->second;
+  for (const StoredRun& run : sequence.runs) {
+    if (run.first_pos >= tokens || run.end_pos() <= tokens) continue;
+    for (const StoredExtent& extent : run.extents) {
+      if (!extent.vacated()) continue;
+      return WithReason(
+          absl::FailedPreconditionError(absl::StrCat("sequence ", sequence_id, ": keys of positions ",
+                                                     run.first_pos, " to ", run.end_pos() - 1,
+                                                     " were given back, ", tokens, " is among them")),
+          "RUN_VACATED");
+    }
+  }
   const int64_t used_before = used_extents();
   while (!sequence.runs.empty() && sequence.runs.back().first_pos >= tokens) FreeLastRun(sequence);
   if (sequence.runs.empty()) {
@@ -198,6 +247,7 @@ std::string ExtentIndex::CheckInvariants() const {
   std::map<int64_t, int64_t> ranges;  // offset -> bytes
   for (const auto& [id, sequence] : sequences_) {
     int64_t end = 0;
+    std::vector<bool> kept(geometry_.num_layers);  // whether an older extent of the layer is there
     for (const StoredRun& run : sequence.runs) {
       if (run.first_pos != end) return absl::StrCat("sequence ", id, " has a hole at ", end);
       end = run.end_pos();
@@ -206,11 +256,17 @@ std::string ExtentIndex::CheckInvariants() const {
         const ExtentDescriptor& descriptor = descriptors_[extent.extent_id];
         if (used[extent.extent_id]) return absl::StrCat("extent ", extent.extent_id, " used twice");
         used[extent.extent_id] = true;
-        ranges[extent.data_offset] = ExtentBytes(run.capacity_tokens);
-        if (descriptor.commit != CommitWordOf(descriptor) || descriptor.sequence_id != id ||
+        if (!extent.vacated()) {
+          kept[layer] = true;
+          ranges[extent.data_offset] = ExtentBytes(run.capacity_tokens);
+        } else if (kept[layer] || run.end_pos() > sequence.sealed_tokens) {
+          return absl::StrCat("extent ", extent.extent_id, " was given back too early");
+        }
+        if (descriptor.vacated != (extent.vacated() ? descriptor.commit : 0) ||
+            (!extent.vacated() && static_cast<int64_t>(descriptor.data_offset) != extent.data_offset) ||
+            descriptor.commit != CommitWordOf(descriptor) || descriptor.sequence_id != id ||
             descriptor.first_pos != run.first_pos || descriptor.layer != layer ||
             descriptor.capacity_tokens != run.capacity_tokens ||
-            static_cast<int64_t>(descriptor.data_offset) != extent.data_offset ||
             SealedTokens(descriptor.sealed) !=
                 std::clamp<int64_t>(sequence.sealed_tokens - run.first_pos, 0,
                                     run.capacity_tokens)) {

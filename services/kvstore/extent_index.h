@@ -24,7 +24,10 @@ namespace headroom::kvstore {
 
 struct StoredExtent {
   uint32_t extent_id = 0;  // index of its descriptor
-  int64_t data_offset = 0;
+  int64_t data_offset = 0;  // kVacated: it has no bytes any more
+
+  static constexpr int64_t kVacated = -1;
+  bool vacated() const { return data_offset == kVacated; }
 };
 
 // The extents of all layers for positions [first_pos, first_pos + capacity_tokens).
@@ -36,7 +39,7 @@ struct StoredRun {
   int64_t end_pos() const { return first_pos + capacity_tokens; }
 };
 
-// Runs follow each other from position 0.
+// Runs follow each other from position 0. The vacated extents of a layer are its oldest, and all sealed.
 struct StoredSequence {
   std::vector<StoredRun> runs;
   int64_t sealed_tokens = 0;  // keys [0, sealed_tokens) are in the runs; a multiple of kBlockTokens
@@ -47,6 +50,8 @@ struct StoredSequence {
 struct SealedCount {
   uint64_t sequence_id = 0;
   int64_t sealed_tokens = 0;
+  // Per layer: nobody reads keys below any more. Empty: all are kept.
+  std::vector<int64_t> kept_from = {};
 };
 
 struct RecoveryReport {
@@ -71,20 +76,23 @@ class ExtentIndex {
   RecoveryReport Recover();
 
   // Extents in all layers for positions [first_pos, first_pos + capacity_tokens): all or nothing.
-  // Returns the run that is there if there is one with the same numbers. INVALID_ARGUMENT: a number is
-  // none that a run can have. FAILED_PRECONDITION: the run does not begin where the last one ends.
+  // Returns the run that is there if there is one with the same numbers and all its extents.
+  // INVALID_ARGUMENT: a number is none that a run can have. FAILED_PRECONDITION: the run does not begin
+  // where the last one ends.
   // RESOURCE_EXHAUSTED, with the numbers: no room, or no descriptors. The pointer is valid until the
   // next call that changes the index.
   absl::StatusOr<const StoredRun*> AllocateRun(uint64_t sequence_id, int64_t first_pos,
                                                int64_t capacity_tokens);
 
-  // Raises what is sealed; a smaller number than before changes nothing. Of all sequences or of none:
-  // NOT_FOUND names an unknown one, INVALID_ARGUMENT a count that is no multiple of 64 or beyond the
-  // runs.
+  // Raises what is sealed; a smaller number than before changes nothing. Then vacates the extents that end
+  // where their layer's kept_from begins or earlier. Of all sequences or of none: NOT_FOUND names an
+  // unknown one, INVALID_ARGUMENT a count that is no multiple of 64 or beyond the runs, or a kept_from
+  // beyond what is sealed.
   absl::Status CommitSealed(std::span<const SealedCount> counts);
 
   // Frees the runs that begin at `tokens` or later and lowers what is sealed to `tokens`. Returns how
-  // many extents were freed. NOT_FOUND; INVALID_ARGUMENT: no multiple of 64.
+  // many extents were freed. NOT_FOUND; INVALID_ARGUMENT: no multiple of 64. FAILED_PRECONDITION: the run
+  // that would be cut has a vacated extent, whose keys could never be written anew.
   absl::StatusOr<int64_t> Truncate(uint64_t sequence_id, int64_t tokens);
 
   // Frees all extents of a sequence, and forgets it; 0 if it is unknown.
@@ -109,6 +117,8 @@ class ExtentIndex {
   bool IsCapacity(int64_t tokens) const;
   absl::Status CheckNewRun(const StoredSequence* sequence, int64_t first_pos,
                            int64_t capacity_tokens) const;
+  absl::Status CheckCount(const SealedCount& count, const StoredSequence& sequence,
+                          const std::string& field) const;
   absl::Status FullError(int64_t capacity_tokens) const;
 
   // ---- Recovery, in this order.
@@ -120,6 +130,8 @@ class ExtentIndex {
   // Keeps the runs of one sequence that are whole and follow each other from position 0. `ids` are all
   // its extents, sorted by first position, capacity and layer.
   void KeepSequence(uint64_t sequence_id, std::span<const uint32_t> ids);
+  // Whether its vacated extents, if it has some, follow only such, and keys that are all sealed.
+  bool MayBeVacated(const StoredSequence& sequence, std::span<const uint32_t> ids) const;
   // False, and nothing happens, unless `ids` are one extent for each layer in order.
   bool KeepRun(StoredSequence& sequence, std::span<const uint32_t> ids);
   // Makes the list of free extents from what the sequences hold, and frees them in the file too.
@@ -131,6 +143,8 @@ class ExtentIndex {
   // Writes the sealed counts of the runs that overlap positions [from, to).
   void WriteSealed(const StoredSequence& sequence, int64_t from, int64_t to);
   void FreeLastRun(StoredSequence& sequence);
+  // The extents of `run` that end at or before their layer's kept_from.
+  void Vacate(StoredRun& run, const std::vector<int64_t>& kept_from);
 
   const std::span<ExtentDescriptor> descriptors_;
   const KvGeometry geometry_;

@@ -56,6 +56,8 @@ bool ExtentIndex::IsPlausible(const ExtentDescriptor& descriptor) const {
          descriptor.first_pos >= 0 && descriptor.first_pos <= kMaxPositions &&
          descriptor.first_pos % kBlockTokens == 0 && sealed.has_value() &&
          *sealed % kBlockTokens == 0 && *sealed <= descriptor.capacity_tokens &&
+         (descriptor.vacated == 0 || (descriptor.vacated == descriptor.commit &&
+                                      *sealed == descriptor.capacity_tokens)) &&
          descriptor.bytes == static_cast<uint64_t>(ExtentBytes(descriptor.capacity_tokens)) &&
          descriptor.data_offset <= static_cast<uint64_t>(INT64_MAX) &&
          CheckedAdd(static_cast<int64_t>(descriptor.data_offset),
@@ -85,6 +87,7 @@ void ExtentIndex::DropOverlaps(std::vector<uint32_t>& ids) {
   size_t farthest = 0;  // which one ends there
   for (size_t i = 0; i < ids.size(); ++i) {
     const ExtentDescriptor& descriptor = descriptors_[ids[i]];
+    if (descriptor.vacated != 0) continue;  // claims nothing
     if (descriptor.data_offset < end) overlaps[i] = overlaps[farthest] = true;
     if (descriptor.data_offset + descriptor.bytes > end) {
       end = descriptor.data_offset + descriptor.bytes;
@@ -116,31 +119,45 @@ void ExtentIndex::KeepSequence(uint64_t sequence_id, std::span<const uint32_t> i
     begin = end;
   }
   if (sequence.runs.empty()) return;
-  // Sealed is what all layers have sealed, without a gap.
-  for (const StoredRun& run : sequence.runs) {
-    int64_t sealed = run.capacity_tokens;
-    for (const StoredExtent& extent : run.extents) {
-      sealed = std::min(sealed, SealedTokens(descriptors_[extent.extent_id].sealed).value_or(0));
-    }
-    sequence.sealed_tokens = run.first_pos + sealed;
-    if (sealed < run.capacity_tokens) break;
-  }
   WriteSealed(sequence, 0, sequence.capacity_tokens());
   sequences_.emplace(sequence_id, std::move(sequence));
 }
 
+bool ExtentIndex::MayBeVacated(const StoredSequence& sequence,
+                               std::span<const uint32_t> ids) const {
+  bool vacated = false, full = sequence.sealed_tokens == sequence.capacity_tokens();
+  for (size_t layer = 0; layer < ids.size(); ++layer) {
+    const ExtentDescriptor& descriptor = descriptors_[ids[layer]];
+    full = full && SealedTokens(descriptor.sealed) == int64_t{descriptor.capacity_tokens};
+    if (descriptor.vacated == 0) continue;
+    vacated = true;
+    if (!sequence.runs.empty() && !sequence.runs.back().extents[layer].vacated()) return false;
+  }
+  return full || !vacated;
+}
+
 bool ExtentIndex::KeepRun(StoredSequence& sequence, std::span<const uint32_t> ids) {
-  if (ids.size() != static_cast<size_t>(geometry_.num_layers)) return false;
+  if (ids.size() != static_cast<size_t>(geometry_.num_layers) || !MayBeVacated(sequence, ids)) {
+    return false;
+  }
   StoredRun run = {descriptors_[ids[0]].first_pos, descriptors_[ids[0]].capacity_tokens, {}};
   const int64_t bytes = ExtentBytes(run.capacity_tokens);
+  int64_t sealed = run.capacity_tokens;
   for (uint32_t layer = 0; layer < ids.size(); ++layer) {
-    const auto offset = static_cast<int64_t>(descriptors_[ids[layer]].data_offset);
-    if (descriptors_[ids[layer]].layer != layer || !allocator_.Reserve(offset, bytes)) {
-      for (const StoredExtent& extent : run.extents) allocator_.Free(extent.data_offset, bytes);
+    const ExtentDescriptor& descriptor = descriptors_[ids[layer]];
+    const bool vacated = descriptor.vacated != 0;
+    const auto offset = static_cast<int64_t>(descriptor.data_offset);
+    if (descriptor.layer != layer || (!vacated && !allocator_.Reserve(offset, bytes))) {
+      for (const StoredExtent& extent : run.extents) {
+        if (!extent.vacated()) allocator_.Free(extent.data_offset, bytes);
+      }
       return false;
     }
-    run.extents.push_back({ids[layer], offset});
+    run.extents.push_back({ids[layer], vacated ? StoredExtent::kVacated : offset});
+    sealed = std::min(sealed, SealedTokens(descriptor.sealed).value_or(0));
   }
+  // Sealed is what all layers have sealed, without a gap.
+  if (sequence.sealed_tokens == run.first_pos) sequence.sealed_tokens += sealed;
   sequence.runs.push_back(std::move(run));
   return true;
 }

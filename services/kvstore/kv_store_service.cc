@@ -57,7 +57,11 @@ void ToProto(const StoredRun& run, v1::ExtentRun* out) {
     v1::Extent* const extent = out->add_extents();
     extent->set_layer(static_cast<int32_t>(layer));
     extent->set_extent_id(run.extents[layer].extent_id);
-    extent->set_data_offset(static_cast<uint64_t>(run.extents[layer].data_offset));
+    if (run.extents[layer].vacated()) {
+      extent->set_vacated(true);
+    } else {
+      extent->set_data_offset(static_cast<uint64_t>(run.extents[layer].data_offset));
+    }
   }
 }
 
@@ -122,7 +126,9 @@ grpc::ServerUnaryReactor* KvStoreService::CommitSealed(grpc::CallbackServerConte
                                                        v1::CommitSealedResponse*) {
   std::vector<SealedCount> counts;
   for (const v1::SealedSequence& sequence : request->sequences()) {
-    counts.push_back({sequence.sequence_id(), sequence.sealed_tokens()});
+    counts.push_back({sequence.sequence_id(),
+                      sequence.sealed_tokens(),
+                      {sequence.kept_from().begin(), sequence.kept_from().end()}});
   }
   return Answer(context, store_->CommitSealed(counts));
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_format.h"
+#include "common/extent_limit.h"
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/merge_partials.h"
@@ -29,7 +30,7 @@ int64_t TableBytes(const ModelConfig& config, int64_t rows, int64_t max_context_
   constexpr int64_t kMove = sizeof(kernels::CopyKvItem);
   const int64_t heads = config.num_kv_heads;
   int64_t small_extents = 1;
-  const int64_t full = config.kv_geometry().MaxExtentTokens();
+  const int64_t full = MaxExtentTokens(config.kv_geometry(), config.windows);
   for (int64_t tokens = kBlockTokens; tokens < full; tokens *= 2) ++small_extents;
   constexpr int64_t kMerge = sizeof(kernels::MergeItem);
   const int64_t a_sequence = heads * (kItem + kMerge + (small_extents + 1) * kSpan) +

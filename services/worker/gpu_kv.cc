@@ -57,6 +57,7 @@ absl::Status GpuKv::CheckRun(const Sequence& sequence, const Run& run) const {
   }
   const int64_t bytes = run.capacity_tokens * geometry_.BytesPerTokenPerLayer();
   for (const int64_t offset : run.data_offsets) {
+    if (offset == Run::kVacated) continue;
     if (!RangeFits(offset, bytes, segment_.bytes) || offset % 64 != 0) {
       return wrong(absl::StrCat("extent at byte ", offset, " of ", bytes,
                                 " bytes leaves the segment of ", segment_.bytes));
@@ -67,6 +68,9 @@ absl::Status GpuKv::CheckRun(const Sequence& sequence, const Run& run) const {
 
 void GpuKv::AddRun(Sequence& sequence, const Run& run) {
   sequence.runs.push_back(run);
+  sequence.has_vacated = sequence.has_vacated ||
+                         std::find(run.data_offsets.begin(), run.data_offsets.end(),
+                                   Run::kVacated) != run.data_offsets.end();
   sequence.residents.resize(
       sequence.runs.size() * geometry_.num_layers * geometry_.num_kv_heads, nullptr);
 }
@@ -180,8 +184,9 @@ bool GpuKv::Holds(const RunGrant& grant) {
 bool GpuKv::BehindWindow(const Sequence& sequence, int run, int32_t layer) const {
   const int64_t window = layer < static_cast<int32_t>(windows_.size()) ? windows_[layer] : 0;
   const Run& where = sequence.runs[run];
-  return where.first_pos + where.capacity_tokens <=
-         FloorToBlock(kernels::FirstSeen(window, sequence.known_end));
+  return where.data_offsets[layer] == Run::kVacated ||
+         where.first_pos + where.capacity_tokens <=
+             FloorToBlock(kernels::FirstSeen(window, sequence.known_end));
 }
 
 uint8_t*& GpuKv::ResidentSlot(Sequence& sequence, int run, int32_t layer, int32_t kv_head) const {
@@ -281,7 +286,9 @@ kernels::KvSpan GpuKv::Tail(const Sequence& sequence, int32_t layer) const {
 kernels::KvSpan GpuKv::Extent(const Sequence& sequence, int run, int32_t layer) const {
   const Run& where = sequence.runs[run];
   kernels::KvSpan span;
-  span.base = segment_.data + where.data_offsets[layer];
+  if (where.data_offsets[layer] != Run::kVacated) {
+    span.base = segment_.data + where.data_offsets[layer];
+  }
   span.origin_pos = span.first_pos = where.first_pos;
   span.capacity = span.count = static_cast<int32_t>(where.capacity_tokens);
   span.kv_head_end = geometry_.num_kv_heads;

@@ -43,6 +43,7 @@ class GpuKv {
     int64_t sealed_tokens = 0;
     int64_t known_end = 0;
     int64_t tail_begin = 0;
+    bool has_vacated = false;  // of the runs' extents some are vacated
     bool has_drawn = false;  // a token, which a step may refer to as the last drawn
     // Of a sequence that was opened with a history: what its draws go by, once it has been filled,
     // and the tokens that are counted in it as of the steps enqueued so far.
@@ -92,7 +93,7 @@ class GpuKv {
 
   // ---- Spans of one sequence.
   kernels::KvSpan Tail(const Sequence& sequence, int32_t layer) const;
-  // All KV heads of a run's extent in the segment.
+  // All KV heads of a run's extent in the segment; base == nullptr if it is vacated.
   kernels::KvSpan Extent(const Sequence& sequence, int run, int32_t layer) const;
   // base == nullptr where there is no copy.
   kernels::KvSpan Resident(const Sequence& sequence, int run, int32_t layer, int32_t kv_head) const;

@@ -48,7 +48,11 @@ struct Plan {
 struct Run {
   int64_t first_pos = 0;
   int64_t capacity_tokens = 0;
-  std::vector<int64_t> data_offsets;  // per layer, into the segment's data file
+  // Per layer, into the segment's data file; kVacated where the layer's window has passed the run and the
+  // store has another's keys there.
+  std::vector<int64_t> data_offsets;
+
+  static constexpr int64_t kVacated = -1;
 };
 
 // What the draws of a sequence go by beside the logits (kernels/sample.h).

@@ -210,9 +210,30 @@ absl::Status StepContext::AddPart(const StepSequence& sequence) {
       return Wrong(sequence, "the unsealed and new tokens of the step are too many together");
     }
   }
+  HEADROOM_RETURN_IF_ERROR(CheckExtents(part));
   part.row_begin = static_cast<int32_t>(rows_);
   rows_ += sequence.num_tokens();
   parts_.push_back(part);
+  return absl::OkStatus();
+}
+
+absl::Status StepContext::CheckExtents(const Part& part) const {
+  if (!part.kv->has_vacated) return absl::OkStatus();
+  for (const Run& run : part.kv->runs) {
+    const int64_t end = run.first_pos + run.capacity_tokens;
+    for (int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+      if (run.data_offsets[layer] != Run::kVacated) continue;
+      // A prelude is read from its first key on, whether it is seen or not.
+      const int64_t from =
+          part.prelude_sealed ? std::min(part.first_own_pos, FirstKey(part, layer))
+                              : FirstKey(part, layer);
+      if (end <= from) continue;
+      return Wrong(*part.what, absl::StrCat("first_pos ", part.what->first_pos,
+                                            " needs keys from position ", from, " on in layer ",
+                                            layer, ", whose extent at position ", run.first_pos,
+                                            " is vacated"));
+    }
+  }
   return absl::OkStatus();
 }
 

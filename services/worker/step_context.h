@@ -123,6 +123,8 @@ class StepContext {
               uint32_t slot, std::unique_ptr<FetchPipeline> pipeline);
 
   absl::Status AddPart(const StepSequence& sequence);
+  // INVALID_ARGUMENT if the part would read or write an extent that the store has given to another.
+  absl::Status CheckExtents(const Part& part) const;
   absl::Status CheckPart(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
   absl::Status CheckDraw(const StepSequence& sequence, const GpuKv::Sequence& kv) const;
   void BuildRows(StepTables& tables);

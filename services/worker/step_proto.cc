@@ -26,6 +26,10 @@ absl::StatusOr<Run> RunFromProto(const v1::ExtentRun& proto, absl::string_view f
       return Wrong(absl::StrCat(field, ".extents[", i, "].layer"),
                    absl::StrCat(extent.layer(), ", expected ", i));
     }
+    if (extent.vacated()) {
+      run.data_offsets.push_back(Run::kVacated);
+      continue;
+    }
     if (extent.data_offset() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
       return Wrong(absl::StrCat(field, ".extents[", i, "].data_offset"), "beyond 2^63");
     }

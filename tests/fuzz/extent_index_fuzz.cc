@@ -23,6 +23,7 @@ void Check(const ExtentIndex& index, const std::vector<ExtentDescriptor>& descri
       for (const auto& extent : run.extents) {
         const ExtentDescriptor& descriptor = descriptors[extent.extent_id];
         Require(descriptor.commit == CommitWordOf(descriptor), "what is kept has its checksum");
+        if (extent.vacated()) continue;
         Require(extent.data_offset >= 0 && extent.data_offset % 64 == 0 &&
                     extent.data_offset + static_cast<int64_t>(descriptor.bytes) <= kDataBytes,
                 "and lies within the data");
@@ -46,6 +47,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       descriptor.sealed = headroom::SealedWord(static_cast<uint32_t>(descriptor.sealed));
     }
     if ((repairs & 2) && descriptor.commit != 0) descriptor.commit = CommitWordOf(descriptor);
+    if ((repairs & 4) && descriptor.vacated != 0) descriptor.vacated = descriptor.commit;
   }
   KvGeometry geometry;
   geometry.num_layers = 2;
@@ -67,7 +69,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         break;
       }
       case 1: {
-        const headroom::kvstore::SealedCount count = {sequence, tokens};
+        headroom::kvstore::SealedCount count = {sequence, tokens, {}};
+        if (tokens & 64) count.kept_from = {tokens / 128 * 64, input.Take<int16_t>()};
         (void)index.CommitSealed({&count, 1});
         break;
       }

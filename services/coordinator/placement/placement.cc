@@ -205,7 +205,7 @@ void PlaceAlike(const KvGeometry& geometry, int64_t budget_bytes, double fetched
 }  // namespace
 
 int64_t FirstKey(const LayerWindows& windows, int32_t layer, int64_t tokens) {
-  const int64_t window = layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+  const int64_t window = WindowOf(windows, layer);
   return window == 0 || tokens < window ? 0 : FloorToBlock(tokens - window + 1);
 }
 
@@ -319,7 +319,7 @@ Placement PlaceByBudget(const KvGeometry& geometry, int64_t budget_bytes, double
   // By window; those without one last.
   std::map<int64_t, std::vector<int32_t>> alike;
   for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
-    const int64_t window = layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+    const int64_t window = WindowOf(windows, layer);
     alike[window == 0 ? kNoEnd : window].push_back(layer);
   }
   Placement placement;

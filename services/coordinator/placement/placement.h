@@ -80,6 +80,9 @@ struct SequenceShape {
 // Per layer the tokens that a query sees, its own among them; 0, or no entry: all up to it. What lies
 // behind a layer's window is not read, and its resident copies are dropped: no function below counts it.
 using LayerWindows = std::vector<int64_t>;
+inline int64_t WindowOf(const LayerWindows& windows, int32_t layer) {
+  return layer < static_cast<int32_t>(windows.size()) ? windows[layer] : 0;
+}
 // The first position, a block's, that is read in such a layer when `tokens` are there.
 int64_t FirstKey(const LayerWindows& windows, int32_t layer, int64_t tokens);
 

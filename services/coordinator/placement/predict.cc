@@ -3,18 +3,17 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "services/coordinator/lease.h"
 #include "services/coordinator/placement/step_model.h"
 
 namespace headroom::coordinator {
 
-SequenceShape ForeseenShape(const KvGeometry& geometry, int64_t prompt_tokens, int64_t tokens) {
+SequenceShape ForeseenShape(const ExtentRules& rules, int64_t prompt_tokens, int64_t tokens) {
   SequenceShape shape;
   shape.tokens = prompt_tokens;
-  const int64_t reserved = ReservedTokens(geometry, 0, tokens);
+  const int64_t reserved = ReservedTokens(rules, 0, tokens);
   int64_t have = 0;
   for (int64_t pos = std::min(prompt_tokens, tokens);;) {
-    const int64_t more = NextLeaseTokens(geometry, have, pos, tokens, reserved);
+    const int64_t more = NextLeaseTokens(rules, have, pos, tokens, reserved);
     if (more > 0) {
       shape.runs.push_back({have, more});
       have += more;
@@ -27,27 +26,28 @@ SequenceShape ForeseenShape(const KvGeometry& geometry, int64_t prompt_tokens, i
 }
 
 Prediction Predict(const PredictInput& input) {
-  const KvGeometry& geometry = input.geometry;
+  const KvGeometry& geometry = input.extents.geometry;
+  const LayerWindows& windows = input.extents.windows;
   Prediction prediction;
   const int64_t tokens = input.prompt_tokens + input.max_tokens;
-  const SequenceShape shape = ForeseenShape(geometry, input.prompt_tokens, tokens);
+  const SequenceShape shape = ForeseenShape(input.extents, input.prompt_tokens, tokens);
   const std::vector<SequenceShape> shapes(input.num_sequences, shape);
   prediction.pool_bytes = input.pool_bytes;
   prediction.tail_bytes = input.num_sequences * input.tail_bytes_per_sequence;
   const int64_t for_residents = std::max<int64_t>(0, input.pool_bytes - prediction.tail_bytes);
   prediction.placement =
-      input.spec.automatic ? PlaceByBudget(geometry, for_residents, input.costs, shapes,
-                                                  input.windows)
+      input.spec.automatic ? PlaceByBudget(geometry, for_residents, input.costs, shapes, windows)
                            : PlaceByShares(geometry, input.spec, shapes);
-  prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes, input.windows);
+  prediction.resident_bytes = ResidentBytes(geometry, prediction.placement, shapes, windows);
 
+  const int64_t capacity = shape.runs.empty() ? 0 : shape.runs.back().first_pos +
+                                                         shape.runs.back().capacity_tokens;
+  prediction.host_bytes = input.num_sequences * MostHostBytes(input.extents, capacity);
   const int64_t sealed = FloorToBlock(input.prompt_tokens);
   for (int32_t layer = 0; layer < geometry.num_layers; ++layer) {
-    const int64_t first_key = FirstKey(input.windows, layer, input.prompt_tokens);
+    const int64_t first_key = FirstKey(windows, layer, input.prompt_tokens);
     for (int32_t head = 0; head < geometry.num_kv_heads; ++head) {
       for (const RunShape& run : shape.runs) {
-        prediction.host_bytes +=
-            input.num_sequences * run.capacity_tokens * geometry.BytesPerTokenPerHead();
         const int64_t end = std::min(sealed, run.first_pos + run.capacity_tokens);
         const int64_t keys = std::max<int64_t>(0, end - std::max(run.first_pos, first_key));
         LanePrediction& lane =

@@ -9,13 +9,14 @@
 
 #include "common/kv_layout.h"
 #include "common/lane_costs.h"
+#include "services/coordinator/lease.h"
 #include "services/coordinator/placement/placement.h"
 
 namespace headroom::coordinator {
 
 // A sequence that is to have `tokens`, `prompt_tokens` of them at once, with the runs that leasing
 // will give it.
-SequenceShape ForeseenShape(const KvGeometry& geometry, int64_t prompt_tokens, int64_t tokens);
+SequenceShape ForeseenShape(const ExtentRules& rules, int64_t prompt_tokens, int64_t tokens);
 
 struct LanePrediction {
   double kv_heads = 0;  // mean per layer; a cut head counts by its share of the tokens
@@ -25,7 +26,7 @@ struct LanePrediction {
 struct Prediction {
   Placement placement;
   LanePrediction lanes[kNumLanes];
-  int64_t host_bytes = 0;      // extents of all sequences
+  int64_t host_bytes = 0;      // extents of all sequences, at any time at most
   int64_t tail_bytes = 0;      // of the device, for all sequences
   int64_t resident_bytes = 0;  // of the device: whole extents
   int64_t pool_bytes = 0;      // what the device has for the two
@@ -35,8 +36,7 @@ struct Prediction {
 };
 
 struct PredictInput {
-  KvGeometry geometry;
-  LayerWindows windows;
+  ExtentRules extents;
   PlacementSpec spec;
   int64_t num_sequences = 1;
   int64_t prompt_tokens = 0;  // of each

@@ -29,7 +29,7 @@ class MappedSegmentTest : public testing::Test {
     fstat(data, &stat);
     close(data);
     header_.magic = kIndexMagic;
-    header_.format_version = 1;
+    header_.format_version = kSegmentFormatVersion;
     header_.header_bytes = 4096;
     header_.descriptor_bytes = 64;
     header_.max_extents = 10;
@@ -157,7 +157,8 @@ TEST_F(MappedSegmentTest, EveryDamagedBitOfTheFixedHeaderIsNoticed) {
 
 TEST_F(MappedSegmentTest, ForgedNumbersAreRefusedOneByOne) {
   EXPECT_TRUE(OpenForged([](IndexHeader&) {}).ok());
-  EXPECT_TRUE(absl::IsFailedPrecondition(OpenForged([](IndexHeader& h) { h.format_version = 2; })));
+  EXPECT_TRUE(absl::IsFailedPrecondition(
+      OpenForged([](IndexHeader& h) { h.format_version = kSegmentFormatVersion + 1; })));
   EXPECT_TRUE(absl::IsFailedPrecondition(OpenForged([](IndexHeader& h) { h.encoding = 0; })));
   EXPECT_TRUE(absl::IsFailedPrecondition(OpenForged([](IndexHeader& h) { h.encoding = 2; })));
   EXPECT_TRUE(absl::IsFailedPrecondition(OpenForged([](IndexHeader& h) { h.header_bytes = 64; })));

@@ -4,7 +4,8 @@
 // Keys are the token ids themselves. The worker seals them into the store's extents, forgets its
 // tail when a sequence is opened anew, and draws each token from all tokens that the step's lanes
 // and tail give it: a wrong run, a wrong sealed count or a forgotten block changes what is drawn.
-// Whatever a real worker would refuse is noted in violations().
+// Whatever a real worker would refuse is noted in violations(), and so is a step that in any layer would
+// read a key whose extent has been given back.
 #ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 #define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 
@@ -25,6 +26,7 @@
 #include "absl/time/time.h"
 #include "common/kv_layout.h"
 #include "common/mutex.h"
+#include "services/coordinator/placement/placement.h"
 #include "services/coordinator/store_client.h"
 #include "services/coordinator/worker_client.h"
 
@@ -53,6 +55,7 @@ inline std::vector<int32_t> FakeAnswer(std::vector<int32_t> tokens, int64_t coun
 class FakeMachine {
  public:
   KvGeometry geometry = {2, 2, 64};
+  LayerWindows windows;  // tokens are drawn from the keys of a layer without one
   int64_t host_tokens = 1 << 16;
   int64_t pool_tokens = 1 << 14;  // of device memory
   int32_t max_chunk_tokens = 128;
@@ -82,7 +85,8 @@ class FakeMachine {
   bool worker_away = false;
   absl::Duration step_time = absl::ZeroDuration();
   int64_t steps_that_wait = 0;  // so many steps, the first ones, are answered once the next has come
-  std::map<uint32_t, std::vector<int32_t>> extents;  // of layer 0: a token for each position, or -1
+  std::map<uint32_t, std::vector<int32_t>> extents;  // a token for each position, or -1
+  int64_t most_used_bytes = 0;
   std::map<uint64_t, Stored> stored;
   uint32_t next_extent = 1;
   v1::MeasureLanesResponse lane_costs;  // empty: unknown, so that everything else is fetched
@@ -102,13 +106,12 @@ class FakeMachine {
   std::vector<v1::Plan> plans;
   std::vector<v1::StepRequest> sent;
 
-  int64_t used_tokens() {
-    int64_t tokens = 0;
-    for (const auto& [id, sequence] : stored) {
-      for (const v1::ExtentRun& run : sequence.runs) tokens += run.capacity_tokens();
-    }
-    return tokens;
+  int64_t used_bytes() {
+    int64_t tokens = 0;  // of one layer each
+    for (const auto& [id, keys] : extents) tokens += static_cast<int64_t>(keys.size());
+    return tokens * geometry.BytesPerTokenPerLayer();
   }
+  int64_t used_tokens() { return used_bytes() / geometry.BytesPerToken(); }
 
  private:
   std::vector<std::string> violations_;
@@ -128,7 +131,7 @@ class FakeStoreClient : public StoreClient {
     info.set_segment_dir("/fake");
     const int64_t token_bytes = machine_->geometry.BytesPerToken();
     info.set_capacity_bytes(machine_->host_tokens * token_bytes);
-    info.set_used_bytes(machine_->used_tokens() * token_bytes);
+    info.set_used_bytes(machine_->used_bytes());
     info.set_max_extents(100000);
     info.set_attend_threads(machine_->attend_threads);
     return info;
@@ -146,11 +149,12 @@ class FakeStoreClient : public StoreClient {
     FakeMachine::Stored& sequence = machine_->stored[id];
     int64_t end = 0;
     for (const v1::ExtentRun& run : sequence.runs) {
-      if (run.first_pos() == first_pos && run.capacity_tokens() == capacity) return run;
+      if (run.first_pos() == first_pos && run.capacity_tokens() == capacity && Whole(run)) return run;
       end = run.first_pos() + run.capacity_tokens();
     }
     if (first_pos != end) return absl::InvalidArgumentError("the run follows no other");
-    if (machine_->used_tokens() + capacity > machine_->host_tokens) {
+    const int64_t token_bytes = machine_->geometry.BytesPerToken();
+    if (machine_->used_bytes() + capacity * token_bytes > machine_->host_tokens * token_bytes) {
       return absl::ResourceExhaustedError("the segment is full");
     }
     v1::ExtentRun run;
@@ -161,9 +165,10 @@ class FakeStoreClient : public StoreClient {
       extent->set_layer(layer);
       extent->set_extent_id(machine_->next_extent);
       extent->set_data_offset(uint64_t{machine_->next_extent} << 20);
-      if (layer == 0) machine_->extents[machine_->next_extent].assign(capacity, -1);
+      machine_->extents[machine_->next_extent].assign(capacity, -1);
       ++machine_->next_extent;
     }
+    machine_->most_used_bytes = std::max(machine_->most_used_bytes, machine_->used_bytes());
     sequence.runs.push_back(run);
     return run;
   }
@@ -174,6 +179,7 @@ class FakeStoreClient : public StoreClient {
       const auto at = machine_->stored.find(what.sequence_id());
       if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
       at->second.sealed_tokens = std::max(at->second.sealed_tokens, what.sealed_tokens());
+      for (v1::ExtentRun& run : at->second.runs) Vacate(what, run);
     }
     return absl::OkStatus();
   }
@@ -183,8 +189,13 @@ class FakeStoreClient : public StoreClient {
     const auto at = machine_->stored.find(id);
     if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
     auto& runs = at->second.runs;
+    for (const v1::ExtentRun& run : runs) {
+      if (run.first_pos() < tokens && run.first_pos() + run.capacity_tokens() > tokens && !Whole(run)) {
+        return absl::FailedPreconditionError("an extent with the position is vacated");
+      }
+    }
     while (!runs.empty() && runs.back().first_pos() >= tokens) {
-      machine_->extents.erase(runs.back().extents(0).extent_id());
+      Erase(runs.back());
       runs.pop_back();
     }
     at->second.sealed_tokens = std::min(at->second.sealed_tokens, tokens);
@@ -194,9 +205,7 @@ class FakeStoreClient : public StoreClient {
     MutexLock lock(&machine_->mutex);
     if (absl::Status status = Ready(); !status.ok()) return status;
     for (const uint64_t id : ids) {
-      for (const v1::ExtentRun& run : machine_->stored[id].runs) {
-        machine_->extents.erase(run.extents(0).extent_id());
-      }
+      for (const v1::ExtentRun& run : machine_->stored[id].runs) Erase(run);
       machine_->stored.erase(id);
     }
     return absl::OkStatus();
@@ -228,6 +237,24 @@ class FakeStoreClient : public StoreClient {
   }
 
  private:
+  static bool Whole(const v1::ExtentRun& run) {
+    return std::none_of(run.extents().begin(), run.extents().end(),
+                        [](const v1::Extent& extent) { return extent.vacated(); });
+  }
+  void Erase(const v1::ExtentRun& run) {
+    for (const v1::Extent& extent : run.extents()) machine_->extents.erase(extent.extent_id());
+  }
+  void Vacate(const v1::SealedSequence& what, v1::ExtentRun& run) {
+    for (v1::Extent& extent : *run.mutable_extents()) {
+      if (what.kept_from().empty() ||
+          run.first_pos() + run.capacity_tokens() > what.kept_from(extent.layer())) {
+        continue;
+      }
+      machine_->extents.erase(extent.extent_id());
+      extent.clear_data_offset();
+      extent.set_vacated(true);
+    }
+  }
   absl::Status Ready() {
     if (machine_->store_away) return absl::UnavailableError("store away");
     if (bound_ != machine_->generation) return absl::FailedPreconditionError("no model is bound");
@@ -455,6 +482,15 @@ class FakeStepStream : public StepStream {
     if (!in_tail && (ids.size() == 1 || first - sealed >= kTailTokens)) {
       Note(step, "more unsealed tokens than the tail holds");
     }
+    for (int32_t layer = 0; layer < machine_->geometry.num_layers; ++layer) {
+      for (int64_t pos = FirstKey(machine_->windows, layer, first); pos < sealed; ++pos) {
+        if (ExtentKey(sequence, layer, pos) >= 0) continue;
+        Note(step, absl::StrCat("layer ", layer, " has no key for position ", pos));
+        break;
+      }
+    }
+    int32_t full_layer = 0;
+    while (WindowOf(machine_->windows, full_layer) != 0) ++full_layer;
     // All keys up to the end: from extents, tail and the step itself.
     std::vector<int32_t> keys;
     for (int64_t pos = 0; pos < end; ++pos) {
@@ -462,7 +498,7 @@ class FakeStepStream : public StepStream {
       if (pos >= first) {
         key = ids[pos - first];
       } else if (pos < sealed) {
-        key = ExtentKey(sequence, pos);
+        key = ExtentKey(sequence, full_layer, pos);
       } else if (sequence.tail.count(pos) > 0) {
         key = sequence.tail[pos];
       }
@@ -494,23 +530,27 @@ class FakeStepStream : public StepStream {
     if (run.first_pos() != sequence.capacity()) Note(step, "runs do not follow each other");
     sequence.runs.push_back(run);
   }
-  int32_t ExtentKey(const Open& sequence, int64_t pos) {
+  int32_t ExtentKey(const Open& sequence, int32_t layer, int64_t pos) {
     for (const v1::ExtentRun& run : sequence.runs) {
       if (pos < run.first_pos() || pos >= run.first_pos() + run.capacity_tokens()) continue;
-      const auto at = machine_->extents.find(run.extents(0).extent_id());
-      return at == machine_->extents.end() ? -1 : at->second[pos - run.first_pos()];
+      const auto at = machine_->extents.find(run.extents(layer).extent_id());
+      return at == machine_->extents.end() || run.extents(layer).vacated()
+                 ? -1
+                 : at->second[pos - run.first_pos()];
     }
     return -1;
   }
   void SetExtentKey(const v1::StepRequest& step, const Open& sequence, int64_t pos, int32_t key) {
     for (const v1::ExtentRun& run : sequence.runs) {
       if (pos < run.first_pos() || pos >= run.first_pos() + run.capacity_tokens()) continue;
-      const auto at = machine_->extents.find(run.extents(0).extent_id());
-      if (at == machine_->extents.end()) {
-        Note(step, "seals into an extent that was freed");
-        return;
+      for (const v1::Extent& extent : run.extents()) {
+        const auto at = machine_->extents.find(extent.extent_id());
+        if (at == machine_->extents.end()) {
+          Note(step, "seals into an extent that was freed");
+          return;
+        }
+        at->second[pos - run.first_pos()] = key;
       }
-      at->second[pos - run.first_pos()] = key;
     }
   }
   bool PlanKnown(uint64_t version) {
@@ -565,6 +605,7 @@ class FakeWorkerClient : public WorkerClient {
     info.set_max_sequences(machine_->max_sequences);
     info.set_max_results(machine_->max_results);
     info.set_incarnation(machine_->incarnation);
+    info.mutable_layer_windows()->Add(machine_->windows.begin(), machine_->windows.end());
     const int64_t token_bytes = machine_->geometry.BytesPerToken();
     info.mutable_memory()->set_kv_pool_bytes(machine_->pool_tokens * token_bytes);
     info.mutable_memory()->set_tail_bytes_per_sequence(kTailTokens * token_bytes);

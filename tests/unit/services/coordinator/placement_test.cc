@@ -150,7 +150,7 @@ TEST(PlaceByBudget, LayersDifferByOneBorderAtMost) {
 
 TEST(Predict, CountsTheBytesOfADecodeStepByLane) {
   PredictInput input;
-  input.geometry = kGeometry;
+  input.extents = {kGeometry};
   input.spec = Shares(1.0 / 3, 2.0 / 3);
   input.prompt_tokens = 1000;
   input.max_tokens = 24;
@@ -168,9 +168,20 @@ TEST(Predict, CountsTheBytesOfADecodeStepByLane) {
   EXPECT_EQ(prediction.host_bytes, 1024 * kGeometry.BytesPerToken());
 }
 
+TEST(Predict, HostMemoryIsOfWhatWindowsReach) {
+  PredictInput input;
+  input.extents = {kGeometry, {256, 0, 256, 0}, /*max_chunk_tokens=*/64};
+  input.num_sequences = 2;
+  input.prompt_tokens = 10240;
+  input.host_capacity_bytes = int64_t{1} << 40;
+  // Two layers of all tokens, two of the window, what is on the way and three extents of 256.
+  EXPECT_EQ(Predict(input).host_bytes,
+            2 * (2 * 10240 + 2 * (256 + 128 + 704 + 3 * 256)) * kGeometry.BytesPerTokenPerLayer());
+}
+
 TEST(Predict, SaysWhatDoesNotFit) {
   PredictInput input;
-  input.geometry = kGeometry;
+  input.extents = {kGeometry};
   input.spec = Shares(1, 0);
   input.prompt_tokens = 1000;
   input.pool_bytes = 300 * kGeometry.BytesPerToken();
@@ -188,7 +199,7 @@ TEST(ForeseenShape, RunsFollowEachOtherUpToTheTokens) {
   for (const int64_t tokens : {1, 63, 64, 65, 1000, 7000, 100000}) {
     for (const int64_t prompt : {int64_t{1}, tokens / 2, tokens}) {
       int64_t next = 0;
-      for (const RunShape& run : ForeseenShape(kGeometry, prompt, tokens).runs) {
+      for (const RunShape& run : ForeseenShape({kGeometry}, prompt, tokens).runs) {
         EXPECT_EQ(run.first_pos, next);
         next += run.capacity_tokens;
       }

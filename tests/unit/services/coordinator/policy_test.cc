@@ -2,9 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <random>
 #include <set>
+#include <string>
 #include <vector>
 
+#include "common/extent_limit.h"
 #include "services/coordinator/admission.h"
 #include "services/coordinator/batch.h"
 #include "services/coordinator/lease.h"
@@ -13,6 +16,7 @@ namespace headroom::coordinator {
 namespace {
 
 constexpr KvGeometry kSmallGeometry = {/*num_layers=*/4, /*num_kv_heads=*/3, /*head_dim=*/64};
+constexpr int64_t kTokenBytes = 4 * 3 * 64 * 2 * 2;
 
 // ---------------------------------------------------------------- leases
 
@@ -21,11 +25,11 @@ TEST(Lease, NeverLetsASealLackAnExtentNorTakesMoreThanReserved) {
     for (const int64_t max_tokens : {0, 1, 64, 300, 4000}) {
       const int64_t final_tokens = prompt + max_tokens;
       int64_t runs = 0;
-      const int64_t reserved = ReservedTokens(kSmallGeometry, 0, final_tokens, &runs);
+      const int64_t reserved = ReservedTokens({kSmallGeometry}, 0, final_tokens, &runs);
       int64_t have = 0;
       for (int64_t pos = prompt; pos <= final_tokens; ++pos) {
         for (int64_t more;
-             (more = NextLeaseTokens(kSmallGeometry, have, pos, final_tokens, reserved)) > 0;
+             (more = NextLeaseTokens({kSmallGeometry}, have, pos, final_tokens, reserved)) > 0;
              have += more) {
           EXPECT_EQ(more & (more - 1), 0) << "capacities are powers of two";
           EXPECT_GE(more, kBlockTokens);
@@ -39,23 +43,106 @@ TEST(Lease, NeverLetsASealLackAnExtentNorTakesMoreThanReserved) {
 }
 
 TEST(Lease, NothingMoreOnceThereIsRoom) {
-  EXPECT_EQ(NextLeaseTokens(kSmallGeometry, 512, 200, 10000, 16384), 0);
-  EXPECT_GT(NextLeaseTokens(kSmallGeometry, 512, 320, 10000, 16384), 0);
-  EXPECT_EQ(NextLeaseTokens(kSmallGeometry, 0, 10, 63, 0), 0)
+  EXPECT_EQ(NextLeaseTokens({kSmallGeometry}, 512, 200, 10000, 16384), 0);
+  EXPECT_GT(NextLeaseTokens({kSmallGeometry}, 512, 320, 10000, 16384), 0);
+  EXPECT_EQ(NextLeaseTokens({kSmallGeometry}, 0, 10, 63, 0), 0)
       << "what is never sealed needs no extent";
 }
 
 TEST(Lease, ReservationsCountFromWhatIsKept) {
-  EXPECT_EQ(ReservedTokens(kSmallGeometry, 4096, 100), 4096);
-  EXPECT_EQ(ReservedTokens(kSmallGeometry, 4096, 4159), 4096);
-  EXPECT_GT(ReservedTokens(kSmallGeometry, 4096, 4160), 4096);
+  EXPECT_EQ(ReservedTokens({kSmallGeometry}, 4096, 100), 4096);
+  EXPECT_EQ(ReservedTokens({kSmallGeometry}, 4096, 4159), 4096);
+  EXPECT_GT(ReservedTokens({kSmallGeometry}, 4096, 4160), 4096);
+}
+
+// How a sequence grows when leases, steps and commits come in an order that `seed` draws.
+struct Growth {
+  std::vector<int64_t> runs;  // capacities
+  int64_t most_bytes = 0;     // that its extents took at any time
+};
+
+Growth Grow(const ExtentRules& rules, int64_t known_tokens, int64_t final_tokens, uint64_t seed) {
+  const int64_t reserved = ReservedTokens(rules, 0, final_tokens);
+  std::mt19937_64 random(seed);
+  Growth growth;
+  std::vector<int64_t> in_flight;  // where steps end
+  int64_t have = 0, next_pos = 0, sealed = 0, committed = 0;
+  const auto count_bytes = [&] {
+    int64_t bytes = 0;
+    for (int32_t layer = 0; layer < rules.geometry.num_layers; ++layer) {
+      const int64_t kept_from =
+          FirstKey(rules.windows, layer, std::max<int64_t>(0, committed - kBlockTokens));
+      int64_t end = 0;
+      for (const int64_t run : growth.runs) {
+        end += run;
+        if (end > kept_from) bytes += run * rules.geometry.BytesPerTokenPerLayer();
+      }
+    }
+    growth.most_bytes = std::max(growth.most_bytes, bytes);
+  };
+  while (committed < FloorToBlock(final_tokens)) {
+    switch (random() % 4) {
+      case 0: {
+        const int64_t from = LeaseFrom(rules, std::max(known_tokens, next_pos), committed);
+        const int64_t more = NextLeaseTokens(rules, have, from, final_tokens, reserved);
+        if (more == 0) break;
+        growth.runs.push_back(more);
+        have += more;
+        EXPECT_LE(have, reserved);
+        count_bytes();
+        break;
+      }
+      case 1: {
+        const int64_t count = next_pos < known_tokens
+                                  ? std::min(rules.max_chunk_tokens, known_tokens - next_pos)
+                                  : int64_t{next_pos < final_tokens};
+        if (count == 0 || in_flight.size() == 2 || FloorToBlock(next_pos + count) > have) break;
+        next_pos += count;
+        in_flight.push_back(next_pos);
+        break;
+      }
+      case 2:
+        if (in_flight.empty()) break;
+        sealed = FloorToBlock(in_flight.front());
+        in_flight.erase(in_flight.begin());
+        break;
+      case 3:
+        committed = sealed;
+        break;
+    }
+  }
+  return growth;
+}
+
+TEST(Lease, BehindWindowsNoMoreIsHeldThanIsReserved) {
+  for (const int64_t window : {1, 64, 200, 1000, 5000}) {
+    for (const int64_t chunk : {64, 100, 512}) {
+      for (const int64_t prompt : {100, 9000}) {
+        const ExtentRules rules = {kSmallGeometry, {window, 0, window, 0}, chunk};
+        const int64_t final_tokens = prompt + 700;
+        const int64_t most = MostHostBytes(rules, ReservedTokens(rules, 0, final_tokens));
+        const Growth first = Grow(rules, prompt, final_tokens, 1);
+        for (uint64_t seed = 1; seed <= 5; ++seed) {
+          const Growth growth = Grow(rules, prompt, final_tokens, seed);
+          EXPECT_LE(growth.most_bytes, most) << "window " << window << ", chunk " << chunk;
+          EXPECT_EQ(growth.runs, first.runs) << "runs do not hang on who was faster";
+        }
+      }
+    }
+  }
+}
+
+TEST(Lease, WithWindowsExtentsAreNoLongerThanTheShortest) {
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {5000, 0, 3000, 0}), 2048);
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {64, 0, 64, 0}), 256);
+  EXPECT_EQ(MaxExtentTokens(kSmallGeometry, {0, 0, 0, 0}), kSmallGeometry.MaxExtentTokens());
 }
 
 // ---------------------------------------------------------------- admission
 
 Capacity SomeCapacity() {
   Capacity capacity;
-  capacity.geometry = kSmallGeometry;
+  capacity.extents = {kSmallGeometry};
   capacity.host_bytes = 8192 * kSmallGeometry.BytesPerToken();
   capacity.max_extents = 1000;
   capacity.tail_bytes_per_sequence = 256 * kSmallGeometry.BytesPerToken();
@@ -72,30 +159,30 @@ TEST(Admission, ReservesWhatTheRequestWillTake) {
 
 TEST(Admission, WaitsForMemoryThatRunningRequestsHold) {
   Commitments busy;
-  busy.running_tokens = 8000;
+  busy.running_bytes = 8000 * kTokenBytes;
   busy.running_sequences = 1;
   const Verdict verdict = Admit(SomeCapacity(), busy, {.final_tokens = 1000});
   EXPECT_EQ(verdict.kind, Verdict::kWait);
-  EXPECT_NE(verdict.reason.find("8000"), std::string::npos) << verdict.reason;
+  EXPECT_NE(verdict.reason.find(std::to_string(8000 * kTokenBytes)), std::string::npos) << verdict.reason;
 }
 
 TEST(Admission, RefusesWhatCanNeverFitWithTheNumbers) {
   const Verdict verdict = Admit(SomeCapacity(), {}, {.final_tokens = 9000});
   EXPECT_EQ(verdict.kind, Verdict::kNever);
   EXPECT_NE(verdict.reason.find("9000"), std::string::npos) << verdict.reason;
-  EXPECT_NE(verdict.reason.find("8192"), std::string::npos) << verdict.reason;
+  EXPECT_NE(verdict.reason.find(std::to_string(8192 * kTokenBytes)), std::string::npos) << verdict.reason;
 }
 
 TEST(Admission, IdleSessionsDoNotGiveBackByWaiting) {
   Commitments idle;
-  idle.idle_tokens = 8000;
+  idle.idle_bytes = 8000 * kTokenBytes;
   EXPECT_EQ(Admit(SomeCapacity(), idle, {.final_tokens = 1000}).kind, Verdict::kNever);
   EXPECT_EQ(Admit(SomeCapacity(), idle, {.final_tokens = 128}).kind, Verdict::kAdmit);
 }
 
 TEST(Admission, ASessionsOwnExtentsAreNotTakenTwice) {
   Commitments idle;
-  idle.idle_tokens = 4096;
+  idle.idle_bytes = 4096 * kTokenBytes;
   Demand demand{.final_tokens = 4100, .kept_tokens = 4096, .kept_runs = 1};
   const Verdict verdict = Admit(SomeCapacity(), idle, demand);
   EXPECT_EQ(verdict.kind, Verdict::kAdmit);
@@ -143,6 +230,24 @@ TEST(Admission, HugeNumbersDoNotOverflow) {
   Capacity capacity = SomeCapacity();
   capacity.host_bytes = std::numeric_limits<int64_t>::max();
   EXPECT_EQ(Admit(capacity, {}, {.final_tokens = int64_t{1} << 33}).kind, Verdict::kNever);
+  capacity.extents.windows = {8192, 0, std::numeric_limits<int64_t>::max(), 8192};
+  EXPECT_EQ(Admit(capacity, {}, {.final_tokens = int64_t{1} << 33}).kind, Verdict::kNever);
+  EXPECT_EQ(MostHostBytes(capacity.extents, int64_t{1} << 60), std::numeric_limits<int64_t>::max());
+}
+
+TEST(Admission, BehindWindowsNothingIsReserved) {
+  Capacity capacity = SomeCapacity();  // 8,192 tokens of all layers
+  EXPECT_EQ(Admit(capacity, {}, {.final_tokens = 12000}).kind, Verdict::kNever);
+  capacity.extents = {kSmallGeometry, {300, 300, 0, 300}, /*max_chunk_tokens=*/128};
+  const Verdict verdict = Admit(capacity, {}, {.final_tokens = 12000});
+  EXPECT_EQ(verdict.kind, Verdict::kAdmit) << verdict.reason;
+  EXPECT_GE(verdict.reserved_tokens, 12000 - 63) << "positions, of which one layer keeps all";
+  EXPECT_LT(verdict.reserved_bytes, 5000 * kTokenBytes);
+  EXPECT_GT(verdict.reserved_bytes, (12000 + 3 * 300) / 4 * kTokenBytes);
+  // Every layer has one: what is served has no end but the descriptors'.
+  capacity.extents.windows = {300, 300, 300, 300};
+  capacity.max_extents = 1 << 20;
+  EXPECT_EQ(Admit(capacity, {}, {.final_tokens = 1 << 20}).kind, Verdict::kAdmit);
 }
 
 // ---------------------------------------------------------------- pieces
@@ -299,6 +404,14 @@ TEST(NextPiece, WaitsForTheExtentThatABlockGoesTo) {
   EXPECT_FALSE(NextPiece(progress, kLimits).has_value()) << "position 191 would seal 128..191";
   progress.capacity_tokens = 192;
   EXPECT_TRUE(NextPiece(progress, kLimits).has_value());
+}
+
+TEST(NextPiece, AChunkIsNotCutWhereAnExtentIsStillToCome) {
+  SequenceProgress progress = PromptOf(1000);
+  progress.capacity_tokens = 448;
+  EXPECT_FALSE(NextPiece(progress, kLimits).has_value());
+  progress.capacity_tokens = 512;
+  EXPECT_EQ(NextPiece(progress, kLimits)->count, 512);
 }
 
 TEST(NextPiece, NothingWhilePaused) {

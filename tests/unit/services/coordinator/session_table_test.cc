@@ -9,6 +9,8 @@
 namespace headroom::coordinator {
 namespace {
 
+constexpr KvGeometry kOneLayer = {1, 1, 64};
+
 v1::ExtentRun MakeRun(int64_t first_pos, int64_t capacity, uint32_t extent_id) {
   v1::ExtentRun run;
   run.set_first_pos(first_pos);
@@ -70,6 +72,62 @@ TEST(Truncate, FreesRunsThatBeginThereAndLowersTheCounts) {
   EXPECT_TRUE(sequence.runs.empty());
 }
 
+// ---------------------------------------------------------------- windows
+
+// Of two layers the first sees 100 tokens; 768 tokens, all sealed, in runs of 128 positions.
+constexpr KvGeometry kTwoLayers = {2, 1, 64};
+const LayerWindows kShortWindow = {100, 0};
+
+Sequence WindowedSequence() {
+  Sequence sequence;
+  sequence.id = 7;
+  for (int32_t i = 0; i < 768; ++i) sequence.token_ids.push_back(i);
+  for (uint32_t run = 0; run < 6; ++run) {
+    v1::ExtentRun& made = sequence.runs.emplace_back();
+    made.set_first_pos(128 * run);
+    made.set_capacity_tokens(128);
+    for (int32_t layer = 0; layer < 2; ++layer) {
+      v1::Extent* const extent = made.add_extents();
+      extent->set_layer(layer);
+      extent->set_extent_id(10 * run + layer);
+      extent->set_data_offset(1000 * (10 * run + layer));
+    }
+  }
+  sequence.sealed_tokens = 768;
+  return sequence;
+}
+
+TEST(TakeSealed, GivesBackWhatNoPositionSeesFromABlockBeforeTheEndOn) {
+  Sequence sequence = WindowedSequence();
+  const int64_t before = HostBytes(sequence, kTwoLayers);
+  const v1::SealedSequence sealed = TakeSealed(sequence, kTwoLayers, kShortWindow);
+  EXPECT_EQ(sealed.sealed_tokens(), 768);
+  // Position 704 sees from 605 on, which lies in the block from 576 on.
+  ASSERT_EQ(sealed.kept_from_size(), 2);
+  EXPECT_EQ(sealed.kept_from(0), 576);
+  EXPECT_EQ(sealed.kept_from(1), 0);
+  for (int run = 0; run < 6; ++run) {
+    EXPECT_EQ(sequence.runs[run].extents(0).vacated(), run < 4) << run;
+    EXPECT_EQ(sequence.runs[run].extents(0).has_data_offset(), run >= 4) << run;
+    EXPECT_FALSE(sequence.runs[run].extents(1).vacated());
+  }
+  EXPECT_EQ(before - HostBytes(sequence, kTwoLayers), 4 * 128 * kTwoLayers.BytesPerTokenPerLayer());
+  EXPECT_EQ(TakeSealed(sequence, kTwoLayers, kShortWindow).SerializeAsString(), sealed.SerializeAsString());
+  EXPECT_EQ(TakeSealed(sequence, kTwoLayers, {}).kept_from_size(), 0);
+}
+
+TEST(CachedTokens, NoneWhereTheWindowOfTheNextPositionIsGone) {
+  Sequence sequence = WindowedSequence();
+  EXPECT_EQ(CachedTokens(sequence, Ids(500), kShortWindow), 448);
+  TakeSealed(sequence, kTwoLayers, kShortWindow);
+  EXPECT_EQ(CachedTokens(sequence, Ids(800), kShortWindow), 768);
+  EXPECT_EQ(CachedTokens(sequence, Ids(768), kShortWindow), 704) << "a block before the end";
+  // Position 640 sees from 541 on, in the block from 512 on, which is there.
+  EXPECT_EQ(CachedTokens(sequence, Ids(641), kShortWindow), 640);
+  EXPECT_EQ(CachedTokens(sequence, Ids(640), kShortWindow), 0);
+  EXPECT_EQ(CachedTokens(sequence, Ids(100), kShortWindow), 0);
+}
+
 // ---------------------------------------------------------------- a store that came back
 
 v1::StoredSequence Stored(int64_t sealed, std::vector<v1::ExtentRun> runs) {
@@ -87,6 +145,24 @@ TEST(Reconcile, KeysInTheSameExtentsStayThoughUncommitted) {
   EXPECT_EQ(sequence.sealed_tokens, 448);
   EXPECT_EQ(sequence.committed_tokens, 384);
   EXPECT_EQ(sequence.capacity_tokens(), 768);
+}
+
+TEST(Reconcile, AVacatedExtentIsTheSameAsBeforeOnEitherSide) {
+  Sequence sequence = WindowedSequence();
+  const Sequence whole = sequence;
+  TakeSealed(sequence, kTwoLayers, kShortWindow);
+  const v1::StoredSequence not_heard = Stored(704, whole.runs);
+  const v1::StoredSequence heard = Stored(704, sequence.runs);
+  Sequence other = sequence;
+  Reconcile(other, &not_heard);
+  EXPECT_EQ(other.sealed_tokens, 768);
+  EXPECT_EQ(other.committed_tokens, 704);
+  EXPECT_FALSE(other.runs[0].extents(0).vacated()) << "its keys are still there";
+  Reconcile(other, &heard);
+  EXPECT_EQ(other.sealed_tokens, 768);
+  EXPECT_TRUE(other.runs[0].extents(0).vacated());
+  EXPECT_TRUE(CanGoOnFrom(other, kShortWindow, 768));
+  EXPECT_FALSE(CanGoOnFrom(other, kShortWindow, 576));
 }
 
 TEST(Reconcile, WhatTheStoreLostIsLost) {
@@ -161,7 +237,7 @@ TEST(SessionTable, ExpiresIdleSessionsThatAreNotPinned) {
   EXPECT_EQ(table.TakeExpired(now + absl::Seconds(11)).size(), 1u);
   EXPECT_EQ(table.Find("short"), nullptr);
   EXPECT_EQ(table.size(), 4);
-  EXPECT_EQ(table.idle_capacity_tokens(), 3 * 768);
+  EXPECT_EQ(table.idle_bytes(kOneLayer), 3 * 768 * kOneLayer.BytesPerToken());
   EXPECT_EQ(table.idle_runs(), 6);
   EXPECT_EQ(table.TakeIdle().size(), 3u) << "all but the busy one";
 }

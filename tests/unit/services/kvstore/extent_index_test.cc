@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/errors.h"
@@ -31,6 +33,11 @@ class ExtentIndexTest : public testing::Test {
   }
   absl::Status Commit(uint64_t id, int64_t tokens) {
     const SealedCount count = {id, tokens};
+    return index_->CommitSealed({&count, 1});
+  }
+  // The second layer's keys below `kept_from` are given back.
+  absl::Status CommitAndVacate(uint64_t id, int64_t tokens, int64_t kept_from) {
+    const SealedCount count = {id, tokens, {0, kept_from, 0}};
     return index_->CommitSealed({&count, 1});
   }
   const StoredSequence& Sequence(uint64_t id) { return index_->sequences().at(id); }
@@ -207,7 +214,7 @@ TEST_F(ExtentIndexTest, ADamagedDescriptorIsNeverServed) {
   const StoredRun run = Allocate(1, 0, 64);
   Allocate(2, 0, 64);
   const ExtentDescriptor whole = Descriptor(run, 0);
-  for (size_t bit = 0; bit < 8 * offsetof(ExtentDescriptor, reserved); ++bit) {
+  for (size_t bit = 0; bit < 8 * sizeof(ExtentDescriptor); ++bit) {
     std::vector<ExtentDescriptor> saved = descriptors_;
     reinterpret_cast<uint8_t*>(&Descriptor(run, 0))[bit / 8] ^= 1 << bit % 8;
     const RecoveryReport report = Restart();
@@ -264,6 +271,154 @@ TEST_F(ExtentIndexTest, ForgedNumbersAreRefusedOneByOne) {
   EXPECT_TRUE(forged([](ExtentDescriptor& d) { d.sealed = SealedWord(32); }));
   EXPECT_TRUE(forged([](ExtentDescriptor& d) { d.sealed = 64; }));
   EXPECT_FALSE(forged([](ExtentDescriptor&) {}));
+}
+
+// ---------------------------------------------------------------- vacated extents
+
+TEST_F(ExtentIndexTest, AVacatedExtentsBytesAreAnothersAndItsRunStays) {
+  const StoredRun first = Allocate(1, 0, 128);
+  Allocate(1, 128, 128);
+  const int64_t before = index_->used_bytes();
+  ASSERT_TRUE(CommitAndVacate(1, 192, 128).ok());
+  EXPECT_EQ(before - index_->used_bytes(), 128 * kGeometry.BytesPerTokenPerLayer());
+  EXPECT_EQ(index_->used_extents(), 6) << "descriptors stay";
+  EXPECT_TRUE(Sequence(1).runs[0].extents[1].vacated());
+  EXPECT_FALSE(Sequence(1).runs[0].extents[0].vacated());
+  EXPECT_FALSE(Sequence(1).runs[1].extents[1].vacated()) << "part of it lies before the window";
+  EXPECT_EQ(index_->CheckInvariants(), "");
+  const StoredRun other = Allocate(2, 0, 128);
+  EXPECT_TRUE(std::any_of(other.extents.begin(), other.extents.end(), [&](const StoredExtent& extent) {
+    return extent.data_offset == first.extents[1].data_offset;
+  }));
+  EXPECT_EQ(index_->CheckInvariants(), "");
+  EXPECT_EQ(index_->Release(1), 6);
+  EXPECT_EQ(index_->Release(2), 3);
+  EXPECT_EQ(index_->used_bytes(), 0);
+  EXPECT_EQ(index_->CheckInvariants(), "");
+}
+
+TEST_F(ExtentIndexTest, VacatingIsRepeatedWithoutHarmAndNeverTakenBack) {
+  Allocate(1, 0, 64);
+  Allocate(1, 64, 64);
+  ASSERT_TRUE(CommitAndVacate(1, 128, 64).ok());
+  const int64_t used = index_->used_bytes();
+  ASSERT_TRUE(CommitAndVacate(1, 128, 64).ok());
+  ASSERT_TRUE(CommitAndVacate(1, 64, 0).ok()) << "a message that comes late";
+  ASSERT_TRUE(Commit(1, 128).ok());
+  EXPECT_EQ(index_->used_bytes(), used);
+  EXPECT_EQ(index_->CheckInvariants(), "");
+}
+
+TEST_F(ExtentIndexTest, WhatIsNotSealedIsNotVacated) {
+  Allocate(1, 0, 128);
+  for (const int64_t kept_from : {int64_t{-64}, int64_t{1}, int64_t{128}, INT64_MAX, INT64_MIN}) {
+    const absl::Status status = CommitAndVacate(1, 64, kept_from);
+    EXPECT_EQ(FieldViolationsOf(status).at(0).field, "sequences[0].kept_from[1]") << status;
+  }
+  const SealedCount short_one = {1, 64, {0, 0}};
+  const absl::Status status = index_->CommitSealed({&short_one, 1});
+  EXPECT_EQ(FieldViolationsOf(status).at(0).field, "sequences[0].kept_from") << status;
+  EXPECT_EQ(Sequence(1).sealed_tokens, 0);
+}
+
+TEST_F(ExtentIndexTest, ARunWithAVacatedExtentIsNeitherHandedOutNorCut) {
+  Allocate(1, 0, 128);
+  Allocate(1, 128, 64);
+  ASSERT_TRUE(CommitAndVacate(1, 192, 128).ok());
+  EXPECT_EQ(ReasonOf(index_->AllocateRun(1, 0, 128).status()), "RUN_DOES_NOT_FOLLOW");
+  EXPECT_EQ(ReasonOf(index_->Truncate(1, 64).status()), "RUN_VACATED");
+  EXPECT_EQ(Sequence(1).sealed_tokens, 192);
+  EXPECT_EQ(Must(index_->Truncate(1, 128)), 3);
+  EXPECT_EQ(index_->CheckInvariants(), "");
+  EXPECT_EQ(Must(index_->Truncate(1, 0)), 3);
+  EXPECT_EQ(index_->used_bytes(), 0);
+  EXPECT_EQ(index_->CheckInvariants(), "");
+}
+
+TEST_F(ExtentIndexTest, ARestartFindsWhatIsVacated) {
+  Allocate(1, 0, 128);
+  Allocate(1, 128, 64);
+  ASSERT_TRUE(CommitAndVacate(1, 192, 128).ok());
+  Allocate(2, 0, 128);  // where the vacated one was
+  const int64_t used = index_->used_bytes();
+  const RecoveryReport report = Restart();
+  EXPECT_EQ(report.kept_extents, 9);
+  EXPECT_EQ(report.damaged_extents + report.incomplete_extents, 0);
+  EXPECT_EQ(index_->used_bytes(), used);
+  EXPECT_TRUE(Sequence(1).runs[0].extents[1].vacated());
+  EXPECT_EQ(Sequence(1).sealed_tokens, 192);
+  EXPECT_EQ(index_->CheckInvariants(), "");
+}
+
+// A store that is killed has done the first so many of its writes.
+TEST_F(ExtentIndexTest, AStoreKilledAtAnyWriteOfVacatingLeavesWholeRuns) {
+  for (int64_t pos = 0; pos < 256; pos += 64) Allocate(1, pos, 64);
+  ASSERT_TRUE(Commit(1, 256).ok());
+  const std::vector<ExtentDescriptor> before = descriptors_;
+  const SealedCount count = {1, 256, {128, 0, 192}};
+  ASSERT_TRUE(index_->CommitSealed({&count, 1}).ok());
+  std::vector<std::pair<ExtentDescriptor*, uint64_t>> writes;  // in their order
+  for (const StoredRun& run : Sequence(1).runs) {
+    for (const StoredExtent& extent : run.extents) {
+      const ExtentDescriptor& after = descriptors_[extent.extent_id];
+      ExtentDescriptor unchanged = before[extent.extent_id];
+      unchanged.vacated = after.vacated;
+      ASSERT_EQ(std::memcmp(&unchanged, &after, sizeof(after)), 0) << "vacating writes one word";
+      if (after.vacated != 0) {
+        writes.emplace_back(&descriptors_[extent.extent_id], after.vacated);
+      }
+    }
+  }
+  ASSERT_EQ(writes.size(), 5u);
+  for (size_t done = 0; done <= writes.size(); ++done) {
+    std::copy(before.begin(), before.end(), descriptors_.begin());
+    for (size_t i = 0; i < done; ++i) writes[i].first->vacated = writes[i].second;
+    const RecoveryReport report = Restart();
+    EXPECT_EQ(report.kept_extents, 12) << done;
+    EXPECT_EQ(report.damaged_extents + report.incomplete_extents, 0) << done;
+    EXPECT_EQ(Sequence(1).sealed_tokens, 256);
+    EXPECT_EQ(index_->used_bytes(),
+              static_cast<int64_t>(12 - done) * 64 * kGeometry.BytesPerTokenPerLayer());
+    ASSERT_EQ(index_->CheckInvariants(), "");
+  }
+}
+
+TEST_F(ExtentIndexTest, VacatedExtentsThatCannotBeEndTheSequence) {
+  const StoredRun first = Allocate(1, 0, 64);
+  const StoredRun second = Allocate(1, 64, 64);
+  ASSERT_TRUE(Commit(1, 128).ok());
+  const std::vector<ExtentDescriptor> saved = descriptors_;
+  // What is kept when `forge` has been at work, in tokens.
+  const auto kept = [&](auto&& forge) {
+    descriptors_ = saved;
+    forge();
+    Restart();
+    EXPECT_EQ(index_->CheckInvariants(), "");
+    return index_->sequences().empty() ? 0 : Sequence(1).capacity_tokens();
+  };
+  const auto vacate = [&](const StoredRun& run, int layer) {
+    Descriptor(run, layer).vacated = Descriptor(run, layer).commit;
+  };
+  EXPECT_EQ(kept([&] { vacate(first, 2); }), 128);
+  EXPECT_EQ(kept([&] { vacate(second, 2); }), 64) << "the older one of the layer is there";
+  EXPECT_EQ(kept([&] { vacate(first, 1), vacate(second, 2); }), 64) << "... of another layer";
+  EXPECT_EQ(kept([&] { Descriptor(first, 2).vacated = 1; }), 0);
+  EXPECT_EQ(kept([&] {
+              vacate(first, 2);
+              Descriptor(first, 2).sealed = SealedWord(0);
+            }),
+            0);
+  EXPECT_EQ(kept([&] {
+              vacate(first, 2);
+              Descriptor(first, 0).sealed = SealedWord(0);
+            }),
+            0)
+      << "what another layer has not sealed cannot be written any more";
+  EXPECT_EQ(kept([&] {
+              vacate(first, 2), vacate(second, 2);
+              Descriptor(second, 0).sealed = SealedWord(0);
+            }),
+            64);
 }
 
 TEST_F(ExtentIndexTest, ATwinOfARunDoesNotHideTheWholeOne) {

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
+#include "kernels/types.h"
 #include "tests/common/worker_harness.h"
 
 namespace headroom {
@@ -61,6 +63,27 @@ TEST(Budget, HoldsEverythingAndNothingGoesBeyondIt) {
 }
 
 // With a pool of one tail a second sequence is refused with the numbers; it works after the first.
+// Where there are windows extents are short, in layers that see everything too.
+TEST(Budget, ATableHasRoomForEachExtentOfTheLongestContext) {
+  RandomModelSpec spec = Model();
+  WorkerHarnessOptions options;
+  options.max_context_tokens = 1 << 16;
+  options.chunk_limit_tokens = 64;
+  std::vector<int64_t> table_bytes;
+  for (const int64_t window : {1 << 16, 256}) {
+    spec.architecture = "MistralForCausalLM";
+    spec.sliding_window = window;
+    const auto folder = RandomModelFolder::Create(spec);
+    ASSERT_TRUE(folder.ok()) << folder.status();
+    const auto harness = WorkerHarness::Create((*folder)->path(), options);
+    ASSERT_TRUE(harness.ok()) << harness.status();
+    table_bytes.push_back((*harness)->budget().table_bytes);
+  }
+  // Of 2 layers and 3 KV heads, 256 extents in place of 4; a sequence has 6 sizes fewer to grow through.
+  EXPECT_GT(table_bytes[1] - table_bytes[0],
+            2 * 3 * (256 - 4 - 16 * 6) * static_cast<int64_t>(sizeof(kernels::KvSpan)));
+}
+
 TEST(Budget, ATailThatDoesNotFitIsRefused) {
   const auto folder = RandomModelFolder::Create(Model());
   ASSERT_TRUE(folder.ok()) << folder.status();

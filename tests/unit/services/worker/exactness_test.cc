@@ -389,6 +389,57 @@ TEST_F(Exactness, WithWindowsOtherSequencesDoNotShow) {
   }
 }
 
+// The store has given what lies behind the windows to another: a sequence that goes on draws the same, and
+// one that would read from there is refused.
+TEST_F(Exactness, AVacatedExtentIsNeverRead) {
+  constexpr uint64_t kInPlace = 4;
+  WorkerHarnessOptions options;
+  options.attend_threads = 1;
+  for (const int64_t window : {100, 0}) {
+    Start(window == 0 ? GemmaModel() : WindowedModel(window), options);
+    Prepare(InPlacePlan(kInPlace, harness_->geometry()));
+    TestRequest request = Request(62, 600, 4);
+    request.max_run_tokens = 64;
+    const TestOutput first = Run(request, kFetched, SealedRule::kAtOnce);
+    request.sealed_tokens = FloorToBlock(600);
+    request.runs = first.runs;
+    request.score = false;
+    const auto go_on = [&](const TestRequest& from, uint64_t plan) {
+      harness_->set_segment_used(static_cast<int64_t>(harness_->segment().size()) / 2);
+      RunOptions run;
+      run.plan_version = plan;
+      run.sealed = SealedRule::kAtOnce;
+      return harness_->RunOne(from, run);
+    };
+    const auto expected = go_on(request, kFetched);
+    ASSERT_TRUE(expected.ok()) << expected.status();
+    TestRequest vacated = request;
+    for (headroom::Run& run : vacated.runs) {
+      for (int32_t layer = 0; layer < harness_->config().num_layers; ++layer) {
+        const int64_t seen = harness_->config().window(layer);
+        if (seen == 0 || run.first_pos + run.capacity_tokens > request.sealed_tokens - seen) continue;
+        std::fill_n(harness_->ExtentRow(run, layer, 0, run.first_pos, 0),
+                    run.capacity_tokens * harness_->geometry().BytesPerTokenPerLayer(), 0xff);
+        run.data_offsets[layer] = headroom::Run::kVacated;
+      }
+    }
+    for (const uint64_t plan : {kResident, kFetched, kMixed, kInPlace}) {
+      const auto again = go_on(vacated, plan);
+      ASSERT_TRUE(again.ok()) << again.status();
+      EXPECT_EQ(Difference(*expected, *again), "") << "plan " << plan;
+    }
+    vacated.sealed_tokens -= 128;
+    for (const uint64_t plan : {kResident, kFetched, kInPlace}) {
+      const absl::Status status = go_on(vacated, plan).status();
+      EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+      EXPECT_NE(std::string(status.message()).find("first_pos 448 needs keys from position"),
+                std::string::npos)
+          << status;
+      ASSERT_TRUE(harness_->executor().CloseAll().ok());
+    }
+  }
+}
+
 // A step reads a block more than its rows' windows at most, in each lane, and the device keeps no copy of
 // what lies behind.
 TEST_F(Exactness, WhatLiesBehindTheWindowIsNeitherReadNorKept) {
