@@ -285,21 +285,27 @@ TEST(BenchWithRandomWeights, NamesTheFileThatIsWrong) {
   }
 }
 
-// A logit that is not finite fails its step, and that the run.
-TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
-#if defined(__SANITIZE_ADDRESS__)
-  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
-#endif
-  const TempDir dir;
+// Of a tiny model that is drawn; results go to a file in `dir`.
+BenchOptions TinyBench(const TempDir& dir) {
   BenchOptions options;
   options.random_weights = dir.File("geometry.json");
   std::ofstream(options.random_weights) << kTinyConfig;
   options.threads = 2;
   options.gpu_memory_bytes = int64_t{128} << 20;
   options.repeat = 3;
+  options.json_path = dir.File("bench.json");
+  return options;
+}
+
+// A logit that is not finite fails its step, and that the run.
+TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
+#endif
+  const TempDir dir;
+  BenchOptions options = TinyBench(dir);
   options.seed = 11;
   options.work = {"prefill:300", "decode:300:resident:2"};
-  options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
   std::ifstream file(options.json_path);
   std::string line;
@@ -316,15 +322,9 @@ TEST(Bench, TimesTokensBesideAPrefill) {
   GTEST_SKIP() << "measuring the machine takes minutes with AddressSanitizer";
 #endif
   const TempDir dir;
-  BenchOptions options;
-  options.random_weights = dir.File("geometry.json");
-  std::ofstream(options.random_weights) << kTinyConfig;
-  options.threads = 2;
-  options.gpu_memory_bytes = int64_t{128} << 20;
-  options.repeat = 3;
+  BenchOptions options = TinyBench(dir);
   options.chunk_tokens = 64;
   options.work = {"beside:3000:fetched"};
-  options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
   std::ifstream file(options.json_path);
   std::string line;
