@@ -102,8 +102,9 @@ void CpuStream::Sleep(uint32_t at) {
 
 void CpuStream::Loop() {
   pthread_setname_np(pthread_self(), name_.substr(0, 15).c_str());
-  // Of a team that takes the whole machine two members on one processor leave another idle, and Linux
-  // may leave them there for minutes: one of ten measured steps of SmolLM2 on 2 cores took 26 ms for 15.
+  // Of a team that takes the whole machine two members on one processor leave another idle, and Linux may
+  // leave them there. Unbound, a step of SmolLM2 on 2 cores once took 26 ms for 15, three measurements in
+  // a row; bound, it has not been seen again.
   if (team_.size() > 1 && team_.size() == kernels::CpuTeam::NumProcessors()) {
     team_.Pin(kernels::CpuTeam::PinFrom::kFirst);
   }
