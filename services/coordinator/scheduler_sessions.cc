@@ -98,11 +98,20 @@ void Scheduler::ReleaseLater(const Sequence& sequence) {
   to_release_.runs += static_cast<int64_t>(sequence.runs.size());
 }
 
+// A session whose request has ended counts as idle although the worker still lets go of it: its client
+// has the whole answer.
 bool Scheduler::Flush(std::function<void(int32_t)> answer) {
   return thread_.Post([this, answer = std::move(answer)] {
     const std::vector<Sequence> taken = sessions_.TakeIdle();
     for (const Sequence& sequence : taken) ReleaseLater(sequence);
-    answer(static_cast<int32_t>(taken.size()));
+    auto dropped = static_cast<int32_t>(taken.size());
+    for (const auto& request : running_) {
+      Session* const session = sessions_.Find(request->request().session_id);
+      if (session == nullptr || !request->ended() || session->drop) continue;
+      session->drop = true;
+      ++dropped;
+    }
+    answer(dropped);
   });
 }
 

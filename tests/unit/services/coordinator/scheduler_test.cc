@@ -38,6 +38,7 @@ class Outcome : public RequestSink {
     done_ = true;
     status_ = status;
     finished_ = std::move(finished);
+    if (on_finished) on_finished();
     changed_.SignalAll();
   }
   bool CanTake() const override { return takes.load(); }
@@ -71,6 +72,7 @@ class Outcome : public RequestSink {
   }
 
   std::atomic<bool> takes{true};
+  std::function<void()> on_finished;  // called under the lock
 
  private:
   template <typename Condition>
@@ -131,8 +133,8 @@ class SchedulerTest : public testing::Test {
     request->arrival = absl::Now();
     return request;
   }
-  std::shared_ptr<Outcome> Submit(std::unique_ptr<Request> request) {
-    auto outcome = std::make_shared<Outcome>();
+  std::shared_ptr<Outcome> Submit(std::unique_ptr<Request> request,
+                                  std::shared_ptr<Outcome> outcome = std::make_shared<Outcome>()) {
     const absl::Status status = scheduler_->Submit(
         *request, outcome, [] { return std::make_unique<NumberDecoder>(); });
     if (!status.ok()) outcome->OnFinished(status, v1::Finished());
@@ -717,6 +719,22 @@ TEST_F(SchedulerTest, ADeletedSessionFreesItsExtents) {
   scheduler_->DeleteSession("s", [&](absl::Status status) { deleted.store(status.ok()); });
   EXPECT_TRUE(NothingStored());
   EXPECT_TRUE(deleted.load());
+}
+
+// The flush is posted before the worker can answer that it has closed the sequence.
+TEST_F(SchedulerTest, AFlushDropsASessionAsSoonAsItsAnswerHasEnded) {
+  Start();
+  std::atomic<int32_t> dropped{-1};
+  auto outcome = std::make_shared<Outcome>();
+  outcome->on_finished = [&] {
+    scheduler_->Flush([&](int32_t sessions) { dropped.store(sessions); });
+  };
+  auto request = MakeRequest(Prompt(300), 5);
+  request->session_id = "s";
+  ASSERT_TRUE(Submit(std::move(request), outcome)->WaitForEnd());
+  EXPECT_TRUE(Eventually([&] { return dropped.load() != -1; }));
+  EXPECT_EQ(dropped.load(), 1);
+  EXPECT_TRUE(NothingStored());
 }
 
 TEST_F(SchedulerTest, ASessionGoesWhenItsTimeIsOver) {
