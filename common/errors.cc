@@ -7,6 +7,10 @@
 namespace headroom {
 namespace {
 
+// What does not come through whole is better counted than sent (grpc_status.cc has the limits).
+constexpr size_t kMaxDescriptionBytes = 300;
+constexpr size_t kMaxViolationsBytes = 1500;
+
 // A payload's bytes, or none.
 std::string PayloadOf(const absl::Status& status, absl::string_view url) {
   const absl::optional<absl::Cord> payload = status.GetPayload(url);
@@ -35,17 +39,30 @@ absl::Status WithRetryAfter(absl::Status status, absl::Duration delay) {
   return status;
 }
 
+std::string Cut(absl::string_view text, size_t most_bytes) {
+  if (text.size() <= most_bytes) return std::string(text);
+  size_t size = most_bytes;
+  while (size > 0 && (static_cast<uint8_t>(text[size]) & 0xc0) == 0x80) --size;
+  return absl::StrCat(text.substr(0, size), "...");
+}
+
 absl::Status BadRequestError(const std::vector<FieldViolation>& violations) {
   if (violations.empty()) return absl::OkStatus();
   std::string message;
   std::string details;
+  size_t named = 0;
   for (const FieldViolation& violation : violations) {
-    absl::StrAppend(&message, message.empty() ? "" : "; ", violation.field, ": ",
-                    violation.description);
+    const std::string description = Cut(violation.description, kMaxDescriptionBytes);
     std::string encoded;
     wire::PutBytes(1, violation.field, encoded);
-    wire::PutBytes(2, violation.description, encoded);
+    wire::PutBytes(2, description, encoded);
+    if (details.size() + encoded.size() > kMaxViolationsBytes) break;
     wire::PutBytes(1, encoded, details);
+    absl::StrAppend(&message, message.empty() ? "" : "; ", violation.field, ": ", description);
+    ++named;
+  }
+  if (named < violations.size()) {
+    absl::StrAppend(&message, "; and ", violations.size() - named, " more");
   }
   absl::Status status = WithReason(absl::InvalidArgumentError(message), "INVALID_REQUEST");
   status.SetPayload(kBadRequestUrl, absl::Cord(details));

@@ -33,9 +33,13 @@ struct FieldViolation {
   std::string description;
 };
 
-// INVALID_ARGUMENT with ErrorInfo{INVALID_REQUEST} and BadRequest; the message names every field.
+// INVALID_ARGUMENT with ErrorInfo{INVALID_REQUEST} and BadRequest. Descriptions are cut to 300 bytes and
+// the violations that come first are named, 1,500 bytes of them; the message says how many more there are.
 // OK if there is no violation.
 absl::Status BadRequestError(const std::vector<FieldViolation>& violations);
+
+// The text, or as many whole UTF-8 characters of it as `most_bytes` hold and "...".
+std::string Cut(absl::string_view text, size_t most_bytes);
 
 // What a status carries; empty or nothing where it does not, or where a payload is damaged.
 std::string ReasonOf(const absl::Status& status);

@@ -9,16 +9,10 @@
 namespace headroom {
 namespace {
 
-constexpr size_t kMaxMessageBytes = 2000;
-constexpr size_t kMaxDetailBytes = 4000;
-
-// As much of the text as fits, whole UTF-8 characters only.
-std::string Cut(absl::string_view text) {
-  if (text.size() <= kMaxMessageBytes) return std::string(text);
-  size_t size = kMaxMessageBytes;
-  while (size > 0 && (static_cast<uint8_t>(text[size]) & 0xc0) == 0x80) --size;
-  return std::string(text.substr(0, size)) + "...";
-}
+// Clients take 8 KiB of metadata or lose the call's status: the message may come to three times its size
+// percent-encoded, and the details, which have a copy of it, to a third more in base64.
+constexpr size_t kMaxMessageBytes = 1000;
+constexpr size_t kMaxDetailBytes = 2000;
 
 }  // namespace
 
@@ -28,7 +22,7 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
       status.GetPayload(kErrorInfoUrl).has_value()
           ? status
           : WithReason(status, absl::StatusCodeToString(status.code()));
-  const std::string message = Cut(status.message());
+  const std::string message = Cut(status.message(), kMaxMessageBytes);
   std::string details;  // google.rpc.Status
   wire::PutInt(1, static_cast<int>(status.code()), details);
   wire::PutBytes(2, message, details);

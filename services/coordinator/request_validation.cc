@@ -148,6 +148,11 @@ int LaneIndex(v1::Lane lane) {
 
 void TakeShares(const v1::PlacementOptions& options, Checker& checker, Request& request) {
   request.placement.automatic = false;
+  if (options.shares_size() > kNumLanes) {
+    checker.Wrong("placement.shares", absl::StrCat("has ", options.shares_size(),
+                                                   " entries, there are ", kNumLanes, " lanes"));
+    return;
+  }
   bool seen[kNumLanes] = {};
   for (int i = 0; i < options.shares_size(); ++i) {
     const int lane = LaneIndex(options.shares(i).lane());
@@ -208,44 +213,56 @@ void TakeSession(const v1::GenerateRequest& proto, Checker& checker, Request& re
   request.bypass_prefix_cache = proto.bypass_prefix_cache();
 }
 
-// The prompt's ids, and the field that they came from.
+// Whether `tokens` tokens of a prompt leave room for an answer.
+absl::Status CheckPromptTokens(const v1::GenerateRequest& proto, const std::string& field,
+                               int64_t tokens, const RequestLimits& limits) {
+  if (tokens == 0) return BadRequestError({{field, "has no tokens"}});
+  const bool only_prompt = proto.stopping().has_max_tokens() && proto.stopping().max_tokens() == 0;
+  if (tokens <= limits.max_context_tokens - (only_prompt ? 0 : 1)) return absl::OkStatus();
+  return BadRequestError(
+      {{field,
+        absl::StrCat("has ", tokens, " tokens, the context limit is ", limits.max_context_tokens,
+                     only_prompt ? "" : " with at least one token of the answer")}});
+}
+
+// The prompt's ids. Their number is looked at before any of them: it may be millions.
 absl::StatusOr<std::vector<int32_t>> PromptIds(const v1::GenerateRequest& proto,
                                                const ServedModel& model,
-                                               const RequestLimits& limits, std::string& field) {
+                                               const RequestLimits& limits) {
+  std::string field;
+  std::vector<int32_t> ids;
   switch (proto.input_case()) {
-    case v1::GenerateRequest::kPrompt:
+    case v1::GenerateRequest::kPrompt: {
       field = "prompt";
-      return EncodeText(model, proto.prompt(), field, &limits);
-    case v1::GenerateRequest::kChat:
+      HEADROOM_ASSIGN_OR_RETURN(ids, EncodeText(model, proto.prompt(), field, &limits));
+      break;
+    }
+    case v1::GenerateRequest::kChat: {
       field = "chat";
-      return EncodeChat(model, proto.chat(), field, &limits);
+      HEADROOM_ASSIGN_OR_RETURN(ids, EncodeChat(model, proto.chat(), field, &limits));
+      break;
+    }
     case v1::GenerateRequest::kTokenIds: {
       field = "token_ids.ids";
+      const auto& given = proto.token_ids().ids();
+      HEADROOM_RETURN_IF_ERROR(CheckPromptTokens(proto, field, given.size(), limits));
       Checker checker;
-      CheckIds(proto.token_ids().ids(), limits.vocab_size, field, checker);
+      CheckIds(given, limits.vocab_size, field, checker);
       HEADROOM_RETURN_IF_ERROR(checker.status());
-      return std::vector<int32_t>(proto.token_ids().ids().begin(), proto.token_ids().ids().end());
+      return std::vector<int32_t>(given.begin(), given.end());
     }
     case v1::GenerateRequest::INPUT_NOT_SET:
-      break;
+      return BadRequestError({{"input", "is not set: expected prompt, token_ids or chat"}});
   }
-  return BadRequestError({{"input", "is not set: expected prompt, token_ids or chat"}});
+  HEADROOM_RETURN_IF_ERROR(
+      CheckPromptTokens(proto, field, static_cast<int64_t>(ids.size()), limits));
+  return ids;
 }
 
 absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& model,
                         const RequestLimits& limits, Request& request) {
-  std::string field;
-  HEADROOM_ASSIGN_OR_RETURN(request.prompt, PromptIds(proto, model, limits, field));
-  const int64_t tokens = static_cast<int64_t>(request.prompt.size());
-  if (tokens == 0) return BadRequestError({{field, "has no tokens"}});
-  const int64_t left = limits.max_context_tokens - tokens;
-  const bool only_prompt = proto.stopping().has_max_tokens() && proto.stopping().max_tokens() == 0;
-  if (left < (only_prompt ? 0 : 1)) {
-    return BadRequestError(
-        {{field,
-          absl::StrCat("has ", tokens, " tokens, the context limit is ", limits.max_context_tokens,
-                       only_prompt ? "" : " with at least one token of the answer")}});
-  }
+  HEADROOM_ASSIGN_OR_RETURN(request.prompt, PromptIds(proto, model, limits));
+  const int64_t left = limits.max_context_tokens - static_cast<int64_t>(request.prompt.size());
   request.max_tokens = proto.stopping().has_max_tokens()
                            ? std::min<int64_t>(proto.stopping().max_tokens(), left)
                            : left;
@@ -254,14 +271,45 @@ absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& mod
 
 // Tokenizing takes a second a MB: a text that is longer than the context's number of longest tokens is
 // refused before. (A text of nothing but characters that the vocabulary leaves out would have fit.)
-absl::Status CheckFits(const Tokenizer& tokenizer, size_t text_bytes, const RequestLimits& limits) {
+// `limits` may be null: no text is too long.
+absl::Status CheckFits(const Tokenizer& tokenizer, size_t text_bytes, const RequestLimits* limits) {
+  if (limits == nullptr) return absl::OkStatus();
   const int64_t longest = tokenizer.longest_token_bytes();
-  if (static_cast<int64_t>(text_bytes) <= limits.max_context_tokens * longest) {
+  if (static_cast<int64_t>(text_bytes) <= limits->max_context_tokens * longest) {
     return absl::OkStatus();
   }
   return absl::InvalidArgumentError(
       absl::StrCat("text has ", text_bytes, " bytes, the context limit is ",
-                   limits.max_context_tokens, " tokens of at most ", longest));
+                   limits->max_context_tokens, " tokens of at most ", longest));
+}
+
+absl::StatusOr<std::vector<int32_t>> EncodeMessages(const ServedModel& model,
+                                                    const v1::ChatMessages& chat,
+                                                    const RequestLimits* limits) {
+  size_t text_bytes = 0;
+  for (const v1::ChatMessage& message : chat.messages()) {
+    text_bytes += message.role().size() + message.content().size();
+  }
+  // Rendering takes some ten times as long as receiving: what is too long already is not rendered.
+  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), text_bytes, limits));
+  std::vector<ChatMessage> messages;
+  for (const v1::ChatMessage& message : chat.messages()) {
+    messages.push_back({message.role(), message.content()});
+  }
+  HEADROOM_ASSIGN_OR_RETURN(
+      const std::string text,
+      model.chat_template()->Render(
+          messages, !chat.has_add_generation_prompt() || chat.add_generation_prompt()));
+  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), text.size(), limits));
+  // The template's output spells what goes around a text.
+  return model.tokenizer()->Encode(text, Tokenizer::Special::kWithout);
+}
+
+// What is wrong with a text is wrong with its field.
+absl::StatusOr<std::vector<int32_t>> NameField(absl::StatusOr<std::vector<int32_t>> ids,
+                                               absl::string_view field) {
+  if (!absl::IsInvalidArgument(ids.status())) return ids;
+  return BadRequestError({{std::string(field), std::string(ids.status().message())}});
 }
 
 }  // namespace
@@ -272,15 +320,9 @@ absl::StatusOr<std::vector<int32_t>> EncodeText(const ServedModel& model, absl::
   if (model.tokenizer() == nullptr) {
     return BadRequestError({{std::string(field), "the model has no tokenizer: send token_ids"}});
   }
-  absl::Status status =
-      limits == nullptr ? absl::OkStatus() : CheckFits(*model.tokenizer(), text.size(), *limits);
-  if (status.ok()) {
-    absl::StatusOr<std::vector<int32_t>> ids = model.tokenizer()->Encode(text);
-    if (ids.ok()) return ids;
-    status = ids.status();
-  }
-  if (!absl::IsInvalidArgument(status)) return status;
-  return BadRequestError({{std::string(field), std::string(status.message())}});
+  const absl::Status fits = CheckFits(*model.tokenizer(), text.size(), limits);
+  if (!fits.ok()) return NameField(fits, field);
+  return NameField(model.tokenizer()->Encode(text), field);
 }
 
 absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
@@ -298,30 +340,14 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
         absl::StrCat(field, ".messages"),
         absl::StrCat("has ", chat.messages_size(), " messages, expected 1 to ", kMaxChatMessages));
   }
-  std::vector<ChatMessage> messages;
-  for (const v1::ChatMessage& message : chat.messages()) {
-    if (message.role().empty()) {
-      checker.Wrong(absl::StrCat(field, ".messages[", messages.size(), "].role"), "is empty");
-    }
-    messages.push_back({message.role(), message.content()});
+  const auto role = std::find_if(chat.messages().begin(), chat.messages().end(),
+                                 [](const v1::ChatMessage& message) { return message.role().empty(); });
+  if (role != chat.messages().end()) {
+    checker.Wrong(absl::StrCat(field, ".messages[", role - chat.messages().begin(), "].role"),
+                  "is empty");
   }
   HEADROOM_RETURN_IF_ERROR(checker.status());
-  const bool add_generation_prompt =
-      !chat.has_add_generation_prompt() || chat.add_generation_prompt();
-  absl::StatusOr<std::string> text = model.chat_template()->Render(messages, add_generation_prompt);
-  absl::Status status = text.status();
-  if (status.ok() && limits != nullptr) {
-    status = CheckFits(*model.tokenizer(), text->size(), *limits);
-  }
-  if (status.ok()) {
-    // The template's output spells what goes around a text.
-    absl::StatusOr<std::vector<int32_t>> ids =
-        model.tokenizer()->Encode(*text, Tokenizer::Special::kWithout);
-    if (ids.ok()) return ids;
-    status = ids.status();
-  }
-  if (!absl::IsInvalidArgument(status)) return status;
-  return BadRequestError({{std::string(field), std::string(status.message())}});
+  return NameField(EncodeMessages(model, chat, limits), field);
 }
 
 absl::Status CheckRequestId(absl::string_view id) {

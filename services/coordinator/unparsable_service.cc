@@ -1,7 +1,6 @@
 #include "services/coordinator/unparsable_service.h"
 
 #include <grpc/byte_buffer_reader.h>
-#include <grpc/slice.h>
 
 #include <map>
 
@@ -66,15 +65,19 @@ std::optional<absl::Status> UnparsableRequests::Take(const void* request) {
   return why;
 }
 
-std::string MessageBytes::Text() const {
+MessageBytes::~MessageBytes() {
+  grpc_slice_unref(whole_);
+  if (bytes_ != nullptr) grpc_byte_buffer_destroy(bytes_);
+}
+
+absl::string_view MessageBytes::Text() {
   grpc_byte_buffer_reader reader;
-  std::string text;
-  if (bytes_ == nullptr || !grpc_byte_buffer_reader_init(&reader, bytes_)) return text;
-  const grpc_slice all = grpc_byte_buffer_reader_readall(&reader);
-  text.assign(reinterpret_cast<const char*>(GRPC_SLICE_START_PTR(all)), GRPC_SLICE_LENGTH(all));
-  grpc_slice_unref(all);
+  if (bytes_ == nullptr || !grpc_byte_buffer_reader_init(&reader, bytes_)) return "";
+  grpc_slice_unref(whole_);
+  whole_ = grpc_byte_buffer_reader_readall(&reader);
   grpc_byte_buffer_reader_destroy(&reader);
-  return text;
+  return absl::string_view(reinterpret_cast<const char*>(GRPC_SLICE_START_PTR(whole_)),
+                           GRPC_SLICE_LENGTH(whole_));
 }
 
 }  // namespace headroom::coordinator

@@ -6,6 +6,7 @@
 
 #include <google/protobuf/descriptor.h>
 #include <grpc/byte_buffer.h>
+#include <grpc/slice.h>
 #include <grpcpp/grpcpp.h>
 
 #include <functional>
@@ -43,15 +44,15 @@ class MessageBytes {
  public:
   explicit MessageBytes(grpc_byte_buffer* message)
       : bytes_(message == nullptr ? nullptr : grpc_byte_buffer_copy(message)) {}
-  ~MessageBytes() {
-    if (bytes_ != nullptr) grpc_byte_buffer_destroy(bytes_);
-  }
+  ~MessageBytes();
   MessageBytes(const MessageBytes&) = delete;
   MessageBytes& operator=(const MessageBytes&) = delete;
-  std::string Text() const;  // empty if there is no message
+  // Valid as long as this is; empty if there is no message.
+  absl::string_view Text();
 
  private:
   grpc_byte_buffer* const bytes_;
+  grpc_slice whole_ = grpc_empty_slice();
 };
 
 template <typename Request, typename Response>
@@ -74,7 +75,7 @@ class CheckedUnaryHandler : public grpc::internal::MethodHandler {
   void RunHandler(const HandlerParameter& parameter) final { handler_.RunHandler(parameter); }
   void* Deserialize(grpc_call* call, grpc_byte_buffer* message, grpc::Status* status,
                     void** handler_data) final {
-    const MessageBytes bytes(message);
+    MessageBytes bytes(message);
     void* const parsed = handler_.Deserialize(call, message, status, handler_data);
     if (parsed != nullptr) return parsed;
     // Holds what was parsed before; nobody reads it.
@@ -107,7 +108,7 @@ class CheckedServerStreamingHandler : public grpc::internal::MethodHandler {
   void RunHandler(const HandlerParameter& parameter) final { handler_.RunHandler(parameter); }
   void* Deserialize(grpc_call* call, grpc_byte_buffer* message, grpc::Status* status,
                     void** handler_data) final {
-    const MessageBytes bytes(message);
+    MessageBytes bytes(message);
     void* const parsed = handler_.Deserialize(call, message, status, handler_data);
     if (parsed != nullptr) return parsed;
     // That message is gone: an empty one in its place.

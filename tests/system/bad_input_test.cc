@@ -78,6 +78,18 @@ std::vector<Kind> TooMuch() {
        [](R& r) {
          for (int i = 0; i < 1025; ++i) (*r.mutable_sampling()->mutable_logit_bias())[i] = 1;
        }},
+      {"4,096 empty roles", "chat.messages[0].role",
+       [](R& r) {
+         for (int i = 0; i < 4096; ++i) r.mutable_chat()->add_messages();
+       }},
+      {"100,000 lanes", "placement.shares",
+       [](R& r) {
+         r.mutable_placement()->set_mode(v1::PlacementOptions::MODE_SHARES);
+         for (int i = 0; i < 100'000; ++i) r.mutable_placement()->add_shares();
+       }},
+      {"a role of 8 MB", "chat",
+       [](R& r) { r.mutable_chat()->add_messages()->set_role(std::string(8'000'000, 'a')); },
+       kLargeRepeats},
       {"4,097 messages", "chat.messages",
        [](R& r) {
          for (int i = 0; i < 4097; ++i) r.mutable_chat()->add_messages()->set_role("user");
@@ -290,6 +302,13 @@ TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
     const bool told = absl::IsInvalidArgument(status) && violations.size() == 1 &&
                       violations[0].field == field;
     return told ? "" : status.ToString();
+  });
+  // What receiving so many bytes takes by itself.
+  Repeat("8 MB for a method that is not there", kLargeRepeats, [&](int) -> std::string {
+    std::string response;
+    const absl::Status status = FromGrpcStatus(
+        client().Call(service + "Nothing", std::string(8'000'000, 'a'), &response));
+    return absl::IsUnimplemented(status) ? "" : status.ToString();
   });
   R large = Ask({10, 11, 12}, 2);
   large.set_prompt(std::string(17 << 20, 'a'));

@@ -1,10 +1,13 @@
 #include "common/errors.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 #include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 
 namespace headroom {
@@ -24,6 +27,28 @@ TEST(Errors, CarryReasonDelayAndFields) {
   EXPECT_EQ(FieldViolationsOf(bad)[1].field, "c");
   EXPECT_EQ(FieldViolationsOf(bad)[1].description, "is not set");
   EXPECT_TRUE(BadRequestError({}).ok());
+}
+
+// All that a client is told must fit into the 8 KiB of metadata that it takes, in base64 too.
+TEST(Errors, OfManyViolationsTheFirstAreNamed) {
+  std::vector<FieldViolation> many;
+  for (int i = 0; i < 4096; ++i) many.push_back({absl::StrCat("a[", i, "]"), std::string(i, 'x')});
+  const grpc::Status sent = ToGrpcStatus(BadRequestError(many));
+  EXPECT_LT(3 * sent.error_message().size() + sent.error_details().size() * 4 / 3, 8000u);
+  const std::vector<FieldViolation> named = FieldViolationsOf(FromGrpcStatus(sent));
+  ASSERT_GT(named.size(), 10u);
+  EXPECT_EQ(named[10].description, std::string(10, 'x'));
+  EXPECT_EQ(named.back().description, std::string(named.size() - 1, 'x'));
+  EXPECT_EQ(BadRequestError({{"a", ""}, {"b", ""}}).message(), "a: ; b: ");
+  many.resize(100);
+  EXPECT_THAT(std::string(BadRequestError(many).message()),
+              testing::EndsWith(absl::StrCat("; and ", 100 - named.size(), " more")));
+}
+
+TEST(Errors, AViolationThatIsLongIsCut) {
+  const absl::Status bad = BadRequestError({{"a", std::string(8'000'000, 'x')}});
+  ASSERT_EQ(FieldViolationsOf(bad).size(), 1u);
+  EXPECT_EQ(FieldViolationsOf(bad)[0].description, std::string(300, 'x') + "...");
 }
 
 TEST(Errors, TheirBytesAreThoseOfGoogleRpc) {
@@ -68,7 +93,7 @@ TEST(GrpcStatus, LongMessagesAreCutBetweenCharacters) {
   std::string message;
   while (message.size() < 5000) message += "\xc3\xa4";
   const grpc::Status status = ToGrpcStatus(absl::InternalError(message));
-  EXPECT_LE(status.error_message().size(), 2003u);
+  EXPECT_LE(status.error_message().size(), 1003u);
   EXPECT_EQ(status.error_message().size() % 2, 1u) << "whole characters and three dots";
 }
 

@@ -26,6 +26,18 @@ TEST(CheckUtf8, SaysWhatAndWhere) {
   EXPECT_EQ(status.message(), "messages[1].content is not UTF-8 at byte 4");
 }
 
+// ASCII is passed over in groups: a wrong byte is found wherever in one, or after the last, it lies.
+TEST(CheckUtf8, FindsAWrongByteAtAnyPlace) {
+  for (size_t size = 1; size < 40; ++size) {
+    EXPECT_TRUE(CheckUtf8(std::string(size, 'a'), "text").ok());
+    for (size_t at = 0; at < size; ++at) {
+      std::string text(size, 'a');
+      text[at] = '\xff';
+      EXPECT_EQ(CheckUtf8(text, "text").message(), absl::StrCat("text is not UTF-8 at byte ", at));
+    }
+  }
+}
+
 // Cuts bytes into random pieces; the pieces' text in a row, each of which must be whole.
 std::string Assemble(const std::string& bytes, std::mt19937_64& random) {
   Utf8Assembler assembler;
