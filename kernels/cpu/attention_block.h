@@ -4,8 +4,9 @@
 // P V are chains over keys, vectorised over head_dim. A query takes exactly the keys that it sees:
 // keys after them are masked, absent or garbage without a difference.
 //
-// K and V come in one of two forms with the same bits: widened to float32 once for many queries, or
-// (few queries) K as transposed words of two bfloat16 and V where it lies.
+// K and V come in one of three forms with the same bits: widened to float32 once for many queries, or for
+// few queries V where it lies and K as transposed words of two bfloat16, all of a block's before its scores
+// (NarrowBlock) or eight dimensions at a time between them (StreamedBlock).
 #ifndef HEADROOM_KERNELS_CPU_ATTENTION_BLOCK_H_
 #define HEADROOM_KERNELS_CPU_ATTENTION_BLOCK_H_
 
@@ -174,16 +175,22 @@ inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out
 }
 #endif
 
+// The rows of keys [begin, begin + kCount), zeros for those past the count.
+template <int kCount>
+inline void KeyRows(const BlockRows& rows, int32_t d, int begin, const BFloat16* (&at)[kCount]) {
+  alignas(64) static constexpr BFloat16 kZeroRow[kMaxHeadDim] = {};
+  for (int r = 0; r < kCount; ++r) {
+    at[r] = begin + r < rows.count ? rows.keys + (begin + r) * d : kZeroRow;
+  }
+}
+
 // words[d / 2][64]: dimensions 2i (low half) and 2i + 1 of every key; rows past the count are zero.
 // Calls between() once for every 16 keys x 32 dimensions.
 template <typename Between>
 inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words, Between&& between) {
-  alignas(64) static constexpr BFloat16 kZeroRow[kMaxHeadDim] = {};
   for (int begin = 0; begin < kBlock; begin += 16) {
     const BFloat16* at[16];
-    for (int r = 0; r < 16; ++r) {
-      at[r] = begin + r < rows.count ? rows.keys + (begin + r) * d : kZeroRow;
-    }
+    KeyRows(rows, d, begin, at);
     for (int column = 0; column < d; column += 32) {
       TransposeTile(at, column, words + column / 2 * kBlock + begin);
       between();
@@ -191,45 +198,20 @@ inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words, Bet
   }
 }
 
-// K and V of a block for few queries.
-class NarrowBlock {
+// A block for few queries, values where they lie.
+class RowsBlock {
  public:
   static constexpr int kGroup = kNarrowGroup;
   template <int kN>
   static constexpr int kPass = kNarrowPass<kN>;
 
-  void Set(const BlockRows& rows, int32_t d) {
-    rows_ = rows;
-    d_ = d;
-    next_line_ = 0;
-    TransposeKeys(rows, d, words_, [this] { Prefetch(kLinesATile); });
-  }
   const BlockRows& rows() const { return rows_; }
-
-  // Dimension i of keys [16 v, 16 v + 16).
-  F32x16 Key(size_t i, size_t v) const {
-    const uint32_t* words = words_ + i / 2 * kBlock + v * kLanes;
-    return i % 2 == 0 ? LowBf16(words) : HighBf16(words);
-  }
   // Columns from `column` on of key j, in the order of ToLanes.
   template <int kCount>
   void Value(int j, int32_t column, F32x16 (&value)[kCount]) const {
 #pragma GCC unroll 2
     for (int v = 0; v < kCount; v += 2) {
       LoadBf16EvenOdd(rows_.values + int64_t{j} * d_ + column + v * kLanes, value[v], value[v + 1]);
-    }
-  }
-  // Asks for the next `count` of the 4 d lines of K and V that the run's next block has, as long as there
-  // are any. All that is done to a block asks for some: in one go they would fill the core's miss
-  // buffers, and all else would wait for them; where nothing asks, memory idles. While only scores and
-  // values did, a core of an Ice Lake read 9.1 GB/s for 3 queries of head_dim 64, now 10.7.
-  void Prefetch(int count) const {
-    for (int i = 0; i < count; ++i) {
-      const int64_t of_keys = 2 * int64_t{d_};
-      const BFloat16* const base =
-          next_line_ < of_keys ? rows_.keys : rows_.values - of_keys * kLine;
-      __builtin_prefetch(base + kBlock * d_ + next_line_ * kLine);
-      next_line_ += next_line_ < 2 * of_keys;
     }
   }
   template <int kCount>
@@ -243,15 +225,79 @@ class NarrowBlock {
     for (int v = 0; v < kCount; v += 2) Interleave(o[v], o[v + 1]);
   }
 
- private:
+ protected:
   static constexpr int kLine = 64 / sizeof(BFloat16);
-  // d lines over the d / 8 tiles of a block.
-  static constexpr int kLinesATile = 8;
 
   BlockRows rows_;
   int32_t d_ = 0;
+};
+
+// For processors whose prefetchers need help: all that is done to a block asks for some of the next one.
+class NarrowBlock : public RowsBlock {
+ public:
+  void Set(const BlockRows& rows, int32_t d) {
+    rows_ = rows;
+    d_ = d;
+    next_line_ = 0;
+    TransposeKeys(rows, d, words_, [this] { Prefetch(kLinesATile); });
+  }
+
+  // Dimension i of keys [16 v, 16 v + 16).
+  F32x16 Key(size_t i, size_t v) const {
+    const uint32_t* words = words_ + i / 2 * kBlock + v * kLanes;
+    return i % 2 == 0 ? LowBf16(words) : HighBf16(words);
+  }
+  // Asks for the next `count` of the 4 d lines of K and V that the run's next block has, as long as there
+  // are any. In one go they would fill the core's miss buffers, and all else would wait for them; where
+  // nothing asks, memory idles. While only scores and values did, a core of an Ice Lake read 9.1 GB/s for 3
+  // queries of head_dim 64, now 10.7.
+  void Prefetch(int count) const {
+    for (int i = 0; i < count; ++i) {
+      const int64_t of_keys = 2 * int64_t{d_};
+      const BFloat16* const base =
+          next_line_ < of_keys ? rows_.keys : rows_.values - of_keys * kLine;
+      __builtin_prefetch(base + kBlock * d_ + next_line_ * kLine);
+      next_line_ += next_line_ < 2 * of_keys;
+    }
+  }
+  void TouchValue(int, int32_t) const {}
+
+ private:
+  // d lines over the d / 8 tiles of a block.
+  static constexpr int kLinesATile = 8;
+
   mutable int64_t next_line_ = 0;
   alignas(64) uint32_t words_[kMaxHeadDim / 2 * kBlock];
+};
+
+// For processors that read ahead by themselves, far and fast, where lines are touched in the order they
+// lie, and whose miss buffers are too few to ask for them all (a Zen 4's 24, of 195 ns each, are 8 GB/s).
+// Nothing is asked for; keys and values are read in order, as much as can be between multiply-adds. GB/s of
+// a Zen 4's core, as NarrowBlock and so: 10 and 17 for 3 queries of head_dim 64; of head_dim 128 12 and
+// 17 for 1, 11 and 13 for 4. Queries of several groups would transpose the keys several times.
+class StreamedBlock : public RowsBlock {
+ public:
+  void Set(const BlockRows& rows, int32_t d) {
+    rows_ = rows;
+    d_ = d;
+  }
+  // Reads from each line of the keys [begin, end) that exist: transposing takes them out of order.
+  void TouchKeys(int begin, int end) const {
+    end = std::min(end, rows_.count);
+    if (begin < end) Touch(rows_.keys + begin * d_, (end - begin) * d_);
+  }
+  // Reads from each line of value j from `column` on, of which other columns are taken first.
+  void TouchValue(int j, int32_t column) const {
+    Touch(rows_.values + int64_t{j} * d_ + column, d_ - column);
+  }
+  void Prefetch(int) const {}
+
+ private:
+  static void Touch(const BFloat16* from, int32_t count) {
+    for (int32_t i = 0; i < count; i += kLine) {
+      static_cast<void>(*reinterpret_cast<const volatile uint16_t*>(from + i));
+    }
+  }
 };
 
 // K and V of a block for many queries: float32.
@@ -286,6 +332,7 @@ class WideBlock {
     for (int v = 0; v < kCount; ++v) value[v] = Load(values_ + j * d_ + column + v * kLanes);
   }
   void Prefetch(int) const {}
+  void TouchValue(int, int32_t) const {}
   template <int kCount>
   static void ToLanes(F32x16 (&)[kCount]) {}
   template <int kCount>
@@ -339,6 +386,61 @@ inline void Scores(const Query* queries, const Block& block, int32_t d, Group gr
 #pragma GCC unroll 4
       for (int v = 0; v < kPass; ++v) Store(scores[n] + (first + v) * kLanes, acc[n][v]);
     }
+  }
+}
+
+// The same, of keys that are transposed on the way, kVectors x 16 at a time: the chains are the same, so
+// the bits are.
+template <int kN, int kVectors>
+inline void StreamedScores(const Query* queries, const StreamedBlock& block, int32_t d,
+                           float (*scores)[kBlock]) {
+  for (int begin = 0; begin < kBlock; begin += kVectors * kLanes) {
+    const BFloat16* rows[kVectors * kLanes];
+    KeyRows(block.rows(), d, begin, rows);
+    block.TouchKeys(begin, begin + kVectors * kLanes);
+    F32x16 acc[kN][kVectors];
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[n][v] = Zero();
+    }
+    for (int32_t column = 0; column < d; column += 8) {
+      alignas(64) uint32_t words[kVectors][4][kLanes];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        TransposeTile(rows + v * kLanes, column, words[v][0], /*stride=*/kLanes, /*quads=*/1);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        F32x16 k[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          k[v] = i % 2 == 0 ? LowBf16(words[v][i / 2]) : HighBf16(words[v][i / 2]);
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) {
+          const F32x16 q = Broadcast(queries[n].q[column + i]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) acc[n][v] = Fma(q, k[v], acc[n][v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) Store(scores[n] + begin + v * kLanes, acc[n][v]);
+    }
+  }
+}
+
+// As many keys at a time as lie in 4 KiB: touching more would keep the multiply-adds waiting.
+template <int kN>
+inline void Scores(const Query* queries, const StreamedBlock& block, int32_t d, Group,
+                   float (*scores)[kBlock]) {
+  if (d == 64) {
+    StreamedScores<kN, 2>(queries, block, d, scores);
+  } else {
+    StreamedScores<kN, 1>(queries, block, d, scores);
   }
 }
 
@@ -412,6 +514,7 @@ inline void AddValues(const Query* queries, const Seen* seen, const Block& block
       F32x16 value[kPass];
       if (j % group.count == group.index) block.Prefetch(kLines);
       block.Value(j, column, value);
+      if (column == 0) block.TouchValue(j, kPass * kLanes);
 #pragma GCC unroll 8
       for (int n = 0; n < kN; ++n) {
         if (!sees(n)) continue;

@@ -127,11 +127,15 @@ void AttendUnitBlocks(const Launch& launch, const UnitWork& work, int64_t unit,
                });
 }
 
+// OneGroup: the form of a block for up to kNarrowGroup queries.
+template <typename OneGroup>
 struct Float32Units {
   void operator()(const Launch& launch, const UnitWork& work, int64_t unit) const;
 };
 
-void Float32Units::operator()(const Launch& launch, const UnitWork& work, int64_t unit) const {
+template <typename OneGroup>
+void Float32Units<OneGroup>::operator()(const Launch& launch, const UnitWork& work,
+                                        int64_t unit) const {
   const AttendItem& item = *work.item;
   const int32_t d = launch.a.head_dim;
   const auto count = static_cast<int>(launch.queries(item));
@@ -150,18 +154,19 @@ void Float32Units::operator()(const Launch& launch, const UnitWork& work, int64_
     }
     queries[n] = launch.query(item, work.head, n, partial);
   }
-  if (count <= kNarrowQueries) {
+  if (count <= kNarrowGroup) {
+    AttendUnitBlocks<OneGroup>(launch, work, unit, queries, count);
+  } else if (count <= kNarrowQueries) {
     AttendUnitBlocks<NarrowBlock>(launch, work, unit, queries, count);
   } else {
     AttendUnitBlocks<WideBlock>(launch, work, unit, queries, count);
   }
 }
 
-}  // namespace
-
-void Attend(const AttendArgs& args, CpuTeam& team) {
+template <typename OneGroup>
+void AttendWith(const AttendArgs& args, CpuTeam& team) {
   const Launch launch{args, args.num_q_heads / args.num_kv_heads};
-  UnitPass<Float32Units> pass(launch, team);
+  UnitPass<Float32Units<OneGroup>> pass(launch, team);
   // The choice does not show in the bits. An item without keys is a reset or a finish of its rows.
   const auto by_rows = [&](const AttendItem& item) {
     const int64_t heads = item.kv_head_end - item.kv_head_begin;
@@ -187,6 +192,11 @@ void Attend(const AttendArgs& args, CpuTeam& team) {
     pass.Run();
   }
 }
+
+}  // namespace
+
+void Attend(const AttendArgs& args, CpuTeam& team) { AttendWith<NarrowBlock>(args, team); }
+void AttendStreamed(const AttendArgs& args, CpuTeam& team) { AttendWith<StreamedBlock>(args, team); }
 
 // ---- Partial states ------------------------------------------------------------------------------
 

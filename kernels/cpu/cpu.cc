@@ -27,6 +27,8 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool ReadsAhead() { return HasAvx512() && __builtin_cpu_is("amd"); }
+
 bool HasAmx() {
   static const bool has = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -44,7 +46,10 @@ const TileAttention* BestTileAttention() {
   return HasAmx() ? &kAmxAttention : nullptr;
 }
 
-void Attend(const AttendArgs& args, CpuTeam& team) { Best().attend(args, team); }
+void Attend(const AttendArgs& args, CpuTeam& team) {
+  static const bool streamed = ReadsAhead();
+  (streamed ? Best().attend_streamed : Best().attend)(args, team);
+}
 void CopyKvRows(const CopyKvRowsArgs& args, CpuTeam& team) { Best().copy_kv_rows(args, team); }
 void Embed(const EmbedArgs& args, CpuTeam& team) { Best().embed(args, team); }
 void Gemm(const GemmArgs& args, CpuTeam& team) { Best().gemm(args, team); }

@@ -20,6 +20,7 @@ namespace headroom::kernels::cpu {
 struct KernelTable {
   const char* name;
   void (*attend)(const AttendArgs&, CpuTeam&);
+  void (*attend_streamed)(const AttendArgs&, CpuTeam&);  // the same bits; ReadsAhead()
   void (*copy_kv_rows)(const CopyKvRowsArgs&, CpuTeam&);
   void (*embed)(const EmbedArgs&, CpuTeam&);
   void (*gemm)(const GemmArgs&, CpuTeam&);
@@ -39,6 +40,9 @@ extern const KernelTable kPortableKernels;  // any processor; exact, and slow by
 // What this processor has: AVX2 with FMA; AVX-512 F, BW, VL and DQ.
 bool HasAvx2();
 bool HasAvx512();
+// Whether its prefetchers keep up with a core that touches lines in the order they lie: AMD's from Zen 4 on
+// (earlier ones were not measured).
+bool ReadsAhead();
 
 }  // namespace headroom::kernels::cpu
 

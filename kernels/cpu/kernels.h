@@ -9,6 +9,7 @@
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 
 void Attend(const AttendArgs& args, CpuTeam& team);
+void AttendStreamed(const AttendArgs& args, CpuTeam& team);
 void CopyKvRows(const CopyKvRowsArgs& args, CpuTeam& team);
 void Embed(const EmbedArgs& args, CpuTeam& team);
 void Gemm(const GemmArgs& args, CpuTeam& team);

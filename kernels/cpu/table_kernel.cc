@@ -12,12 +12,12 @@ const KernelTable kAvx2Kernels = {
 const KernelTable kPortableKernels = {
     "portable",
 #endif
-    &HEADROOM_ISA_NAMESPACE::Attend,        &HEADROOM_ISA_NAMESPACE::CopyKvRows,
-    &HEADROOM_ISA_NAMESPACE::Embed,         &HEADROOM_ISA_NAMESPACE::Gemm,
-    &HEADROOM_ISA_NAMESPACE::MergePartials, &HEADROOM_ISA_NAMESPACE::RmsNorm,
-    &HEADROOM_ISA_NAMESPACE::RopeTable,     &HEADROOM_ISA_NAMESPACE::RopeAppend,
-    &HEADROOM_ISA_NAMESPACE::Sample,        &HEADROOM_ISA_NAMESPACE::SoftCap,
-    &HEADROOM_ISA_NAMESPACE::SwiGlu,
+    &HEADROOM_ISA_NAMESPACE::Attend,     &HEADROOM_ISA_NAMESPACE::AttendStreamed,
+    &HEADROOM_ISA_NAMESPACE::CopyKvRows, &HEADROOM_ISA_NAMESPACE::Embed,
+    &HEADROOM_ISA_NAMESPACE::Gemm,       &HEADROOM_ISA_NAMESPACE::MergePartials,
+    &HEADROOM_ISA_NAMESPACE::RmsNorm,    &HEADROOM_ISA_NAMESPACE::RopeTable,
+    &HEADROOM_ISA_NAMESPACE::RopeAppend, &HEADROOM_ISA_NAMESPACE::Sample,
+    &HEADROOM_ISA_NAMESPACE::SoftCap,    &HEADROOM_ISA_NAMESPACE::SwiGlu,
 };
 
 }  // namespace headroom::kernels::cpu

@@ -275,7 +275,7 @@ TEST(Attend, WithAWindowARowHasTheSameBitsHoweverItIsComputed) {
   const int64_t width = sequence.shape.num_q_heads() * 64;
   for (const int64_t window : kWindows) {
     const auto whole = Windowed(sequence, 700, 300, window, 3.0f, BestKernels().attend);
-    for (const cpu::KernelTable* kernels : AllKernels()) {
+    for (const cpu::KernelTable* kernels : AllAttention()) {
       for (const int64_t rows : {1, 40, 120}) {
         const int64_t first_key = FloorToBlock(FirstSeen(window, 700 - rows));
         const std::vector<float> wanted(whole.end() - rows * width, whole.end());
@@ -400,13 +400,31 @@ TEST(TileAttention, GoesOnFromAnOpenUnitAndHangsOnNoThread) {
 
 TEST(Attend, GivesTheSameBitsOnEveryInstructionSet) {
   CpuTeam team(2);
-  for (const int32_t head_dim : {64, 128}) {
+  for (const int32_t head_dim : {64, 128, 256}) {
     const Sequence sequence({2, 3, head_dim}, 300, 21);
-    for (const int64_t rows : {1, 5, 100}) {
+    for (const int64_t rows : {1, 2, 5, 100}) {
       const std::vector<float> expected = Plain(sequence, 300, rows, BestKernels(), team);
-      for (const cpu::KernelTable* kernels : AllKernels()) {
+      for (const cpu::KernelTable* kernels : AllAttention()) {
         EXPECT_TRUE(SameBits(Plain(sequence, 300, rows, *kernels, team), expected))
             << kernels->name << ", " << rows << " rows";
+      }
+    }
+  }
+}
+
+// Where a block ends, and as many queries as one pass may take.
+TEST(Attend, GivesTheSameBitsAtEveryLengthOfABlock) {
+  CpuTeam team(1);
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t group : {1, 2, 4, 6, 7}) {
+      const Sequence sequence({1, group, head_dim}, 200, head_dim + group);
+      for (const int64_t tokens : {1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97, 129, 200}) {
+        const std::vector<float> expected = Plain(sequence, tokens, 1, cpu::kPortableKernels, team);
+        for (const cpu::KernelTable* kernels : AllAttention()) {
+          EXPECT_TRUE(SameBits(Plain(sequence, tokens, 1, *kernels, team), expected))
+              << kernels->name << ", head_dim " << head_dim << ", group " << group << ", "
+              << tokens << " tokens";
+        }
       }
     }
   }
@@ -652,7 +670,7 @@ TEST(Attend, ReadsNoRowPastTheCount) {
   ASSERT_EQ(mprotect(span.base + 3 * kPage, kPage, PROT_NONE), 0);
   ASSERT_EQ(mprotect(span.base + 7 * kPage, kPage, PROT_NONE), 0);
   CpuTeam team(1);
-  for (const cpu::KernelTable* kernels : AllKernels()) {
+  for (const cpu::KernelTable* kernels : AllAttention()) {
     for (const int64_t rows : {1, 30, 96}) {
       Batch batch(sequence.shape, rows);
       batch.SetRows(sequence, 0, 96 - rows, rows);
@@ -666,7 +684,7 @@ TEST(Attend, ReadsNoRowPastTheCount) {
 
 TEST(Attend, ANanInAVisibleKeyReachesTheOutput) {
   CpuTeam team(2);
-  for (const cpu::KernelTable* kernels : AllKernels()) {
+  for (const cpu::KernelTable* kernels : AllAttention()) {
     for (const int64_t rows : {1, 40}) {
       Sequence sequence({1, 3, 64}, 100, 32);
       sequence.k[17 * 64 + 5] = ToBFloat16(kNan);

@@ -28,6 +28,20 @@ inline std::vector<const cpu::KernelTable*> AllKernels() {
 }
 // The fastest of them.
 inline const cpu::KernelTable& BestKernels() { return *AllKernels().back(); }
+// The same, and each again with the attention of processors that read ahead (attend_streamed) as `attend`.
+inline std::vector<const cpu::KernelTable*> AllAttention() {
+  static const std::vector<cpu::KernelTable> streamed = [] {
+    std::vector<cpu::KernelTable> tables;
+    for (const cpu::KernelTable* table : AllKernels()) {
+      tables.push_back(*table);
+      tables.back().attend = table->attend_streamed;
+    }
+    return tables;
+  }();
+  std::vector<const cpu::KernelTable*> all = AllKernels();
+  for (const cpu::KernelTable& table : streamed) all.push_back(&table);
+  return all;
+}
 
 // A table whose device copy is `values` itself; the host copy is null, so that a kernel that reads it
 // crashes.
