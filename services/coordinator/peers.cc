@@ -20,7 +20,7 @@ constexpr absl::Duration kLasting = absl::Seconds(1);
 constexpr absl::Duration kFirstInPlacePause = absl::Milliseconds(500);
 constexpr absl::Duration kLongestInPlacePause = absl::Seconds(10);
 constexpr absl::Duration kInPlaceLasting = absl::Seconds(30);
-constexpr int32_t kSchemaRevision = 1;
+constexpr int32_t kSchemaRevision = 2;
 
 // A status with a reason was said by the peer itself.
 bool IsUnreachable(const absl::Status& status) {

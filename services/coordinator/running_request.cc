@@ -125,7 +125,7 @@ void RunningRequest::Restart() {
   progress_.next_pos = FloorToBlock(std::min(sequence_.sealed_tokens, progress_.known_tokens - 1));
   progress_.tail_begin = progress_.next_pos;
   runs_on_worker = 0;
-  open_on_worker = false;
+  open_on_worker = abandon_sent = false;
 }
 
 void RunningRequest::AddRun(v1::ExtentRun run) {

@@ -81,6 +81,7 @@ class RunningRequest {
   int64_t cached_tokens() const { return cached_tokens_; }
   int64_t prompt_tokens() const { return static_cast<int64_t>(request_->prompt.size()); }
   int rows_in_flight() const { return rows_in_flight_; }
+  bool chunk_in_flight() const { return chunks_in_flight_ > 0; }
   // As the planner sees it: with the runs that it will have when `horizon_tokens` are there.
   SequenceShape Shape(const ExtentRules& rules, int64_t horizon_tokens) const;
 
@@ -90,6 +91,7 @@ class RunningRequest {
   int64_t reserved_runs = 0;
   size_t runs_on_worker = 0;    // the first so many runs have been sent
   bool open_on_worker = false;  // the opening has been sent
+  bool abandon_sent = false;
   bool close_sent = false;
   bool lease_in_flight = false;
   int lease_failures = 0;      // since the last that worked

@@ -249,6 +249,12 @@ void Scheduler::ForgetId(const std::string& request_id) {
 void Scheduler::SweepEnded() {
   for (auto at = running_.begin(); at != running_.end();) {
     RunningRequest& request = **at;
+    // Tokens are there soon; a long prompt's chunk may take seconds.
+    if (request.ended() && request.chunk_in_flight() && connected_ && worker_abandons_ &&
+        !request.abandon_sent) {
+      pipeline_.Abandon(request.sequence().id);
+      request.abandon_sent = true;
+    }
     const bool quiet = request.ended() && request.rows_in_flight() == 0 && !request.lease_in_flight;
     if (quiet && request.open_on_worker && connected_ && !request.close_sent) {
       pipeline_.Close(request.sequence().id);

@@ -207,6 +207,7 @@ class Scheduler {
   uint64_t next_sequence_id_ = 1;
   bool stopping_ = false;
   bool connected_ = false;
+  bool worker_abandons_ = false;  // it knows StepRequest.abandon_sequence_ids
   bool reattach_ = false;  // the store has been started anew: connect when nothing is in flight
   bool store_answers_ = false;
   bool serving_ = false;

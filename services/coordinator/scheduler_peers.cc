@@ -18,6 +18,7 @@ namespace {
 // How long steps in flight may hold up the re-attachment of a store.
 constexpr absl::Duration kReattachPatience = absl::Seconds(30);
 constexpr int kMaxLeaseFailures = 3;
+constexpr int32_t kRevisionThatAbandons = 2;
 
 }  // namespace
 
@@ -60,6 +61,7 @@ void Scheduler::OnConnected(PeersFound found) {
   LaneCosts costs = FromProto(found.lane_costs);
   if (found.store.attend_threads() == 0) costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)] = 0;
   step_model_.Reset(costs);
+  worker_abandons_ = worker.schema_revision() >= kRevisionThatAbandons;
   pipeline_.Reset();
   ReconcileWithStore(found.stored);
   for (auto& request : running_) {
@@ -132,7 +134,7 @@ void Scheduler::OnResponse(const v1::StepResponse& response) {
   if (!connected_) return;
   StepPipeline::Returned returned = pipeline_.Receive(response, absl::Now());
   if (response.has_memory()) device_memory_ = response.memory();
-  if (returned.retry) {
+  if (returned.retry && !returned.abandoned) {
     LogWarning(absl::StrCat("step ", response.number(), " is run again: ", response.message()));
     totals_.set_retried_steps(totals_.retried_steps() + 1);
     peers_->ReopenInPlace();

@@ -27,6 +27,12 @@ void StepPipeline::OpenOneHistory(const Requests& requests, std::vector<BatchEnt
   });
 }
 
+void StepPipeline::Abandon(uint64_t sequence_id) {
+  v1::StepRequest abandon;
+  abandon.add_abandon_sequence_ids(sequence_id);
+  send_(std::move(abandon));
+}
+
 void StepPipeline::Pump(Requests& requests, uint64_t plan_version) {
   // A chunk that ends a prompt makes room for the token after it at once, so: until nothing goes.
   for (bool sent = true; sent;) {
@@ -109,6 +115,7 @@ StepPipeline::Returned StepPipeline::Receive(const v1::StepResponse& response, a
   if (response.code() != 0 && response.retry()) {
     for (const Entry& entry : flight.entries) entry.request->TakeBack(entry.piece);
     returned.retry = true;
+    returned.abandoned = response.code() == static_cast<int>(absl::StatusCode::kCancelled);
     returned.closed = flight.closes;
     return returned;
   }

@@ -36,6 +36,10 @@ class StepPipeline {
   // flight.
   void Close(uint64_t sequence_id) { to_close_.push_back(sequence_id); }
 
+  // The worker is to stop what the sequence has in flight, at the next layer border. Its steps return with
+  // `retry`.
+  void Abandon(uint64_t sequence_id);
+
   // Sends what may be sent. `requests` stay in place while a step of theirs is in flight.
   void Pump(Requests& requests, uint64_t plan_version);
 
@@ -45,6 +49,7 @@ class StepPipeline {
     absl::Status status;
     // The step was discarded; its requests take back what they had sent. Status is OK.
     bool retry = false;
+    bool abandoned = false;  // for no other reason than Abandon()
     std::vector<RunningRequest*> failed;  // requests that took part in a failed step
     std::vector<uint64_t> closed;         // sequences that the worker has closed
   };

@@ -16,6 +16,11 @@ namespace headroom {
 namespace {
 
 constexpr size_t kMaxPlans = 16;
+constexpr size_t kMaxAbandoned = 1024;  // more than a stream may have open
+
+absl::Status AbandonedError() {
+  return absl::CancelledError("a sequence of the step is abandoned");
+}
 
 bool SharesSequence(const Step& a, const Step& b) {
   for (const StepSequence& one : a.sequences) {
@@ -175,6 +180,7 @@ absl::Status StepExecutor::Submit(std::unique_ptr<Step> step) {
 absl::Status StepExecutor::AttachSegment(const SegmentView& segment) {
   return RunBetweenSteps(After::kAllSubmitted, [this, segment] {
     kv_->CloseAll();
+    abandoned_.clear();  // RunBetweenSteps() holds the lock
     kv_->SetSegment(segment);
     return absl::OkStatus();
   });
@@ -190,8 +196,17 @@ absl::Status StepExecutor::CloseAll() {
   return RunBetweenSteps(After::kAllSubmitted, [this] {
     kv_->CloseAll();
     discarded_.clear();  // RunBetweenSteps() holds the lock
+    abandoned_.clear();
     return absl::OkStatus();
   });
+}
+
+void StepExecutor::Abandon(const std::vector<uint64_t>& sequence_ids) {
+  MutexLock lock(&mutex_);
+  if (abandoned_.size() + sequence_ids.size() > kMaxAbandoned) return;  // they run to their ends
+  abandoned_.insert(sequence_ids.begin(), sequence_ids.end());
+  ++events_;
+  work_.Signal();
 }
 
 absl::Status StepExecutor::RunBetweenSteps(After after, std::function<absl::Status()> work) {
@@ -246,7 +261,11 @@ void StepExecutor::ExecutorLoop() {
     while (decode_.next_layer >= 0) EnqueueNextLayer(decode_);
     progress = (may_begin && TryBegin(prefill_)) || progress;
     if (prefill_.next_layer >= 0) {
-      if (MayEnqueueAhead(prefill_)) EnqueueNextLayer(prefill_);
+      if (AllAbandoned(*prefill_.state->flight(prefill_.active_flight).step)) {
+        Finish(prefill_, AbandonedError());
+      } else if (MayEnqueueAhead(prefill_)) {
+        EnqueueNextLayer(prefill_);
+      }
       progress = true;  // MayEnqueueAhead() has waited
     }
     if (progress) continue;
@@ -323,6 +342,7 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   HEADROOM_RETURN_IF_ERROR(ApplyMembership(s));
   HEADROOM_RETURN_IF_ERROR(FillDrawState(s, at));
   if (s.sequences.empty()) return absl::OkStatus();
+  HEADROOM_RETURN_IF_ERROR(CheckWanted(s));
   if (runs_changed_ || s.plan_version != plan_.version ||
       (NothingBegun() && kv_->WindowsMoved())) {
     HEADROOM_RETURN_IF_ERROR(ApplyPlan(s.plan_version));
@@ -352,7 +372,10 @@ absl::Status StepExecutor::ApplyMembership(const Step& step) {
   for (const uint64_t id : step.close) kv_->Close(id);
   if (!step.close.empty()) {
     MutexLock lock(&mutex_);
-    for (const uint64_t id : step.close) discarded_.erase(id);
+    for (const uint64_t id : step.close) {
+      discarded_.erase(id);
+      abandoned_.erase(id);
+    }
   }
   runs_changed_ = runs_changed_ || !step.open.empty() || !step.grants.empty();
   const bool repeated = step.attempt > 0;
@@ -365,6 +388,44 @@ absl::Status StepExecutor::ApplyMembership(const Step& step) {
     HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
   }
   return absl::OkStatus();
+}
+
+absl::Status StepExecutor::CheckWanted(const Step& step) {
+  MutexLock lock(&mutex_);
+  if (abandoned_.empty() && discarded_.empty()) return absl::OkStatus();
+  for (const StepSequence& sequence : step.sequences) {
+    if (abandoned_.count(sequence.sequence_id) > 0) return AbandonedError();
+    const auto at = discarded_.find(sequence.sequence_id);
+    if (at != discarded_.end() && at->second.never_run && sequence.first_pos > at->second.first_pos) {
+      return AbandonedError();
+    }
+  }
+  for (const StepSequence& sequence : step.sequences) {
+    const auto at = discarded_.find(sequence.sequence_id);
+    if (at != discarded_.end()) at->second.never_run = false;  // what it had not run it runs now
+  }
+  return absl::OkStatus();
+}
+
+bool StepExecutor::AllAbandoned(const Step& step) const {
+  MutexLock lock(&mutex_);
+  return !abandoned_.empty() &&
+         std::all_of(step.sequences.begin(), step.sequences.end(),
+                     [&](const StepSequence& sequence) {
+                       return abandoned_.count(sequence.sequence_id) > 0;
+                     });
+}
+
+// What goes on from a discarded step, also if it was sent before its sender could know, is discarded too:
+// of the same sequence all positions after the discarded ones, until a step begins at those again.
+void StepExecutor::Discard(Step& step, bool never_run) {
+  for (const StepSequence& sequence : step.sequences) {
+    const auto [at, added] =
+        discarded_.try_emplace(sequence.sequence_id, Discarded{sequence.first_pos, never_run});
+    at->second.first_pos = std::min(at->second.first_pos, sequence.first_pos);
+    at->second.never_run |= never_run;
+  }
+  step.result.retry = true;
 }
 
 // From the flight's own staging memory: nothing else is written there before the step has run.
@@ -590,6 +651,7 @@ void StepExecutor::Finish(Context& context, const absl::Status& status) {
   }
   context.next_layer = -1;
   MutexLock lock(&mutex_);
+  if (absl::IsCancelled(flight.status)) Discard(*flight.step, /*never_run=*/true);
   running_.push_back({&context, context.active_flight});
   enqueued_.SignalAll();
 }
@@ -631,28 +693,25 @@ void StepExecutor::CompletionLoop() {
   }
 }
 
-// A step whose partials did not come is discarded. So is what goes on from it, also if it was sent
-// before its sender could know: of the same sequence all positions after the discarded ones, until a
-// step begins at those again.
+// A step whose partials did not come is discarded.
 absl::Status StepExecutor::JudgeAwaits(StepContext::Flight& flight) {
   Step& step = *flight.step;
   const uint32_t result = flight.await_result->load(std::memory_order_acquire);
   MutexLock lock(&mutex_);
   const auto follows = [&](const StepSequence& sequence) {
     const auto at = discarded_.find(sequence.sequence_id);
-    return at != discarded_.end() && sequence.first_pos > at->second;
+    return at != discarded_.end() && sequence.first_pos > at->second.first_pos;
   };
   if (result == kernels::kAwaitOk &&
       std::none_of(step.sequences.begin(), step.sequences.end(), follows)) {
     if (discarded_.empty()) return absl::OkStatus();
-    for (const StepSequence& sequence : step.sequences) discarded_.erase(sequence.sequence_id);
+    for (const StepSequence& sequence : step.sequences) {
+      const auto at = discarded_.find(sequence.sequence_id);
+      if (at != discarded_.end() && !at->second.never_run) discarded_.erase(at);
+    }
     return absl::OkStatus();
   }
-  for (const StepSequence& sequence : step.sequences) {
-    const auto [at, added] = discarded_.try_emplace(sequence.sequence_id, sequence.first_pos);
-    at->second = std::min(at->second, sequence.first_pos);
-  }
-  step.result.retry = true;
+  Discard(step, /*never_run=*/false);
   flight.num_results = 0;
   constexpr const char* kWhy[] = {"an earlier step of the sequence was discarded",
                                   "the keys in place were not attended to in time",
@@ -677,6 +736,7 @@ std::unique_ptr<Step> StepExecutor::Complete(StepContext::Flight& flight, int64_
   result.duration_ns = ended_ns - begun_ns;
   TraceSlice(step->has_chunk() ? "chunk step" : "token step", begun_ns, ended_ns, "step",
              static_cast<int64_t>(step->number));
+  if (absl::IsCancelled(result.status)) return step;  // its accounts are of part of it, or of another
   for (int lane = 0; lane < kNumLanes; ++lane) {
     LaneAccount& account = result.lanes[lane];
     account.kv_heads = flight.kv_heads[lane];

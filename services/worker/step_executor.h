@@ -15,6 +15,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -70,6 +71,9 @@ class StepExecutor {
   absl::Status CloseAll();
   // RESOURCE_EXHAUSTED if more steps wait than the protocol allows.
   absl::Status Submit(std::unique_ptr<Step> step);
+  // Nobody wants what the sequences have in flight: StepRequest.abandon_sequence_ids. Their steps end with
+  // CANCELLED and `retry`.
+  void Abandon(const std::vector<uint64_t>& sequence_ids);
 
   struct Memory {
     int64_t kv_pool_bytes = 0;
@@ -112,6 +116,10 @@ class StepExecutor {
   absl::Status FillDrawState(const Step& step, StepContext::Flight& flight);
   absl::Status ApplyPlan(uint64_t version);
   absl::Status OrderAfterEarlierSteps();
+  // CANCELLED if the step is not to be run, because a sequence of it is abandoned or goes on from a step
+  // that was not run.
+  absl::Status CheckWanted(const Step& step);
+  bool AllAbandoned(const Step& step) const;
   absl::Status EnqueuePromotions();
   // One layer of the context's step, and what comes before the first and after the last.
   void EnqueueNextLayer(Context& context);
@@ -179,8 +187,14 @@ class StepExecutor {
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   bool executor_ended_ ABSL_GUARDED_BY(mutex_) = false;
   uint64_t events_ ABSL_GUARDED_BY(mutex_) = 0;  // counts whatever may let the executor go on
-  // Sequences of discarded steps, and the first position that was discarded.
-  std::map<uint64_t, int64_t> discarded_ ABSL_GUARDED_BY(mutex_);
+  // Sequences of discarded steps.
+  struct Discarded {
+    int64_t first_pos = 0;  // the first position that was
+    bool never_run = false;
+  };
+  void Discard(Step& step, bool never_run) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::map<uint64_t, Discarded> discarded_ ABSL_GUARDED_BY(mutex_);
+  std::set<uint64_t> abandoned_ ABSL_GUARDED_BY(mutex_);  // until they are closed
   int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t kv_pool_used_ ABSL_GUARDED_BY(mutex_) = 0;
 

@@ -73,6 +73,8 @@ class Worker {
   // FAILED_PRECONDITION without a store; RESOURCE_EXHAUSTED if more steps wait than the protocol
   // allows. Nothing of an error reaches the sink.
   absl::Status Submit(std::unique_ptr<Step> step);
+  // Thread-safe. Their steps in flight end early, with CANCELLED and `retry`; StepRequest says which.
+  void Abandon(const std::vector<uint64_t>& sequence_ids) { executor_->Abandon(sequence_ids); }
 
  private:
   Worker() = default;

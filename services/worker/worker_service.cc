@@ -13,7 +13,7 @@
 namespace headroom {
 namespace {
 
-constexpr int32_t kSchemaRevision = 1;
+constexpr int32_t kSchemaRevision = 2;  // 2: StepRequest.abandon_sequence_ids
 constexpr int32_t kMinimumPeerRevision = 1;
 
 absl::Status StoppingError() {
@@ -190,6 +190,11 @@ class StepStream : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepRespo
 
  private:
   void Take() {
+    if (request_.abandon_sequence_ids_size() > 0) {
+      service_->worker_->Abandon(
+          {request_.abandon_sequence_ids().begin(), request_.abandon_sequence_ids().end()});
+      return;
+    }
     absl::StatusOr<std::unique_ptr<headroom::Step>> step = StepFromProto(request_);
     absl::Status status = step.status();
     if (status.ok()) status = service_->worker_->Submit(*std::move(step));

@@ -98,6 +98,8 @@ class FakeMachine {
   int refuse_mailboxes = 0;           // so many calls more will not get one
   std::set<int64_t> discard_steps;    // counts since the start: answered with `retry`
   int64_t discarded = 0;              // with them: those that went on from them
+  int32_t worker_revision = 2;        // of the worker's schema; 2 knows abandoned sequences
+  int64_t abandoned = 0;              // steps that were not run because of one
   int streams = 0;                    // of steps, since the start
   int64_t steps = 0;
   int64_t chunk_rows = 0;             // of steps with more than one token of a sequence
@@ -286,6 +288,12 @@ class FakeStepStream : public StepStream {
   }
 
   void Send(v1::StepRequest step) override {
+    if (step.abandon_sequence_ids_size() > 0) {
+      MutexLock lock(&machine_->mutex);
+      if (step.has_number()) Note(step, "abandons and has a number");
+      abandoned_.insert(step.abandon_sequence_ids().begin(), step.abandon_sequence_ids().end());
+      return;
+    }
     std::map<uint64_t, int64_t> discarded;
     {
       MutexLock lock(&machine_->mutex);
@@ -392,6 +400,7 @@ class FakeStepStream : public StepStream {
     }
     for (const uint64_t id : step.close_sequence_ids()) {
       if (open_.erase(id) == 0) Note(step, "closes what is not open");
+      abandoned_.erase(id);
     }
     for (const v1::OpenSequence& open : step.open_sequences()) {
       Open& sequence = open_[open.sequence_id()];
@@ -406,6 +415,13 @@ class FakeStepStream : public StepStream {
     for (const v1::ExtentGrant& grant : step.grants()) {
       if (open_.count(grant.sequence_id()) == 0) Note(step, "grants to what is not open");
       AddRun(step, open_[grant.sequence_id()], grant.run());
+    }
+    if (Abandons(step)) {
+      ++machine_->abandoned;
+      response.set_code(1);
+      response.set_message("a sequence of the step is abandoned");
+      response.set_retry(true);
+      return response;
     }
     if (Discards(step, discard)) {
       response.set_code(14);
@@ -428,6 +444,26 @@ class FakeStepStream : public StepStream {
     return response;
   }
 
+  // Whether the step is not run: a sequence of it is abandoned, or goes on from positions that were not run.
+  // REQUIRES: the machine's mutex is held.
+  bool Abandons(const v1::StepRequest& step) {
+    const auto unwanted = [this](const v1::StepSequence& what) {
+      const auto at = never_run_.find(what.sequence_id());
+      return abandoned_.count(what.sequence_id()) > 0 ||
+             (at != never_run_.end() && what.first_pos() > at->second);
+    };
+    const bool abandons =
+        std::any_of(step.sequences().begin(), step.sequences().end(), unwanted);
+    for (const v1::StepSequence& what : step.sequences()) {
+      if (abandons) {
+        const auto [at, added] = never_run_.try_emplace(what.sequence_id(), what.first_pos());
+        at->second = std::min(at->second, what.first_pos());
+      } else {
+        never_run_.erase(what.sequence_id());
+      }
+    }
+    return abandons;
+  }
   // Whether the step is discarded: itself, or because a sequence of it goes on from positions that
   // were, until a step begins at those again. REQUIRES: the machine's mutex is held.
   bool Discards(const v1::StepRequest& step, bool discard) {
@@ -578,6 +614,8 @@ class FakeStepStream : public StepStream {
   std::map<uint64_t, int> rows_in_flight_;
   std::map<uint64_t, Open> open_;
   // Sequences of discarded steps, and their first position; guarded by the machine's mutex.
+  std::set<uint64_t> abandoned_;           // until they are closed
+  std::map<uint64_t, int64_t> never_run_;  // sequence -> the first position
   std::map<uint64_t, int64_t> discarded_;
   uint64_t last_number_ = 0;
   std::vector<std::string> noted_;
@@ -592,7 +630,7 @@ class FakeWorkerClient : public WorkerClient {
     MutexLock lock(&machine_->mutex);
     if (machine_->worker_away) return absl::UnavailableError("worker away");
     v1::GetWorkerInfoResponse info;
-    info.set_schema_revision(1);
+    info.set_schema_revision(machine_->worker_revision);
     info.set_minimum_peer_revision(1);
     info.set_device("fake");
     info.mutable_geometry()->set_num_layers(machine_->geometry.num_layers);

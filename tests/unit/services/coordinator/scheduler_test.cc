@@ -342,6 +342,53 @@ TEST_F(SchedulerTest, ACancelledRequestFreesItsMemory) {
   EXPECT_TRUE(NothingStored());
 }
 
+// Of a long prompt two chunks are in flight: they are not run. Behind a short one's only chunk a token is, in
+// a step with another request's, which is run again for that.
+TEST_F(SchedulerTest, AChunkInFlightIsAbandonedWithItsRequest) {
+  machine_->step_time = absl::Milliseconds(20);
+  Start();
+  auto other = Submit(Prompt(100, 2), 60);
+  ASSERT_TRUE(other->WaitForTokens(1));
+  for (int round = 0; round < 6; ++round) {
+    const int64_t before = Under(&FakeMachine::abandoned);
+    // All of it one chunk, with a token sent behind it; or many.
+    auto request = MakeRequest(Prompt(round % 2 == 0 ? 128 : 5000), 100);
+    const std::string id = request->id;
+    const size_t sent = Under(&FakeMachine::sent).size();
+    auto outcome = Submit(std::move(request));
+    ASSERT_TRUE(Eventually([&] {
+      MutexLock lock(&machine_->mutex);
+      return std::any_of(machine_->sent.begin() + sent, machine_->sent.end(), [](const auto& step) {
+        return step.sequences_size() == 1 && step.sequences(0).token_ids_size() == 128;
+      });
+    }));
+    scheduler_->Cancel(id);
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_EQ(outcome->status().code(), absl::StatusCode::kCancelled);
+    if (round % 2 == 1) {
+      EXPECT_TRUE(Eventually([&] { return Under(&FakeMachine::abandoned) > before; }));
+    }
+  }
+  ASSERT_TRUE(other->WaitForEnd());
+  EXPECT_EQ(other->tokens(), FakeAnswer(Prompt(100, 2), 60));
+  EXPECT_TRUE(NothingStored());
+  EXPECT_EQ(Under(&FakeMachine::streams), 1);
+}
+
+TEST_F(SchedulerTest, AnOlderWorkerIsNotAskedToAbandon) {
+  machine_->worker_revision = 1;
+  machine_->step_time = absl::Milliseconds(20);
+  Start();
+  auto request = MakeRequest(Prompt(5000), 100);
+  const std::string id = request->id;
+  auto outcome = Submit(std::move(request));
+  ASSERT_TRUE(Eventually([&] { return Under(&FakeMachine::chunk_rows) > 0; }));
+  scheduler_->Cancel(id);
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(NothingStored());
+  EXPECT_EQ(Under(&FakeMachine::abandoned), 0);
+}
+
 TEST_F(SchedulerTest, AnAbortedRequestEndsAsCancelled) {
   machine_->step_time = absl::Milliseconds(5);
   Start();
