@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <random>
 #include <utility>
 
@@ -55,8 +56,12 @@ InferenceService::InferenceService(Scheduler* scheduler, const ServedModel* mode
                                    int64_t context_limit)
     : scheduler_(scheduler), model_(model), context_limit_(context_limit) {
   // In the order of inference.proto.
+  const MostBytes most_bytes = [this] {
+    const absl::StatusOr<RequestLimits> limits = Limits();
+    return limits.ok() ? MostRequestBytes(*model_, *limits) : std::numeric_limits<int64_t>::max();
+  };
   MarkMethodCallback(0, new CheckedServerStreamingHandler<v1::GenerateRequest, v1::GenerateResponse>(
-                            &unparsable_,
+                            &unparsable_, most_bytes,
                             [](grpc::CallbackServerContext* context, const absl::Status& status) {
                               AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), status);
                               return new RefusedStream(status);
@@ -65,7 +70,7 @@ InferenceService::InferenceService(Scheduler* scheduler, const ServedModel* mode
                                    const v1::GenerateRequest* request) {
                               return Generate(context, request);
                             }));
-  CheckMessages(1, &InferenceService::GenerateOnce, "request.");
+  CheckMessages(1, &InferenceService::GenerateOnce, "request.", most_bytes);
   CheckMessages(2, &InferenceService::Tokenize);
   CheckMessages(3, &InferenceService::Detokenize);
   CheckMessages(4, &InferenceService::GetModelInfo);
@@ -83,13 +88,13 @@ template <typename Request, typename Response>
 void InferenceService::CheckMessages(int index,
                                      grpc::ServerUnaryReactor* (InferenceService::*method)(
                                          grpc::CallbackServerContext*, const Request*, Response*),
-                                     const char* omitted) {
+                                     const char* omitted, MostBytes most_bytes) {
   const auto refuse = [](grpc::CallbackServerContext* context, const absl::Status& status) {
     AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), status);
     return Answer(context, status);
   };
   MarkMethodCallback(index, new CheckedUnaryHandler<Request, Response>(
-                                &unparsable_, omitted, refuse,
+                                &unparsable_, omitted, std::move(most_bytes), refuse,
                                 [this, method](grpc::CallbackServerContext* context,
                                                const Request* request, Response* response) {
                                   return (this->*method)(context, request, response);

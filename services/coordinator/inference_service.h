@@ -72,7 +72,7 @@ class InferenceService final : public v1::InferenceService::CallbackService {
   void CheckMessages(int index,
                      grpc::ServerUnaryReactor* (InferenceService::*method)(
                          grpc::CallbackServerContext*, const Request*, Response*),
-                     const char* omitted = "");
+                     const char* omitted = "", MostBytes most_bytes = nullptr);
   // The checked request with its id, arrival and deadline.
   absl::StatusOr<std::unique_ptr<Request>> MakeRequest(const grpc::CallbackServerContext& context,
                                                        const v1::GenerateRequest& proto) const;

@@ -350,6 +350,13 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
   return NameField(EncodeMessages(model, chat, limits), field);
 }
 
+int64_t MostRequestBytes(const ServedModel& model, const RequestLimits& limits) {
+  constexpr int64_t kMostIdBytes = 10;  // of a negative one
+  constexpr int64_t kAllElseBytes = int64_t{1} << 20;
+  const int64_t longest = model.tokenizer() == nullptr ? 0 : model.tokenizer()->longest_token_bytes();
+  return limits.max_context_tokens * std::max(longest, kMostIdBytes) + kAllElseBytes;
+}
+
 absl::Status CheckRequestId(absl::string_view id) {
   const bool visible = std::all_of(id.begin(), id.end(), [](char c) { return c > ' ' && c < 127; });
   if (!id.empty() && id.size() <= kMaxRequestIdBytes && visible) return absl::OkStatus();

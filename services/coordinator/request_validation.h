@@ -52,6 +52,10 @@ absl::StatusOr<std::vector<int32_t>> EncodeChat(const ServedModel& model,
                                                 absl::string_view field,
                                                 const RequestLimits* limits = nullptr);
 
+// More bytes than any request has, as GenerateRequest, that could fit `limits`: ids and texts that are as
+// long as the context, and 1 MiB for all else.
+int64_t MostRequestBytes(const ServedModel& model, const RequestLimits& limits);
+
 // The metadata x-request-id: 1 to 128 visible ASCII characters.
 absl::Status CheckRequestId(absl::string_view id);
 absl::Status CheckSessionId(absl::string_view id);

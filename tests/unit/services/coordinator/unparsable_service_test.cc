@@ -53,6 +53,37 @@ TEST(WhyUnparsable, BytesThatAreNoMessageAreSaidToBeNone) {
   }
 }
 
+TEST(WhyTooLong, NamesTheFieldThatHasMostOfIt) {
+  const auto field = [](const v1::GenerateRequest& request) {
+    return FieldOf(WhyTooLong(*v1::GenerateOnceRequest::descriptor(), Bytes(request), "request.", 100));
+  };
+  v1::GenerateRequest request;
+  request.set_prompt(std::string(1000, 'a'));
+  EXPECT_EQ(field(request), "prompt");
+  request.mutable_stopping()->add_stop_strings(std::string(2000, 'a'));
+  EXPECT_EQ(field(request), "stopping.stop_strings");
+  request.mutable_token_ids()->mutable_ids()->Resize(5000, 9);
+  EXPECT_EQ(field(request), "token_ids.ids");
+  for (int i = 0; i < 100; ++i) request.mutable_chat()->add_messages()->set_content(std::string(99, 'a'));
+  EXPECT_EQ(field(request), "chat.messages");
+  const absl::Status why =
+      WhyTooLong(*v1::GenerateRequest::descriptor(), request.SerializeAsString(), "", 100);
+  EXPECT_EQ(FieldOf(why), "chat.messages");
+  EXPECT_TRUE(absl::StrContains(why.message(), "at most 100")) << why;
+  for (const std::string bytes : {"", "\xff\xff\xff\xff", "\x0a\x7f" "a", "\x08\x01"}) {
+    EXPECT_TRUE(absl::IsInvalidArgument(
+        WhyTooLong(*v1::GenerateRequest::descriptor(), bytes, "", 0)));
+  }
+}
+
+// A walk that went on over all of them would take longer than parsing.
+TEST(WhyUnparsable, OfVeryManyFieldsSomeAreLookedAt) {
+  std::string bytes;
+  for (int i = 0; i < 200'000; ++i) bytes += std::string("\x12\x00", 2);  // empty texts
+  bytes += std::string("\x12\x01\xff", 3);
+  EXPECT_EQ(FieldOf(WhyUnparsable(*v1::GenerateRequest::descriptor(), bytes, "")), "");
+}
+
 TEST(WhyUnparsable, AnyBytesAreReadWithinTheirEnds) {
   v1::GenerateRequest request;
   request.set_prompt("a prompt");
