@@ -191,6 +191,10 @@ class StepStream : public grpc::ServerBidiReactor<v1::StepRequest, v1::StepRespo
  private:
   void Take() {
     if (request_.abandon_sequence_ids_size() > 0) {
+      // The next stream may have opened them again: it forgets what was abandoned before, and this lock
+      // lets nothing come after.
+      MutexLock lock(&mutex_);
+      if (ended_) return;
       service_->worker_->Abandon(
           {request_.abandon_sequence_ids().begin(), request_.abandon_sequence_ids().end()});
       return;
