@@ -271,11 +271,11 @@ class NarrowBlock : public RowsBlock {
 };
 
 // For processors that read ahead by themselves, far and fast, where lines are touched in the order they
-// lie, and whose miss buffers are too few to ask for them all (a Zen 4's 24, of 195 ns each, are 8 GB/s).
-// Nothing is asked for; keys and values are read in order, as much as can be between multiply-adds. A
-// Zen 4's core reads 17 GB/s for 3 queries of head_dim 64 where NarrowBlock, with prefetches or without,
-// reads 10; of head_dim 128 17 for one query, not 12, and 13 for 4, not 11. Queries of several groups would
-// transpose the keys several times: 7 for 7, where NarrowBlock reads 8.5.
+// lie, and whose miss buffers are too few to ask for them all. Nothing is asked for; keys and values are
+// read in order, as much as can be between multiply-adds. A Zen 4's core reads 15.4 GB/s for 3 queries of
+// head_dim 64 where NarrowBlock, with its prefetches or without, reads 9.8; of head_dim 128 15 for one
+// query, not 12, and 10.6 for 4, not 9 to 10 (headroom bench --threads 1 --work decode:7168). Queries of
+// several groups would transpose the keys several times.
 class StreamedBlock : public RowsBlock {
  public:
   void Set(const BlockRows& rows, int32_t d) {

@@ -16,7 +16,6 @@ namespace headroom {
 namespace {
 
 constexpr size_t kMaxPlans = 16;
-constexpr size_t kMaxAbandoned = 1024;  // more than a stream may have open
 
 absl::Status AbandonedError() {
   return absl::CancelledError("a sequence of the step is abandoned");
@@ -180,7 +179,7 @@ absl::Status StepExecutor::Submit(std::unique_ptr<Step> step) {
 absl::Status StepExecutor::AttachSegment(const SegmentView& segment) {
   return RunBetweenSteps(After::kAllSubmitted, [this, segment] {
     kv_->CloseAll();
-    abandoned_.clear();  // RunBetweenSteps() holds the lock
+    discarded_.Clear();  // RunBetweenSteps() holds the lock
     kv_->SetSegment(segment);
     return absl::OkStatus();
   });
@@ -195,16 +194,14 @@ absl::Status StepExecutor::SetMailbox(std::shared_ptr<Mailbox> mailbox) {
 absl::Status StepExecutor::CloseAll() {
   return RunBetweenSteps(After::kAllSubmitted, [this] {
     kv_->CloseAll();
-    discarded_.clear();  // RunBetweenSteps() holds the lock
-    abandoned_.clear();
+    discarded_.Clear();  // RunBetweenSteps() holds the lock
     return absl::OkStatus();
   });
 }
 
 void StepExecutor::Abandon(const std::vector<uint64_t>& sequence_ids) {
   MutexLock lock(&mutex_);
-  if (abandoned_.size() + sequence_ids.size() > kMaxAbandoned) return;  // they run to their ends
-  abandoned_.insert(sequence_ids.begin(), sequence_ids.end());
+  discarded_.Abandon(sequence_ids);
   ++events_;
   work_.Signal();
 }
@@ -261,7 +258,7 @@ void StepExecutor::ExecutorLoop() {
     while (decode_.next_layer >= 0) EnqueueNextLayer(decode_);
     progress = (may_begin && TryBegin(prefill_)) || progress;
     if (prefill_.next_layer >= 0) {
-      if (AllAbandoned(*prefill_.state->flight(prefill_.active_flight).step)) {
+      if (Abandoned(prefill_)) {
         Finish(prefill_, AbandonedError());
       } else if (MayEnqueueAhead(prefill_)) {
         EnqueueNextLayer(prefill_);
@@ -289,6 +286,11 @@ bool StepExecutor::NothingBegun() const {
 
 bool StepExecutor::Idle() const {
   return NothingBegun() && prefill_.waiting.empty() && decode_.waiting.empty();
+}
+
+bool StepExecutor::Abandoned(const Context& context) const {
+  MutexLock lock(&mutex_);
+  return discarded_.AllAbandoned(*context.state->flight(context.active_flight).step);
 }
 
 // A step must not overtake one that it depends on, nor pull memory from under one whose layers are
@@ -342,7 +344,10 @@ absl::Status StepExecutor::Begin(Context& context, std::unique_ptr<Step> step, i
   HEADROOM_RETURN_IF_ERROR(ApplyMembership(s));
   HEADROOM_RETURN_IF_ERROR(FillDrawState(s, at));
   if (s.sequences.empty()) return absl::OkStatus();
-  HEADROOM_RETURN_IF_ERROR(CheckWanted(s));
+  {
+    MutexLock lock(&mutex_);
+    if (!discarded_.MayRun(s)) return AbandonedError();
+  }
   if (runs_changed_ || s.plan_version != plan_.version ||
       (NothingBegun() && kv_->WindowsMoved())) {
     HEADROOM_RETURN_IF_ERROR(ApplyPlan(s.plan_version));
@@ -372,10 +377,7 @@ absl::Status StepExecutor::ApplyMembership(const Step& step) {
   for (const uint64_t id : step.close) kv_->Close(id);
   if (!step.close.empty()) {
     MutexLock lock(&mutex_);
-    for (const uint64_t id : step.close) {
-      discarded_.erase(id);
-      abandoned_.erase(id);
-    }
+    discarded_.Close(step.close);
   }
   runs_changed_ = runs_changed_ || !step.open.empty() || !step.grants.empty();
   const bool repeated = step.attempt > 0;
@@ -388,44 +390,6 @@ absl::Status StepExecutor::ApplyMembership(const Step& step) {
     HEADROOM_RETURN_IF_ERROR(kv_->Grant(grant));
   }
   return absl::OkStatus();
-}
-
-absl::Status StepExecutor::CheckWanted(const Step& step) {
-  MutexLock lock(&mutex_);
-  if (abandoned_.empty() && discarded_.empty()) return absl::OkStatus();
-  for (const StepSequence& sequence : step.sequences) {
-    if (abandoned_.count(sequence.sequence_id) > 0) return AbandonedError();
-    const auto at = discarded_.find(sequence.sequence_id);
-    if (at != discarded_.end() && at->second.never_run && sequence.first_pos > at->second.first_pos) {
-      return AbandonedError();
-    }
-  }
-  for (const StepSequence& sequence : step.sequences) {
-    const auto at = discarded_.find(sequence.sequence_id);
-    if (at != discarded_.end()) at->second.never_run = false;  // what it had not run it runs now
-  }
-  return absl::OkStatus();
-}
-
-bool StepExecutor::AllAbandoned(const Step& step) const {
-  MutexLock lock(&mutex_);
-  return !abandoned_.empty() &&
-         std::all_of(step.sequences.begin(), step.sequences.end(),
-                     [&](const StepSequence& sequence) {
-                       return abandoned_.count(sequence.sequence_id) > 0;
-                     });
-}
-
-// What goes on from a discarded step, also if it was sent before its sender could know, is discarded too:
-// of the same sequence all positions after the discarded ones, until a step begins at those again.
-void StepExecutor::Discard(Step& step, bool never_run) {
-  for (const StepSequence& sequence : step.sequences) {
-    const auto [at, added] =
-        discarded_.try_emplace(sequence.sequence_id, Discarded{sequence.first_pos, never_run});
-    at->second.first_pos = std::min(at->second.first_pos, sequence.first_pos);
-    at->second.never_run |= never_run;
-  }
-  step.result.retry = true;
 }
 
 // From the flight's own staging memory: nothing else is written there before the step has run.
@@ -651,7 +615,10 @@ void StepExecutor::Finish(Context& context, const absl::Status& status) {
   }
   context.next_layer = -1;
   MutexLock lock(&mutex_);
-  if (absl::IsCancelled(flight.status)) Discard(*flight.step, /*never_run=*/true);
+  if (absl::IsCancelled(flight.status)) {
+    discarded_.Discard(*flight.step, /*run=*/false);
+    flight.step->result.retry = true;
+  }
   running_.push_back({&context, context.active_flight});
   enqueued_.SignalAll();
 }
@@ -693,25 +660,14 @@ void StepExecutor::CompletionLoop() {
   }
 }
 
-// A step whose partials did not come is discarded.
+// A step whose partials did not come is discarded, and with it what was sent to go on from it.
 absl::Status StepExecutor::JudgeAwaits(StepContext::Flight& flight) {
   Step& step = *flight.step;
   const uint32_t result = flight.await_result->load(std::memory_order_acquire);
   MutexLock lock(&mutex_);
-  const auto follows = [&](const StepSequence& sequence) {
-    const auto at = discarded_.find(sequence.sequence_id);
-    return at != discarded_.end() && sequence.first_pos > at->second.first_pos;
-  };
-  if (result == kernels::kAwaitOk &&
-      std::none_of(step.sequences.begin(), step.sequences.end(), follows)) {
-    if (discarded_.empty()) return absl::OkStatus();
-    for (const StepSequence& sequence : step.sequences) {
-      const auto at = discarded_.find(sequence.sequence_id);
-      if (at != discarded_.end() && !at->second.never_run) discarded_.erase(at);
-    }
-    return absl::OkStatus();
-  }
-  Discard(step, /*never_run=*/false);
+  if (result == kernels::kAwaitOk && discarded_.Counts(step)) return absl::OkStatus();
+  discarded_.Discard(step, /*run=*/true);
+  step.result.retry = true;
   flight.num_results = 0;
   constexpr const char* kWhy[] = {"an earlier step of the sequence was discarded",
                                   "the keys in place were not attended to in time",

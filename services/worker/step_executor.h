@@ -15,7 +15,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <set>
 #include <thread>
 #include <vector>
 
@@ -26,6 +25,7 @@
 #include "common/device/device.h"
 #include "common/mutex.h"
 #include "services/worker/device_budget.h"
+#include "services/worker/discarded_steps.h"
 #include "services/worker/gpu_kv.h"
 #include "services/worker/in_place_lane.h"
 #include "services/worker/model/decoder.h"
@@ -110,16 +110,14 @@ class StepExecutor {
   bool Idle() const;
   // Begins the context's next step if it may; true if it did.
   bool TryBegin(Context& context);
+  // Nobody wants the step whose layers are being enqueued.
+  bool Abandoned(const Context& context) const;
   bool MayBegin(const Context& context, const Step& step) const;
   absl::Status Begin(Context& context, std::unique_ptr<Step> step, int flight);
   absl::Status ApplyMembership(const Step& step);
   absl::Status FillDrawState(const Step& step, StepContext::Flight& flight);
   absl::Status ApplyPlan(uint64_t version);
   absl::Status OrderAfterEarlierSteps();
-  // CANCELLED if the step is not to be run, because a sequence of it is abandoned or goes on from a step
-  // that was not run.
-  absl::Status CheckWanted(const Step& step);
-  bool AllAbandoned(const Step& step) const;
   absl::Status EnqueuePromotions();
   // One layer of the context's step, and what comes before the first and after the last.
   void EnqueueNextLayer(Context& context);
@@ -187,14 +185,7 @@ class StepExecutor {
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   bool executor_ended_ ABSL_GUARDED_BY(mutex_) = false;
   uint64_t events_ ABSL_GUARDED_BY(mutex_) = 0;  // counts whatever may let the executor go on
-  // Sequences of discarded steps.
-  struct Discarded {
-    int64_t first_pos = 0;  // the first position that was
-    bool never_run = false;
-  };
-  void Discard(Step& step, bool never_run) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  std::map<uint64_t, Discarded> discarded_ ABSL_GUARDED_BY(mutex_);
-  std::set<uint64_t> abandoned_ ABSL_GUARDED_BY(mutex_);  // until they are closed
+  DiscardedSteps discarded_ ABSL_GUARDED_BY(mutex_);
   int64_t kv_pool_high_water_ ABSL_GUARDED_BY(mutex_) = 0;
   int64_t kv_pool_used_ ABSL_GUARDED_BY(mutex_) = 0;
 

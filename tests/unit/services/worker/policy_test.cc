@@ -1,4 +1,5 @@
-// What is bookkeeping and numbers alone: tiling, the pool, the keys' places, the budget's division.
+// What is bookkeeping and numbers alone: discarded steps, tiling, the pool, the keys' places, the budget's
+// division.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,12 +12,64 @@
 #include <vector>
 
 #include "services/worker/device_budget.h"
+#include "services/worker/discarded_steps.h"
 #include "services/worker/gpu_kv.h"
 #include "services/worker/kv_pool.h"
 #include "services/worker/tiling.h"
 
 namespace headroom {
 namespace {
+
+// ---------------------------------------------------------------- discarded steps
+
+// A token of each of these sequences.
+Step TokensOf(const std::vector<std::pair<uint64_t, int64_t>>& sequences) {
+  Step step;
+  for (const auto& [id, pos] : sequences) {
+    StepSequence& sequence = step.sequences.emplace_back();
+    sequence.sequence_id = id;
+    sequence.first_pos = pos;
+  }
+  return step;
+}
+
+TEST(DiscardedSteps, WhatGoesOnFromOneDoesNotCountUntilItIsDoneAgain) {
+  DiscardedSteps steps;
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 10}, {2, 5}})));
+  steps.Discard(TokensOf({{1, 11}}), /*run=*/true);
+  EXPECT_TRUE(steps.MayRun(TokensOf({{1, 12}}))) << "on wrong numbers, but it can be";
+  EXPECT_FALSE(steps.Counts(TokensOf({{2, 6}, {1, 12}})));
+  EXPECT_TRUE(steps.Counts(TokensOf({{2, 6}})));
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 11}})));
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 12}})));
+}
+
+TEST(DiscardedSteps, WhatWasNotRunMustBeRunBeforeWhatGoesOnFromIt) {
+  DiscardedSteps steps;
+  steps.Discard(TokensOf({{1, 11}}), /*run=*/false);
+  EXPECT_FALSE(steps.MayRun(TokensOf({{1, 12}})));
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 10}}))) << "an earlier step ends; nothing is made good by it";
+  EXPECT_FALSE(steps.MayRun(TokensOf({{1, 12}})));
+  EXPECT_TRUE(steps.MayRun(TokensOf({{1, 11}})));
+  EXPECT_TRUE(steps.MayRun(TokensOf({{1, 12}}))) << "behind it";
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 11}})));
+  EXPECT_TRUE(steps.Counts(TokensOf({{1, 12}})));
+}
+
+TEST(DiscardedSteps, AnAbandonedSequenceIsNotRunUntilItIsClosed) {
+  DiscardedSteps steps;
+  EXPECT_FALSE(steps.AllAbandoned(TokensOf({{1, 10}})));
+  steps.Abandon({1});
+  EXPECT_TRUE(steps.AllAbandoned(TokensOf({{1, 10}})));
+  EXPECT_FALSE(steps.AllAbandoned(TokensOf({{1, 10}, {2, 5}})));
+  EXPECT_FALSE(steps.MayRun(TokensOf({{2, 5}, {1, 10}})));
+  EXPECT_TRUE(steps.MayRun(TokensOf({{2, 5}})));
+  steps.Close({1});
+  EXPECT_TRUE(steps.MayRun(TokensOf({{1, 0}})));
+  // More than there can be at a time have no effect, and take no memory.
+  steps.Abandon(std::vector<uint64_t>(2000, 3));
+  EXPECT_TRUE(steps.MayRun(TokensOf({{3, 0}})));
+}
 
 // ---------------------------------------------------------------- tiling
 
