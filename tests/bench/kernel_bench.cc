@@ -2,8 +2,6 @@
 //   kernel_bench [threads [in_place [GiB]]]
 // GEMM at the shapes of SmolLM2-135M (and OpenBLAS sgemm where it was found), attention as prefill
 // and as decode. Each figure is the best of several runs.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -17,11 +15,12 @@
 
 #include "kernels/attention.h"
 #include "kernels/cpu/team.h"
-#include "kernels/cpu/tile_attention.h"
 #include "kernels/gemm.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
+#include "tests/bench/best_seconds.h"
+#include "tests/bench/in_place_bench.h"
 
 #if defined(HEADROOM_HAVE_OPENBLAS)
 extern "C" {
@@ -33,22 +32,6 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
 
 namespace headroom::kernels {
 namespace {
-
-// Seconds of the fastest of the runs that fit into about a third of a second, at least 5.
-template <typename Fn>
-double BestSeconds(Fn&& fn) {
-  using Clock = std::chrono::steady_clock;
-  double best = 1e9;
-  double total = 0;
-  for (int run = 0; run < 5 || (total < 0.35 && run < 2000); ++run) {
-    const auto begin = Clock::now();
-    fn();
-    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    best = std::min(best, seconds);
-    total += seconds;
-  }
-  return best;
-}
 
 // 2 MiB pages where the kernel gives them: what the arena has.
 template <typename T>
@@ -237,90 +220,6 @@ void BenchAttend(CpuTeam& team, int32_t q_heads, int32_t kv_heads, int32_t d, in
   std::fflush(stdout);
 }
 
-// ---- In place ------------------------------------------------------------------------------------
-
-// Shared memory far larger than any cache: the reads that members make side by side, and decode
-// attention over it, by the kernels for float32 and for bfloat16 products.
-void BenchInPlace(CpuTeam& team, int64_t bytes) {
-  constexpr int32_t kHeads = 8, kGroup = 4, kDim = 128, kExtent = 4096;
-  const KvLayout layout{kExtent, kDim};
-  const int64_t extents = bytes / layout.BytesFor(kHeads);
-  bytes = extents * layout.BytesFor(kHeads);
-  // At an address where 2 MiB pages can begin.
-  constexpr int64_t kHugePage = int64_t{2} << 20;
-  void* const room = mmap(nullptr, static_cast<size_t>(bytes + kHugePage), PROT_NONE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(room) + kHugePage - 1) & -kHugePage;
-  void* const memory = mmap(reinterpret_cast<void*>(begin), static_cast<size_t>(bytes),
-                            PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-  if (memory == MAP_FAILED) return;
-  team.Run([&](int member) {
-    std::mt19937_64 random(member);
-    auto* const words = static_cast<uint64_t*>(memory);
-    const int64_t count = bytes / 8 / team.size();
-    for (int64_t i = member * count; i < (member + 1) * count; ++i) {
-      words[i] = (random() & 0x807f807f807f807full) | 0x3f003f003f003f00ull;
-    }
-  });
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE
-  madvise(memory, static_cast<size_t>(bytes), kCollapse);
-  std::vector<uint64_t> sums(team.size() * 8);
-  const double read_s = BestSeconds([&] {
-    constexpr int64_t kPart = int64_t{1} << 20;
-    team.ForEach(bytes / kPart, [&](int64_t part) {
-      const uint64_t* const p = static_cast<uint64_t*>(memory) + part * (kPart / 8);
-      uint64_t sum[8] = {};
-      for (int64_t i = 0; i < kPart / 8; i += 8) {
-        __builtin_prefetch(p + i + 2048);
-        for (int j = 0; j < 8; ++j) sum[j] += p[i + j];
-      }
-      sums[part % 8] = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
-    });
-  });
-  std::printf("%.1f GB of shared memory: %.1f GB/s of reads\n", bytes / 1e9, bytes / read_s / 1e9);
-  for (const int32_t rows : {1, 2, 8, 32}) {
-    const auto q = RandomFloats(rows * kHeads * kGroup * kDim);
-    const auto state = Buffer<float>(rows * kHeads * kGroup * AttentionStateFloats(kDim));
-    constexpr int64_t kScratch = int64_t{1} << 22;
-    const auto scratch = Buffer<float>(kScratch);
-    AttendItem item;
-    item.row_count = rows;
-    item.first_pos = extents * kExtent;
-    item.kv_head_end = kHeads;
-    item.span_count = static_cast<int32_t>(extents);
-    item.reset = 1;
-    std::vector<KvSpan> spans(extents);
-    for (int64_t e = 0; e < extents; ++e) {
-      spans[e].base = static_cast<uint8_t*>(memory) + e * layout.BytesFor(kHeads);
-      spans[e].origin_pos = spans[e].first_pos = e * kExtent;
-      spans[e].count = spans[e].capacity = kExtent;
-      spans[e].kv_head_end = kHeads;
-    }
-    AttendArgs args;
-    args.q = q.get();
-    args.q_stride = int64_t{kHeads} * kGroup * kDim;
-    args.state = state.get();
-    args.rows = rows;
-    args.items = {&item, &item, 1};
-    args.spans = {spans.data(), spans.data(), static_cast<int32_t>(extents)};
-    args.scratch = scratch.get();
-    args.scratch_floats = kScratch;
-    args.scale = 0.0883883f;
-    args.num_q_heads = kHeads * kGroup;
-    args.num_kv_heads = kHeads;
-    args.head_dim = kDim;
-    const auto print = [&](const char* name, void (*attend)(const AttendArgs&, CpuTeam&)) {
-      const double seconds = BestSeconds([&] { attend(args, team); });
-      std::printf("in place, %3d queries a KV head, %-10s: %6.1f GB/s (%3.0f%% of reads)\n",
-                  rows * kGroup, name, bytes / seconds / 1e9, 100 * read_s / seconds);
-      std::fflush(stdout);
-    };
-    print("float32", &cpu::Attend);
-    if (cpu::HasAmx()) print(cpu::kAmxAttention.name, cpu::kAmxAttention.attend);
-  }
-  munmap(memory, static_cast<size_t>(bytes));
-}
-
 // ---- The small ones ------------------------------------------------------------------------------
 
 void BenchElementwise(CpuTeam& team, int64_t rows) {
@@ -365,7 +264,16 @@ void BenchTeam(CpuTeam& team) {
 
 int Main(int threads, bool in_place_alone, int64_t in_place_bytes) {
   CpuTeam team(threads);
-  BenchInPlace(team, in_place_bytes);
+  const InPlaceBench in_place(team, in_place_bytes);
+  std::printf("%.1f GB of shared memory: %.1f GB/s of reads\n", in_place.bytes() / 1e9,
+              in_place.Reads(team).best);
+  for (const int32_t rows : {1, 2, 8, 32}) {
+    for (const InPlaceKernel& kernel : InPlaceKernels()) {
+      std::printf("in place, %3d queries a KV head, %-10s: %6.1f GB/s\n", rows * InPlaceBench::kGroup,
+                  kernel.name, in_place.Attend(team, rows, kernel).best);
+      std::fflush(stdout);
+    }
+  }
   if (in_place_alone) return 0;
   const double peak = PeakFlops(team);
   const double read = ReadBytesPerSecond(team);
