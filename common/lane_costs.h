@@ -1,23 +1,37 @@
-// What decode steps cost on a machine: measured by a worker, used by whoever plans. Plain numbers.
+// What decode steps cost on a machine: measured by a worker, used by whoever plans. Pure functions of numbers.
 #ifndef HEADROOM_COMMON_LANE_COSTS_H_
 #define HEADROOM_COMMON_LANE_COSTS_H_
 
+#include <array>
+
 namespace headroom {
 
-// Of steps of one row. Such a step takes
-//   base + resident + overlap max(fetched, in place) + (1 - overlap) (fetched + in place)
-// seconds, each lane its bytes times seconds_per_byte, and fetched less hidden_base * base, at least 0.
-// Arrays are indexed by lane: resident, fetched, in place.
+using LaneValues = std::array<double, 3>;
+
+// Of steps of one row. Such a step takes base_seconds, each lane's bytes times seconds_per_byte, and
+// in_place_seconds if there are bytes in place. Copies hide under hidden_base of the base and under
+// in_place_seconds; what is left of them runs beside the store's threads, and while both run a byte takes
+// `slowdown` times as long. Arrays are indexed by lane: resident, fetched, in place.
 struct LaneCosts {
   double base_seconds = 0;  // a step over next to no keys; 0: nothing is known
   double seconds_per_byte[3] = {};
-  // Of the lane's busy time: what later measurements are compared with.
+  // Of the time that the lane was busy by itself: what later measurements are compared with.
   double busy_seconds_per_byte[3] = {};
   double hidden_base = 0;  // the share of the base under which copies go unnoticed: 0 to 1
-  double overlap = 0;      // how far fetched and in place run side by side: 0 to 1
+  // What keys in place cost however few they are: a pool's threads begin and end each layer together.
+  double in_place_seconds = 0;
+  // Of fetched and in place, at least 1. Where one memory feeds both they share it by no fixed rule: an
+  // H200's copies went at 43 of 54 GB/s beside 16 threads, which kept 96 of 97. 2 and 2: in turns.
+  double fetched_slowdown = 2;
+  double in_place_slowdown = 2;
 
   bool known() const { return base_seconds > 0; }
 };
+
+// Of a step that has `bytes` of keys and values in the lanes.
+double StepSeconds(const LaneCosts& costs, const LaneValues& bytes);
+// How long each lane is busy in it.
+LaneValues BusySeconds(const LaneCosts& costs, const LaneValues& bytes);
 
 }  // namespace headroom
 

@@ -10,30 +10,14 @@ namespace headroom::kernels {
 namespace {
 
 // A member first spins for about 2 us, which covers most gaps between the kernels of a step, then
-// yields for about 50 us more, then sleeps. It yields because the scheduler may have put two members on
+// yields until its patience ends, then sleeps. It yields because the scheduler may have put two members on
 // one core: a spinner that does not yield keeps the other from running (100 us a kernel measured).
 constexpr int kSpins = 64;
-constexpr int kYields = 150;
 
 inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-}
-
-// Returns the value as soon as it is not `old`.
-uint32_t AwaitChange(const std::atomic<uint32_t>& word, uint32_t old) {
-  for (int i = 0; i < kSpins + kYields; ++i) {
-    const uint32_t now = word.load(std::memory_order_acquire);
-    if (now != old) return now;
-    if (i < kSpins) {
-      Pause();
-    } else {
-      sched_yield();
-    }
-  }
-  word.wait(old, std::memory_order_acquire);
-  return word.load(std::memory_order_acquire);
 }
 
 // The processors that the process may use, in order.
@@ -76,6 +60,24 @@ void CpuTeam::Pin(PinFrom from) {
     CPU_SET(processors[member], &one);
     pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
   });
+}
+
+uint32_t CpuTeam::AwaitChange(const std::atomic<uint32_t>& word, uint32_t old) const {
+  using Clock = std::chrono::steady_clock;
+  for (int i = 0; i < kSpins; ++i) {
+    const uint32_t now = word.load(std::memory_order_acquire);
+    if (now != old) return now;
+    Pause();
+  }
+  const auto patience =
+      std::chrono::nanoseconds(patience_ns_.load(std::memory_order_relaxed));
+  for (const auto begin = Clock::now(); Clock::now() - begin < patience;) {
+    const uint32_t now = word.load(std::memory_order_acquire);
+    if (now != old) return now;
+    sched_yield();
+  }
+  word.wait(old, std::memory_order_acquire);
+  return word.load(std::memory_order_acquire);
 }
 
 void CpuTeam::Announce(uint32_t kind) {

@@ -6,6 +6,7 @@
 #define HEADROOM_KERNELS_CPU_TEAM_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -23,6 +24,10 @@ class CpuTeam {
   CpuTeam& operator=(const CpuTeam&) = delete;
 
   int size() const { return size_; }
+  // How long members yield for the next kernel before they sleep: 50 us unless set. Thread-safe.
+  void set_patience(std::chrono::nanoseconds patience) {
+    patience_ns_.store(patience.count(), std::memory_order_relaxed);
+  }
   // That the process may use; at least 1.
   static int NumProcessors();
 
@@ -62,6 +67,8 @@ class CpuTeam {
   // Calls fn on the caller and on whoever comes before that has returned.
   void OfferErased(void (*fn)(void*, int), void* context);
   void Announce(uint32_t kind);
+  // Returns the word's value as soon as it is not `old`.
+  uint32_t AwaitChange(const std::atomic<uint32_t>& word, uint32_t old) const;
   void MemberLoop(int member);
   void Join(int member);
 
@@ -80,6 +87,7 @@ class CpuTeam {
   alignas(64) std::atomic<uint32_t> gate_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<int64_t> patience_ns_{50'000};
   void (*fn_)(void*, int) = nullptr;
   void* context_ = nullptr;
   std::vector<std::thread> members_;

@@ -52,9 +52,15 @@ LaneCosts FromProto(const v1::MeasureLanesResponse& from) {
   LaneCosts costs;
   costs.base_seconds = from.base_seconds();
   costs.hidden_base = from.hidden_base();
-  costs.overlap = from.overlap();
+  costs.in_place_seconds = from.in_place_seconds();
+  // Of lanes that end together, an older worker's overlap is this of both.
+  const double of_overlap = 2 - from.overlap();
+  costs.fetched_slowdown = from.has_fetched_slowdown() ? from.fetched_slowdown() : of_overlap;
+  costs.in_place_slowdown = from.has_in_place_slowdown() ? from.in_place_slowdown() : of_overlap;
   bool all_sane = sane(costs.base_seconds) && sane(costs.hidden_base) && costs.hidden_base <= 1 &&
-                  sane(costs.overlap) && costs.overlap <= 1;
+                  sane(costs.in_place_seconds) && sane(costs.fetched_slowdown) &&
+                  costs.fetched_slowdown >= 1 && sane(costs.in_place_slowdown) &&
+                  costs.in_place_slowdown >= 1;
   for (const v1::LaneCost& lane : from.lanes()) {
     const int index = static_cast<int>(lane.lane()) - 1;
     if (index < 0 || index >= kNumLanes) continue;

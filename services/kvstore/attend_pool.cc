@@ -81,6 +81,9 @@ Mailbox* AttendPool::Current() {
   if (next_ != nullptr) {
     mailbox_ = std::move(next_);
     served_.clear();
+    if (!mailbox_->shape().poster_wakes) {
+      team_.set_patience(absl::ToChronoNanoseconds(patience_.members));
+    }
     for (uint32_t slot = 0; slot < mailbox_->shape().num_slots; ++slot) {
       served_.push_back(mailbox_->slot(slot).answered.load());  // it may have been attached before
     }

@@ -14,6 +14,8 @@ namespace {
 
 // Versions that no coordinator uses: theirs count microseconds since 1970.
 constexpr uint64_t kFirstPlan = 1;
+constexpr int kFetchedIndex = static_cast<int>(Lane::kFetched);
+constexpr int kInPlaceIndex = static_cast<int>(Lane::kInPlace);
 constexpr int kWarmSteps = 2;
 constexpr int kMeasuredSteps = 7;
 constexpr int kMostRounds = 3;
@@ -76,20 +78,23 @@ class Calibration {
                               {Lane::kFetched, many_tokens_},
                               {Lane::kInPlace, many_tokens_}};
     Probe half{Lane::kFetched, HalfTokens()};
-    HEADROOM_RETURN_IF_ERROR(Measure({&none, &lanes[0], &lanes[1], &lanes[2], &half}));
+    Probe half_in_place{Lane::kInPlace, HalfTokens()};
+    HEADROOM_RETURN_IF_ERROR(
+        Measure({&none, &lanes[0], &lanes[1], &lanes[2], &half, &half_in_place}));
 
     LaneCosts costs;
     costs.base_seconds = none.times.median_step_seconds;
     for (const Probe& probe : lanes) Fit(probe.times, static_cast<int>(probe.lane), costs);
+    FitHiddenBase(lanes[1].times, half.times, costs);
+    FitInPlaceSeconds(lanes[2].times, half_in_place.times, costs);
     // Shared as their costs are, so that both are busy all the time: then they meet in memory as they do
     // in a plan that balances them. Half and half, one had 45 of its 54 GB/s and it did not show.
-    const double fetch = costs.seconds_per_byte[static_cast<int>(Lane::kFetched)];
-    const double in_place = costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)];
+    const double fetch = costs.seconds_per_byte[kFetchedIndex];
+    const double in_place = costs.seconds_per_byte[kInPlaceIndex];
     Probe both{Lane::kFetched, many_tokens_, true};
     both.fetched_share = fetch + in_place > 0 ? in_place / (fetch + in_place) : 1;
     HEADROOM_RETURN_IF_ERROR(Measure({&both}));
-    FitHiddenBase(lanes[1].times, half.times, costs);
-    FitOverlap(both.times, costs);
+    FitSlowdowns(both.times, costs);
     return costs;
   }
 
@@ -196,7 +201,7 @@ class Calibration {
   // A copy engine works beside the base; a core that copies does not compute. Two contexts tell: where
   // the second is twice the first, time that is hidden does not double.
   static void FitHiddenBase(const DecodeTimes& many, const DecodeTimes& half, LaneCosts& costs) {
-    const int lane = static_cast<int>(Lane::kFetched);
+    const int lane = kFetchedIndex;
     const double more_bytes = many.lane_bytes[lane] - half.lane_bytes[lane];
     if (more_bytes <= 0) return;  // both reach over all windows
     const double slope = (many.median_step_seconds - half.median_step_seconds) / more_bytes;
@@ -209,18 +214,51 @@ class Calibration {
     costs.seconds_per_byte[lane] = alone;
   }
 
-  static void FitOverlap(const DecodeTimes& both, LaneCosts& costs) {
-    const auto seconds = [&](Lane lane) {
-      const int i = static_cast<int>(lane);
-      return both.lane_bytes[i] * costs.seconds_per_byte[i];
+  // What twice the keys do not double.
+  static void FitInPlaceSeconds(const DecodeTimes& many, const DecodeTimes& half, LaneCosts& costs) {
+    const double bytes = many.lane_bytes[kInPlaceIndex];
+    const double more_bytes = bytes - half.lane_bytes[kInPlaceIndex];
+    if (half.lane_bytes[kInPlaceIndex] <= 0 || more_bytes <= 0) return;
+    const double busy = many.lane_busy_seconds[kInPlaceIndex];
+    const double slope = (busy - half.lane_busy_seconds[kInPlaceIndex]) / more_bytes;
+    constexpr double kMostOfIt = 0.25;  // more is a machine that was busy with something else
+    costs.in_place_seconds = std::clamp(busy - slope * bytes, 0.0, kMostOfIt * busy);
+    costs.busy_seconds_per_byte[kInPlaceIndex] = (busy - costs.in_place_seconds) / bytes;
+    costs.seconds_per_byte[kInPlaceIndex] =
+        std::max(0.0, many.median_step_seconds - costs.base_seconds - costs.in_place_seconds) / bytes;
+  }
+
+  // BusySeconds() the other way round, then as much of it as explains the step.
+  static void FitSlowdowns(const DecodeTimes& both, LaneCosts& costs) {
+    LaneValues bytes, alone;
+    for (int lane = 0; lane < kNumLanes; ++lane) {
+      bytes[lane] = both.lane_bytes[lane];
+      alone[lane] = bytes[lane] * costs.busy_seconds_per_byte[lane];
+    }
+    if (bytes[kFetchedIndex] <= 0 || bytes[kInPlaceIndex] <= 0) return;
+    const double fetched = both.lane_busy_seconds[kFetchedIndex];
+    const double in_place = both.lane_busy_seconds[kInPlaceIndex] - costs.in_place_seconds;
+    const double hidden = costs.hidden_base * costs.base_seconds + costs.in_place_seconds;
+    const double side_by_side = std::min(fetched - hidden, in_place);
+    if (side_by_side <= 0) return;
+    // Shares of its rate that a lane loses while the other runs; together at most 1, or turns were better.
+    const auto lost = [&](double more) { return std::clamp(more / side_by_side, 0.0, 1.0); };
+    double fetched_loses = lost(fetched - alone[kFetchedIndex]);
+    double in_place_loses = lost(in_place - alone[kInPlaceIndex]);
+    const double sum = fetched_loses + in_place_loses;
+    if (sum == 0) fetched_loses = in_place_loses = 0.5;
+    const auto lose = [&](double times) {
+      // Neither may stand still.
+      constexpr double kMostLost = 0.9;
+      costs.fetched_slowdown = 1 / (1 - std::min(times * fetched_loses, kMostLost));
+      costs.in_place_slowdown = 1 / (1 - std::min(times * in_place_loses, kMostLost));
     };
-    const double fetched = std::max(
-        0.0, seconds(Lane::kFetched) - costs.hidden_base * costs.base_seconds);
-    const double in_place = seconds(Lane::kInPlace);
-    const double shorter = std::min(fetched, in_place);
-    if (shorter <= 0) return;
-    const double saved = costs.base_seconds + fetched + in_place - both.median_step_seconds;
-    costs.overlap = std::clamp(saved / shorter, 0.0, 1.0);
+    double low = 0, high = 1 / (fetched_loses + in_place_loses);
+    for (int i = 0; i < 40; ++i) {
+      const double times = (low + high) / 2;
+      lose(times);
+      (StepSeconds(costs, bytes) < both.median_step_seconds ? low : high) = times;
+    }
   }
 
   StepExecutor& executor_;

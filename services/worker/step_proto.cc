@@ -275,7 +275,11 @@ void CostsToProto(const LaneCosts& costs, v1::MeasureLanesResponse* response) {
     out->set_busy_seconds_per_byte(costs.busy_seconds_per_byte[lane]);
   }
   response->set_hidden_base(costs.hidden_base);
-  response->set_overlap(costs.overlap);
+  response->set_overlap(
+      std::max(0.0, 2 - std::max(costs.fetched_slowdown, costs.in_place_slowdown)));
+  response->set_in_place_seconds(costs.in_place_seconds);
+  response->set_fetched_slowdown(costs.fetched_slowdown);
+  response->set_in_place_slowdown(costs.in_place_slowdown);
 }
 
 }  // namespace headroom

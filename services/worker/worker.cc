@@ -210,10 +210,12 @@ absl::StatusOr<LaneCosts> Worker::MeasureLanes() {
     return seconds > 0 ? 1e-9 / seconds : 0.0;
   };
   LogInfo(absl::StrFormat(
-      "a decode step takes %.2f ms and keys: resident %.1f, fetched %.1f, in place %.1f GB/s; copies "
-      "hide under %.0f%% of it, fetched and in place overlap by %.0f%% (measured in %s)",
+      "a decode step takes %.2f ms and keys: resident %.1f, fetched %.1f, in place %.1f GB/s and %.2f ms; "
+      "copies hide under %.0f%% of it; beside each other fetched and in place take %.2f and %.2f times as "
+      "long (measured in %s)",
       1e3 * costs->base_seconds, rate(Lane::kResident), rate(Lane::kFetched),
-      rate(Lane::kInPlace), 100 * costs->hidden_base, 100 * costs->overlap,
+      rate(Lane::kInPlace), 1e3 * costs->in_place_seconds, 100 * costs->hidden_base,
+      costs->fetched_slowdown, costs->in_place_slowdown,
       absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1)))));
   return *costs;
 }

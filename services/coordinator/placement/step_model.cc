@@ -11,20 +11,16 @@ constexpr int kInPlace = static_cast<int>(Lane::kInPlace);
 
 }  // namespace
 
-double StepSeconds(const LaneCosts& costs, const LaneBytes& bytes) {
-  const double resident = bytes[kResident] * costs.seconds_per_byte[kResident];
-  const double fetched = std::max(0.0, bytes[kFetched] * costs.seconds_per_byte[kFetched] -
-                                           costs.hidden_base * costs.base_seconds);
-  const double in_place = bytes[kInPlace] * costs.seconds_per_byte[kInPlace];
-  return costs.base_seconds + resident + costs.overlap * std::max(fetched, in_place) +
-         (1 - costs.overlap) * (fetched + in_place);
-}
-
 double BestFetchedShare(const LaneCosts& costs, double bytes) {
   const double fetch = bytes * costs.seconds_per_byte[kFetched];
   const double in_place = bytes * costs.seconds_per_byte[kInPlace];
   if (!costs.known() || fetch <= 0 || in_place <= 0) return 1;
-  const double hidden = costs.hidden_base * costs.base_seconds;
+  const double hidden = costs.hidden_base * costs.base_seconds + costs.in_place_seconds;
+  // Both end together: (fetch f - hidden) slowdown = in_place (1 - f) slowdown.
+  const double slow_fetch = fetch * costs.fetched_slowdown;
+  const double slow_in_place = in_place * costs.in_place_slowdown;
+  const double balance =
+      (slow_in_place + hidden * costs.fetched_slowdown) / (slow_fetch + slow_in_place);
   const auto seconds = [&](double share) {
     return StepSeconds(costs, {0, share * bytes, (1 - share) * bytes});
   };
@@ -32,7 +28,7 @@ double BestFetchedShare(const LaneCosts& costs, double bytes) {
   constexpr double kInPlaceMustWinBy = 0.98;
   double best = 1;
   double least = kInPlaceMustWinBy * seconds(1);
-  for (const double share : {hidden / fetch, (in_place + hidden) / (fetch + in_place), 0.0}) {
+  for (const double share : {hidden / fetch, balance, 0.0}) {
     if (share < 0 || share > 1 || seconds(share) >= least) continue;
     best = share;
     least = seconds(share);
@@ -79,11 +75,11 @@ void StepModel::Reset(const LaneCosts& costs) {
 
 void StepModel::Observe(const LaneBytes& bytes, const LaneBytes& busy_seconds) {
   ++steps_since_;
+  const LaneBytes expected = BusySeconds(calibrated_, bytes);
   for (int lane = 0; lane < kNumLanes; ++lane) {
-    const double expected = bytes[lane] * calibrated_.busy_seconds_per_byte[lane];
-    if (expected <= 0 || busy_seconds[lane] <= 0) continue;
+    if (bytes[lane] <= 0 || expected[lane] <= 0 || busy_seconds[lane] <= 0) continue;
     const double correction =
-        std::clamp(busy_seconds[lane] / expected, 1 / kMostCorrection, kMostCorrection);
+        std::clamp(busy_seconds[lane] / expected[lane], 1 / kMostCorrection, kMostCorrection);
     corrections_[lane] += kWeight * (correction - corrections_[lane]);
     costs_.seconds_per_byte[lane] = calibrated_.seconds_per_byte[lane] * corrections_[lane];
   }

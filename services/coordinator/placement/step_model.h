@@ -1,10 +1,11 @@
-// What a decode step will take, and how to share what is not resident between the two ways to it: pure
+// How to share what is not resident between the two ways to it, by what a decode step will take: pure
 // functions of numbers.
 #ifndef HEADROOM_SERVICES_COORDINATOR_PLACEMENT_STEP_MODEL_H_
 #define HEADROOM_SERVICES_COORDINATOR_PLACEMENT_STEP_MODEL_H_
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "common/lane_costs.h"
@@ -13,15 +14,14 @@
 namespace headroom::coordinator {
 
 // Bytes of keys and values of one step, by Lane.
-using LaneBytes = std::array<double, kNumLanes>;
-
-// As LaneCosts says.
-double StepSeconds(const LaneCosts& costs, const LaneBytes& bytes);
+using LaneBytes = LaneValues;
+static_assert(std::tuple_size_v<LaneBytes> == kNumLanes);
 
 // The share of `bytes` not resident that is fetched in the shortest step; the rest goes in place. Where
 // copies hide under the base and both ways run side by side, this is the balance
-//   f KV / B_fetch = (1 - f) KV / B_in_place + E,  E = hidden_base * base;
-// where they take turns, all goes the cheaper way. 1 where nothing is known. In place must win by 2%.
+//   f KV / B_fetch = (1 - f) KV / B_in_place + E,  E = hidden_base * base + in_place_seconds,
+// with the rates that both have while both run; where they take turns, all goes the cheaper way. 1 where
+// nothing is known. In place must win by 2%.
 double BestFetchedShare(const LaneCosts& costs, double bytes);
 
 // PlaceByBudget() with the share that suits what it leaves outside the device.

@@ -366,7 +366,7 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
   HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
   const coordinator::LaneBytes bytes = coordinator::BytesOfStep(geometry, placement, shapes, config_.windows);
   Planned planned;
-  planned.step_seconds = coordinator::StepSeconds(costs, bytes);
+  planned.step_seconds = StepSeconds(costs, bytes);
   std::copy(bytes.begin(), bytes.end(), planned.lane_bytes);
   return planned;
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace headroom::coordinator {
@@ -15,7 +16,9 @@ constexpr int kResident = static_cast<int>(Lane::kResident);
 constexpr int kFetched = static_cast<int>(Lane::kFetched);
 constexpr int kInPlace = static_cast<int>(Lane::kInPlace);
 
-LaneCosts Costs(double base, double fetched, double in_place, double hidden, double overlap) {
+// With slowdowns of 1 and 1 the lanes run side by side, with 2 and 2 in turns.
+LaneCosts Costs(double base, double fetched, double in_place, double hidden,
+                double fetched_slowdown, double in_place_slowdown) {
   LaneCosts costs;
   costs.base_seconds = base;
   costs.seconds_per_byte[kResident] = 0.5;
@@ -23,56 +26,81 @@ LaneCosts Costs(double base, double fetched, double in_place, double hidden, dou
   costs.seconds_per_byte[kInPlace] = in_place;
   std::copy_n(costs.seconds_per_byte, 3, costs.busy_seconds_per_byte);
   costs.hidden_base = hidden;
-  costs.overlap = overlap;
+  costs.fetched_slowdown = fetched_slowdown;
+  costs.in_place_slowdown = in_place_slowdown;
   return costs;
 }
 
 TEST(StepSeconds, AreBaseAndLanes) {
   // One after the other.
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 0), {4, 3, 5}), 10 + 2 + 3 + 10);
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 2, 2), {4, 3, 5}), 10 + 2 + 3 + 10);
   // Side by side: the longer of the two.
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 1), {4, 3, 5}), 10 + 2 + 10);
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 0.5), {0, 3, 5}), 10 + 5 + 6.5);
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 1, 1), {4, 3, 5}), 10 + 2 + 10);
+  // Until the copies have ended, after 3 x 1.5, keys in place get two thirds of their rate: 3 are done.
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 1.5, 1.5), {0, 3, 5}), 10 + 4.5 + (10 - 3));
+  // Keys in place end after 4 x 1.25 and lost a fifth; until then 5 / 2 of 12 were copied.
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0, 2, 1.25), {0, 12, 2}), 10 + 5 + (12 - 2.5));
   // Copies under the base: only what is longer than it shows.
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1), {0, 8, 0}), 10);
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1), {0, 18, 0}), 18);
-  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0.5, 1), {0, 18, 1}), 23);
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1, 1), {0, 8, 0}), 10);
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1, 1), {0, 18, 0}), 18);
+  EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0.5, 1, 1), {0, 18, 1}), 23);
+  // What keys in place cost by themselves is there once, and copies run on in it.
+  LaneCosts costs = Costs(10, 1, 2, 0, 2, 2);
+  costs.in_place_seconds = 4;
+  EXPECT_DOUBLE_EQ(StepSeconds(costs, {0, 6, 0}), 10 + 6);
+  EXPECT_DOUBLE_EQ(StepSeconds(costs, {0, 6, 1}), 10 + 4 + 2 + 2);
+}
+
+TEST(BusySeconds, AreThoseOfEachAndWhatTheyLoseToEachOther) {
+  LaneCosts costs = Costs(10, 1, 2, 0.5, 2, 1.25);
+  costs.in_place_seconds = 3;
+  // 20 copied, 8 of them under base and start. In place 2 x 1.25 x 4 = 10: copies lose half of that.
+  const LaneValues busy = BusySeconds(costs, {6, 20, 4});
+  EXPECT_DOUBLE_EQ(busy[kResident], 3);
+  EXPECT_DOUBLE_EQ(busy[kFetched], 20 + 5);
+  EXPECT_DOUBLE_EQ(busy[kInPlace], 3 + 8 + 2);
+  EXPECT_DOUBLE_EQ(StepSeconds(costs, {6, 20, 4}), 10 + 3 + 3 + (12 + 5));
 }
 
 TEST(BestFetchedShare, IsTheBalanceWhereBothRunSideBySide) {
   // f KV / B_fetch = (1 - f) KV / B_in_place + E, with KV 100, rates 1 and 2, E 10: 100 f = 50 - 50 f + 10.
-  EXPECT_DOUBLE_EQ(BestFetchedShare(Costs(10, 1, 0.5, 1, 1), 100), 0.4);
+  EXPECT_DOUBLE_EQ(BestFetchedShare(Costs(10, 1, 0.5, 1, 1, 1), 100), 0.4);
   // The figures of a Llama-3-8B step at 128K on an H100: 17.2 GB, 51 GB/s and 104 GB/s, E 8 ms.
-  EXPECT_NEAR(BestFetchedShare(Costs(0.008, 1 / 51e9, 1 / 104e9, 1, 1), 17.2e9), 0.36, 0.02);
+  EXPECT_NEAR(BestFetchedShare(Costs(0.008, 1 / 51e9, 1 / 104e9, 1, 1, 1), 17.2e9), 0.36, 0.02);
+  // Where copies lose a fifth of their rate to the threads, and those nothing: 125 f - 12.5 = 50 - 50 f.
+  EXPECT_DOUBLE_EQ(BestFetchedShare(Costs(10, 1, 0.5, 1, 1.25, 1), 100), 62.5 / 175);
 }
 
 TEST(BestFetchedShare, GoesOneWayWhereTheyTakeTurns) {
-  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 2, 0, 0), 100), 1);
-  EXPECT_EQ(BestFetchedShare(Costs(10, 2, 1, 0, 0), 100), 0);
+  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 2, 0, 2, 2), 100), 1);
+  EXPECT_EQ(BestFetchedShare(Costs(10, 2, 1, 0, 2, 2), 100), 0);
   // In place must win by 2% of the step.
-  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0.99, 0, 0), 100), 1);
-  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0.9, 0, 0), 100), 0);
+  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0.99, 0, 2, 2), 100), 1);
+  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0.9, 0, 2, 2), 100), 0);
 }
 
 TEST(BestFetchedShare, FetchesWhereNothingIsKnown) {
   EXPECT_EQ(BestFetchedShare(LaneCosts(), 100), 1);
-  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0, 0, 1), 100), 1);  // no store attends
-  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 1, 0, 1), 0), 1);
+  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 0, 0, 1, 1), 100), 1);  // no store attends
+  EXPECT_EQ(BestFetchedShare(Costs(10, 1, 1, 0, 1, 1), 0), 1);
 }
 
 TEST(BestFetchedShare, IsNotWorseThanAnyOther) {
   for (const double hidden : {0.0, 0.3, 1.0}) {
-    for (const double overlap : {0.0, 0.4, 1.0}) {
+    for (const auto& [fetched_slowdown, in_place_slowdown] :
+         {std::pair(2.0, 2.0), std::pair(1.6, 1.6), std::pair(1.3, 1.0), std::pair(1.0, 1.0)}) {
       for (const double in_place : {0.2, 1.0, 3.0}) {
         for (const double bytes : {1.0, 10.0, 200.0}) {
-          const LaneCosts costs = Costs(10, 1, in_place, hidden, overlap);
+          LaneCosts costs =
+              Costs(10, 1, in_place, hidden, fetched_slowdown, in_place_slowdown);
+          costs.in_place_seconds = hidden;
           const auto seconds = [&](double share) {
             return StepSeconds(costs, {0, share * bytes, (1 - share) * bytes});
           };
           double least = std::numeric_limits<double>::infinity();
           for (int i = 0; i <= 1000; ++i) least = std::min(least, seconds(i / 1000.0));
           EXPECT_LE(seconds(BestFetchedShare(costs, bytes)), least / 0.98 + 1e-9)
-              << hidden << " " << overlap << " " << in_place << " " << bytes;
+              << hidden << " " << fetched_slowdown << " " << in_place << " " << bytes;
         }
       }
     }
@@ -81,7 +109,7 @@ TEST(BestFetchedShare, IsNotWorseThanAnyOther) {
 
 TEST(StepModel, FollowsALaneThatSlowsDownAndAsksOnceInAWhile) {
   StepModel model;
-  model.Reset(Costs(10, 1, 0.5, 0, 0));
+  model.Reset(Costs(10, 1, 0.5, 0, 2, 2));
   const LaneBytes bytes = {0, 0, 100};
   // As calibrated: nothing to change, however often.
   for (int i = 0; i < 200; ++i) {
@@ -98,7 +126,7 @@ TEST(StepModel, FollowsALaneThatSlowsDownAndAsksOnceInAWhile) {
   EXPECT_NEAR(model.costs().seconds_per_byte[kInPlace], 2, 0.01);
   EXPECT_EQ(BestFetchedShare(model.costs(), 100), 1);
   // One wild measurement does not turn it over.
-  model.Reset(Costs(10, 1, 0.5, 0, 0));
+  model.Reset(Costs(10, 1, 0.5, 0, 2, 2));
   model.Observe(bytes, {0, 0, 1e9});
   EXPECT_LT(model.costs().seconds_per_byte[kInPlace], 1);
 }

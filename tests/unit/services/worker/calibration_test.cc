@@ -57,8 +57,10 @@ TEST_P(CalibrationTest, FindsCostsAndLeavesNothingBehind) {
   }
   EXPECT_GE(costs->hidden_base, 0);
   EXPECT_LE(costs->hidden_base, 1);
-  EXPECT_GE(costs->overlap, 0);
-  EXPECT_LE(costs->overlap, 1);
+  EXPECT_GE(costs->in_place_seconds, 0);
+  EXPECT_GE(costs->fetched_slowdown, 1);
+  EXPECT_GE(costs->in_place_slowdown, 1);
+  EXPECT_LE(1 / costs->fetched_slowdown + 1 / costs->in_place_slowdown, 2);
   if (GetParam() > 0) {
     EXPECT_GT(h.pool()->counters().posts, 0u);
   }
