@@ -88,12 +88,14 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   int64_t seen = work.pos(last_query - 1) + 1;
   if (seen > end_pos) seen = end_pos;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  // The warp's keys of a unit: [begin_of, end_of), or none.
-  const auto begin_of = [&](int64_t of) { return (first_unit + of) * kUnitTokens + warp * kBlock; };
+  // The warp's keys of a unit: [begin_of, end_of), or none. Positions are below 2^31.
+  const auto begin_of = [&](int64_t of) {
+    return static_cast<int32_t>((first_unit + of) * kUnitTokens) + warp * kBlock;
+  };
   const auto end_of = [&](int64_t of) {
-    const int64_t begin = begin_of(of);
+    const int32_t begin = begin_of(of);
     if (of >= end_unit || begin < begin_pos) return begin;
-    return begin + kBlock < seen ? begin + kBlock : seen;
+    return min(begin + kBlock, static_cast<int32_t>(seen));
   };
   constexpr int kColumns = kD * kQueries / kThreads;
   const int query = static_cast<int>(threadIdx.x) * kQueries / kThreads;
@@ -117,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
 
 // Units whose results are on their way at once, and those that are looked at together: a load takes as
 // long as some hundred additions.
-constexpr int kFoldAhead = 64;
+template <int kD>
+constexpr int kFoldAhead = kD < 128 ? kD : 128;
 constexpr int kFoldStage = 16;
 
 // Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
@@ -136,6 +139,7 @@ struct __align__(16) UnitWeights {
 template <int kD>
 __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
                                                  UnitWindow window) {
+  constexpr int kAhead = kFoldAhead<kD>;
   __shared__ UnitWeights weights[kD];
   __shared__ float largest_of_warp[kD / kWarp];
   const AttendItem item = a.items.device[blockIdx.y];
@@ -160,15 +164,15 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   const auto stride = static_cast<uint32_t>(window.heads * window.queries * (kD + 2));
 
   const int i = static_cast<int>(threadIdx.x);
-  // The thread's column of units, unit u in ahead[u % kFoldAhead]; loaded in order, a stage at once.
-  float ahead[kFoldAhead];
+  // The thread's column of units, unit u in ahead[u % kAhead]; loaded in order, a stage at once.
+  float ahead[kAhead];
   const float* from = parts + i;
   const auto load = [&](int unit, float& to) {
     to = unit < whole ? *from : 0.0f;
     from += stride;
   };
 #pragma unroll
-  for (int k = 0; k < kFoldAhead; ++k) {
+  for (int k = 0; k < kAhead; ++k) {
     if (k % kFoldStage == 0 && k >= whole) break;
     load(k, ahead[k]);
   }
@@ -220,15 +224,15 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
     }
     weights[i] = its;
     __syncthreads();
-    for (int first = 0; first < count; first += kFoldAhead) {
+    for (int first = 0; first < count; first += kAhead) {
 #pragma unroll
-      for (int k = 0; k < kFoldAhead; ++k) {  // what is past the last unit is nothing
+      for (int k = 0; k < kAhead; ++k) {  // what is past the last unit is nothing
         const int n = first + k;
         if (k % kFoldStage == 0 && n >= count) break;
         const UnitWeights weight = weights[n];
         o = __fmaf_rn(ahead[k], weight.unit, __fmul_rn(o, weight.before));
         l = __fmaf_rn(weight.l, weight.unit, __fmul_rn(l, weight.before));
-        load(begin + n + kFoldAhead, ahead[k]);
+        load(begin + n + kAhead, ahead[k]);
       }
     }
   }

@@ -72,10 +72,17 @@ class WarpBlock {
         first_(first),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         quad_(lane_ / 4),
-        pair_(lane_ % 4) {}
+        pair_(lane_ % 4) {
+    const int64_t last = min(first + kQueries, work.num_queries()) - 1;
+    all_see_from_ = static_cast<int32_t>(FirstSeen(work.a.window, work.pos(last)));
+    all_see_to_ = static_cast<int32_t>(work.pos(first) + 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) pos_[h] = static_cast<int32_t>(work.pos(first + 2 * pair_ + h));
+  }
 
   // Begins to load the item's keys in [begin, end): some of one block, from its beginning on, or none.
-  __device__ void Start(int64_t begin, int64_t end) {
+  // Positions are below 2^31.
+  __device__ void Start(int32_t begin, int32_t end) {
     next_ = Find(begin, end);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) LoadKeys(slots_[i], next_, i);
@@ -83,9 +90,9 @@ class WarpBlock {
   }
 
   // Takes the keys that were begun, and begins with [next_begin, next_end).
-  __device__ void Run(int64_t next_begin, int64_t next_end) {
+  __device__ void Run(int32_t next_begin, int32_t next_end) {
     const Keys keys = next_;
-    next_ = Find(next_begin, next_end);
+    next_ = Next(next_begin, next_end);
     float score[kGroups][4];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -96,7 +103,13 @@ class WarpBlock {
         LoadValues(slots_[i % kSlots], keys, i + kSlots - kGroups);
       }
     }
-    Softmax(keys, score);
+    // Almost always: nothing is looked at key by key.
+    if (keys.count == kBlock && all_see_from_ <= keys.pos && keys.pos + kBlock <= all_see_to_ &&
+        work_.a.soft_cap == 0) {
+      Softmax<true>(keys, score);
+    } else {
+      Softmax<false>(keys, score);
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) o_[t][0] = o_[t][1] = o_[t][2] = o_[t][3] = 0;
 #pragma unroll
@@ -134,7 +147,7 @@ class WarpBlock {
   __device__ bool Has(int h) const { return first_ + 2 * pair_ + h < work_.num_queries(); }
   __device__ int Dimension(int t) const { return t / 4 * 64 + quad_ * 8 + t % 4 * 2; }
 
-  // Up to 64 keys, one behind the other, and likewise their values. Positions are below 2^31.
+  // Up to 64 keys, one behind the other, and likewise their values: where the lane's part begins.
   struct Keys {
     const uint8_t* rows = nullptr;
     const uint8_t* value_rows = nullptr;
@@ -142,10 +155,18 @@ class WarpBlock {
     int32_t count = 0;
   };
 
+  // A unit further on they mostly lie in the same span.
+  __device__ Keys Next(int32_t begin, int32_t end) {
+    constexpr int kUnit = static_cast<int>(kUnitTokens);
+    if (begin != next_.pos + kUnit || end > in_a_row_to_ || begin >= end) return Find(begin, end);
+    return {next_.rows + kUnit * kRowBytes, next_.value_rows + kUnit * kRowBytes, begin, end - begin};
+  }
+
   // Where keys [begin, end) lie; nowhere if there are none. The lanes look at a span each: a long context
   // has some forty.
-  __device__ Keys Find(int64_t begin, int64_t end) const {
+  __device__ Keys Find(int32_t begin, int32_t end) {
     Keys keys;
+    in_a_row_to_ = 0;
     if (begin >= end) return keys;
     for (int32_t base = 0; base < work_.item.span_count; base += kWarp) {
       const int32_t i = base + lane_;
@@ -157,11 +178,17 @@ class WarpBlock {
       const unsigned found = __ballot_sync(kFullMask, here);
       if (found == 0) continue;
       const KvSpan& span = work_.span(base + __ffs(static_cast<int>(found)) - 1);
-      const int64_t span_end = span.first_pos + span.count;
-      keys.rows = KeyRow(span, kv_head_, begin, kD);
-      keys.value_rows = ValueRow(span, kv_head_, begin, kD);
-      keys.pos = static_cast<int32_t>(begin);
-      keys.count = static_cast<int32_t>((end < span_end ? end : span_end) - begin);
+      const auto span_end = static_cast<int32_t>(span.first_pos) + span.count;
+      const uint8_t* const rows = KeyRow(span, kv_head_, begin, kD);
+      const uint8_t* const value_rows = ValueRow(span, kv_head_, begin, kD);
+      keys.rows = rows + quad_ * kRowBytes + pair_ * 16;
+      keys.value_rows = value_rows + 2 * pair_ * kRowBytes + quad_ * 16;
+      keys.pos = begin;
+      keys.count = min(end, span_end) - begin;
+      // Up to where a ring begins anew.
+      const auto row = static_cast<uint32_t>(begin - static_cast<int32_t>(span.origin_pos)) %
+                       static_cast<uint32_t>(span.capacity);
+      in_a_row_to_ = min(span_end, begin + span.capacity - static_cast<int32_t>(row));
       break;
     }
     return keys;
@@ -170,30 +197,35 @@ class WarpBlock {
   // The left operand of scores of keys [16 i, 16 i + 16): of two keys, 8 dimensions out of 32 each. Rows
   // that do not exist are zero.
   __device__ void LoadKeys(uint4 (&slot)[kPieces], const Keys& keys, int i) const {
+    const auto from = [&](int h, int c) {
+      return keys.rows + (i * kGroup + h * 8) * kRowBytes + c * 64;
+    };
+    if (keys.count == kBlock) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool exists = i * kGroup + h * 8 + quad_ < keys.count;
-      const uint8_t* const from = keys.rows + quad_ * kRowBytes + pair_ * 16;
+      for (int n = 0; n < kPieces; ++n) slot[n] = LoadOnce(from(n % 2, n / 2));
+      return;
+    }
 #pragma unroll
-      for (int c = 0; c < kD / 32; ++c) {
-        slot[2 * c + h] = exists ? LoadOnce(from + (i * kGroup + h * 8) * kRowBytes + c * 64)
-                                 : make_uint4(0, 0, 0, 0);
-      }
+    for (int n = 0; n < kPieces; ++n) {
+      const bool exists = i * kGroup + n % 2 * 8 + quad_ < keys.count;
+      slot[n] = exists ? LoadOnce(from(n % 2, n / 2)) : make_uint4(0, 0, 0, 0);
     }
   }
   // The values of keys 2 pair, the next, and both + 8: 8 dimensions out of 64 each.
   __device__ void LoadValues(uint4 (&slot)[kPieces], const Keys& keys, int i) const {
+    const auto row = [&](int n) { return i * kGroup + n / 2 * 8 + n % 2; };  // beside the lane's
+    const auto from = [&](int n) {
+      return keys.value_rows + row(n % 4) * kRowBytes + n / 4 * 128;
+    };
+    if (keys.count == kBlock) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int row = i * kGroup + n / 2 * 8 + n % 2;  // beside the lane's
-      const bool exists = row + 2 * pair_ < keys.count;
-      const uint8_t* const from =
-          keys.value_rows + 2 * pair_ * kRowBytes + quad_ * 16;
+      for (int n = 0; n < kPieces; ++n) slot[n] = LoadOnce(from(n));
+      return;
+    }
 #pragma unroll
-      for (int c = 0; c < kD / 64; ++c) {
-        slot[4 * c + n] =
-            exists ? LoadOnce(from + row * kRowBytes + c * 128) : make_uint4(0, 0, 0, 0);
-      }
+    for (int n = 0; n < kPieces; ++n) {
+      const bool exists = row(n % 4) + 2 * pair_ < keys.count;
+      slot[n] = exists ? LoadOnce(from(n)) : make_uint4(0, 0, 0, 0);
     }
   }
 
@@ -234,21 +266,26 @@ class WarpBlock {
   // Which of the keys query h sees.
   __device__ SeenKeys Seen(int h, const Keys& keys) const {
     if (!Has(h)) return {};
-    return {work_.a, work_.pos(first_ + 2 * pair_ + h), keys.pos, keys.count};
+    return {work_.a, pos_[h], keys.pos, keys.count};
   }
 
-  // Scores to exp(score - m).
+  // Scores to exp(score - m). kAll: all queries see all keys, and scores are not capped.
+  template <bool kAll>
   __device__ void Softmax(const Keys& keys, float (&p)[kGroups][4]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const SeenKeys seen = Seen(h, keys);
+      const SeenKeys seen = kAll ? SeenKeys() : Seen(h, keys);
       float largest = -CUDART_INF_F;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
 #pragma unroll
         for (int n = h; n < 4; n += 2) {
           const int key = i * kGroup + quad_ + n / 2 * 8;
-          p[i][n] = seen.Has(key) ? Scored(work_.a, p[i][n]) : -CUDART_INF_F;
+          if constexpr (kAll) {
+            p[i][n] = __fmul_rn(p[i][n], work_.a.scale);
+          } else {
+            p[i][n] = seen.Has(key) ? Scored(work_.a, p[i][n]) : -CUDART_INF_F;
+          }
           largest = fmaxf(largest, p[i][n]);
         }
       }
@@ -259,7 +296,7 @@ class WarpBlock {
 #pragma unroll
         for (int n = h; n < 4; n += 2) {
           const int key = i * kGroup + quad_ + n / 2 * 8;
-          p[i][n] = seen.Has(key) ? expf(__fsub_rn(p[i][n], m_[h])) : 0.0f;
+          p[i][n] = kAll || seen.Has(key) ? expf(__fsub_rn(p[i][n], m_[h])) : 0.0f;
           sum = __fadd_rn(sum, p[i][n]);
         }
       }
@@ -298,6 +335,9 @@ class WarpBlock {
   const int32_t kv_head_;
   const int64_t first_;
   const int lane_, quad_, pair_;
+  int32_t pos_[2];  // of the lane's queries
+  int32_t all_see_from_, all_see_to_;  // positions of keys
+  int32_t in_a_row_to_ = 0;            // rows of keys follow each other up to this position
   Keys next_;
   uint4 slots_[kSlots][kPieces];  // keys or values on their way
   uint32_t q_hi_[kD / 32][4], q_lo_[kD / 32][4];

@@ -1,5 +1,6 @@
 // How fast the CUDA kernels are in Llama-3-8B's shapes, beside what the card can move in the same
-// run. No model is needed: contents are random, but not zero.
+// run: gpu_bench [copies|gemm|decode|prefill|small]. No model is needed: contents are random, but not
+// zero.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -49,12 +50,19 @@ class Bench {
     std::printf("%s\n", std::string(device_->name()).c_str());
   }
 
-  void Run() {
-    Copies();
-    Gemms();
-    Decodes();
-    Prefills();
-    Small();
+  // All of it, or the part of this name.
+  void Run(const std::string& part) {
+    const struct {
+      const char* name;
+      void (Bench::*run)();
+    } parts[] = {{"copies", &Bench::Copies},
+                 {"gemm", &Bench::Gemms},
+                 {"decode", &Bench::Decodes},
+                 {"prefill", &Bench::Prefills},
+                 {"small", &Bench::Small}};
+    for (const auto& [name, run] : parts) {
+      if (part.empty() || part == name) (this->*run)();
+    }
   }
 
  private:
@@ -241,6 +249,7 @@ class Bench {
   }
 
   void Small() {
+    Attend(1, 1024, kScratchFloats);  // whose buffers it uses
     kernels::RmsNormArgs norm;
     norm.x = q_;
     norm.x_rows = norm.rows = 1;
@@ -281,4 +290,4 @@ class Bench {
 }  // namespace
 }  // namespace headroom
 
-int main() { headroom::Bench().Run(); }
+int main(int argc, char** argv) { headroom::Bench().Run(argc > 1 ? argv[1] : ""); }
