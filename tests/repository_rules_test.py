@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Rules of the tree that no compiler checks: who may include whom, and what text must not say."""
 
+import fnmatch
 import re
 import subprocess
 import unittest
@@ -141,6 +142,31 @@ class Text(unittest.TestCase):
     def test_an_unknown_host_is_seen(self):
         self.assertTrue(text_violations(PurePosixPath("a.md"), "from https://downloads.example.com/x"))
         self.assertEqual([], text_violations(PurePosixPath("a.md"), "see https://arxiv.org/abs/1"))
+
+
+class GpuTest(unittest.TestCase):
+    """scripts/gpu_test runs where no CI does: a test that it leaves out may have gone by now."""
+
+    TEST = re.compile(r"^TEST(?:_[FP])?\((\w+), (\w+)\)", re.MULTILINE)
+
+    def test_what_it_names_is_there(self):
+        script = (ROOT / "scripts/gpu_test").read_text()
+        cmake = [(ROOT / p).read_text() for p in repository_files() if p.name == "CMakeLists.txt"]
+        tests = [f"{suite}.{name}" for p in repository_files() if p.name.endswith("_test.cc")
+                 for suite, name in self.TEST.findall((ROOT / p).read_text())]
+        self.assertGreater(len(tests), 500)
+        filters = re.findall(r"'([^'\s]*\*[^'\s]*)'", script)
+        self.assertGreater(len(filters), 8)
+        for pattern in sorted({p.lstrip("-") for text in filters for p in text.split(":")}):
+            with self.subTest(pattern=pattern):
+                self.assertTrue(any(fnmatch.fnmatchcase(test, pattern) for test in tests))
+        for name in sorted(set(re.findall(r"(?<![\w*-])(?!gpu_test\b)[a-z]\w*_test\b", script))):
+            # By name, or as one of foreach(test ...) under a prefix.
+            prefix, _, rest = name.removesuffix("_test").partition("_")
+            of_many = re.compile(rf"foreach\(test[^)]*\b{rest}\b[^)]*\)\s+headroom_test\({prefix}_\$")
+            with self.subTest(name=name):
+                self.assertTrue(any(f"headroom_test({name} " in text or of_many.search(text)
+                                    for text in cmake))
 
 
 if __name__ == "__main__":

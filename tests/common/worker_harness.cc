@@ -19,7 +19,15 @@ namespace {
 
 constexpr absl::Duration kStepTimeout = absl::Minutes(1);
 
+// On a GPU host the same tests run on the GPU.
+std::string TestDevice() {
+  const char* const kind = std::getenv("HEADROOM_TEST_DEVICE");
+  return kind != nullptr ? kind : "cpu";
+}
+
 }  // namespace
+
+bool OnGpu() { return ChooseDevice(TestDevice()) != "cpu"; }
 
 absl::StatusOr<std::unique_ptr<RandomModelFolder>> RandomModelFolder::Create(
     const RandomModelSpec& spec) {
@@ -98,19 +106,18 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   auto harness = std::unique_ptr<WorkerHarness>(new WorkerHarness());
   WorkerHarness& h = *harness;
   HEADROOM_ASSIGN_OR_RETURN(h.config_, ReadModelConfig(model_dir));
-  // On a GPU host the same tests run on the GPU.
-  const char* const kind = std::getenv("HEADROOM_TEST_DEVICE");
   DeviceOptions device;
-  device.kind = kind != nullptr ? kind : "cpu";
+  device.kind = TestDevice();
   device.memory_bytes = options.budget_bytes;
   device.compute_threads = options.compute_threads;
   device.delay_seed = options.delay_seed;
   HEADROOM_ASSIGN_OR_RETURN(h.device_, CreateDevice(device));
   if (options.wrap_device) h.device_ = options.wrap_device(std::move(h.device_));
+  // As the worker does: a CUDA device of 512 MiB and more has 32 MiB less, cuBLASLt's workspace.
   HEADROOM_ASSIGN_OR_RETURN(
-      h.budget_, DivideBudget(h.config_, WeightBytes(h.config_, *h.device_), options.budget_bytes,
-                              options.chunk_limit_tokens, options.max_context_tokens,
-                              h.device_->product_type()));
+      h.budget_, DivideBudget(h.config_, WeightBytes(h.config_, *h.device_),
+                              h.device_->arena_use().free_bytes(), options.chunk_limit_tokens,
+                              options.max_context_tokens, h.device_->product_type()));
   if (options.ring_bytes > 0) {
     if (options.ring_bytes > h.budget_.ring_bytes) {
       return absl::InvalidArgumentError("the ring cannot be larger than the budget's");

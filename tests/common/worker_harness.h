@@ -1,6 +1,6 @@
-// A step executor on a CPU device with a random model, driven the way the coordinator drives it:
-// prompts in chunks, tokens drawn two steps deep, extents granted as sequences grow. Plain memory
-// stands for the segment, so that a test can look at extents and damage them.
+// A step executor on a CPU device (or what HEADROOM_TEST_DEVICE names) with a random model, driven the
+// way the coordinator drives it: prompts in chunks, tokens drawn two steps deep, extents granted as
+// sequences grow. Plain memory stands for the segment, so that a test can look at extents and damage them.
 #ifndef HEADROOM_TESTS_COMMON_WORKER_HARNESS_H_
 #define HEADROOM_TESTS_COMMON_WORKER_HARNESS_H_
 
@@ -28,6 +28,10 @@
 #include "tests/common/random_model.h"
 
 namespace headroom {
+
+// The tests' device (HEADROOM_TEST_DEVICE, else the CPU) is a GPU: fewer ways of computing a sequence give
+// the same bits there, and products round to bfloat16.
+bool OnGpu();
 
 // A random model's folder, removed in the end.
 class RandomModelFolder {
@@ -75,7 +79,7 @@ struct WorkerHarnessOptions {
   int attend_threads = 0;
   absl::Duration in_place_deadline = absl::Seconds(30);
   std::optional<uint64_t> delay_seed;
-  // Puts a device of the test's in front of the real one.
+  // Puts a device of the test's in front of the real one. What it takes of the arena is not divided.
   std::function<std::unique_ptr<Device>(std::unique_ptr<Device>)> wrap_device;
 };
 

@@ -1,6 +1,6 @@
-// SmolLM2-135M-Instruct on the CPU device against transformers' float32: the same words, the same
-// log-probabilities within rounding, and a number found again in a long text, under a budget of
-// device memory that holds the weights and little more.
+// SmolLM2-135M-Instruct on the CPU device (or a GPU, HEADROOM_TEST_DEVICE) against transformers' float32:
+// the same words, the same log-probabilities within rounding, and a number found again in a long text,
+// under a budget of device memory that holds the weights and little more.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -59,7 +59,8 @@ class SmolLm2Test : public testing::Test {
     ASSERT_TRUE(tokenizer.ok()) << tokenizer.status() << "; scripts/fetch_model makes the model";
     tokenizer_ = tokenizer->release();
     WorkerHarnessOptions options;
-    options.budget_bytes = int64_t{340} << 20;
+    // With less than 512 MiB a CUDA device leaves cuBLASLt out.
+    options.budget_bytes = int64_t{OnGpu() ? 512 : 340} << 20;
     options.segment_bytes = int64_t{400} << 20;
     options.max_context_tokens = 8192;
     options.compute_threads =
@@ -83,6 +84,10 @@ class SmolLm2Test : public testing::Test {
   void SetUp() override { harness_->set_segment_used(0); }
 
   static std::string ModelDir() { return FromEnvironment("HEADROOM_MODEL_DIR"); }
+  // A GPU's products take bfloat16. Emulated with numpy, that alone moves the text's log-probabilities by
+  // 0.0123 in the mean and 0.059 at most (keys and values alone: 0.0046, 0.031), the prompts' by 0.052
+  // (0.007), and none of the ids.
+  static double rounding() { return OnGpu() ? 2 : 1; }
 
   static Json* reference_;
   static Tokenizer* tokenizer_;
@@ -154,7 +159,7 @@ TEST_F(SmolLm2Test, GreedyTokensAreTheSame) {
   }
   EXPECT_GE(steps, 100) << "of a reference that is to say something";
   RecordProperty("max_error", absl::StrCat(worst));
-  EXPECT_LE(worst, 0.05);
+  EXPECT_LE(worst, rounding() * 0.05);
 }
 
 TEST_F(SmolLm2Test, ATextHasTheSameLogProbabilities) {
@@ -176,8 +181,8 @@ TEST_F(SmolLm2Test, ATextHasTheSameLogProbabilities) {
   }
   RecordProperty("mean_error", absl::StrCat(sum / static_cast<double>(output->scored.size())));
   RecordProperty("max_error", absl::StrCat(worst));
-  EXPECT_LE(sum / static_cast<double>(output->scored.size()), 0.01);
-  EXPECT_LE(worst, 0.1);
+  EXPECT_LE(sum / static_cast<double>(output->scored.size()), rounding() * 0.01);
+  EXPECT_LE(worst, rounding() * 0.1);
 }
 
 // A number planted in a long text, found again with its keys in the lanes of the plan.

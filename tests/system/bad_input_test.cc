@@ -9,6 +9,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -27,6 +28,13 @@ constexpr int kRepeats = kSanitized ? 10 : 100;
 constexpr int64_t kMiB = int64_t{1} << 20;
 // Of messages of several MiB: gRPC's own work on one is tens of ms.
 constexpr int kLargeRepeats = kSanitized ? 2 : 10;
+// What a round of calls of one kind may leave with the coordinator: of large ones 1 MiB each, of those
+// of 1 MB 100 KiB each, of small ones 10 KiB each.
+constexpr int64_t kMostLeft = 10 * kMiB;
+constexpr int64_t kMostLeftOfSmall = kMiB;
+constexpr size_t kSmallBytes = 4096;
+// After all of them; 5 to 22 MiB do, by how many threads gRPC made: each has an arena of the allocator.
+constexpr int64_t kMostThatStays = 32 * kMiB;
 
 struct Kind {
   std::string name;
@@ -216,36 +224,49 @@ class BadInput : public testing::Test {
 
   struct Cost {
     std::vector<double> ms;
-    int64_t growth = 0;  // of the coordinator's memory, of all calls together
+    int64_t growth = 0;  // of the coordinator's memory, by the round that left least
 
     void Report(const std::string& name) {
       std::sort(ms.begin(), ms.end());
-      std::printf("%-44s %7.2f ms, 99%% %7.2f, longest %7.2f; %6ld KiB by %zu\n", name.c_str(),
+      std::printf("%-44s %7.2f ms, 99%% %7.2f, longest %7.2f; %6ld KiB left, %zu calls\n", name.c_str(),
                   ms[ms.size() / 2], ms[ms.size() * 99 / 100], ms.back(),
                   static_cast<long>(growth >> 10), ms.size());
     }
   };
-  // `call` says what was wrong with the answer, or nothing.
-  Cost Repeat(const std::string& name, int repeats, const std::function<std::string(int)>& call) {
+  // `call` says what was wrong with the answer, or nothing. A round is `repeats` calls, and leaves at most
+  // `most` bytes.
+  Cost Repeat(const std::string& name, int repeats, int64_t most,
+              const std::function<std::string(int)>& call) {
     Cost cost;
+    bool right = true;
     EXPECT_EQ(call(0), "") << name;  // what is made once is not counted
     EXPECT_EQ(call(1), "") << name;
-    const int64_t before = MemoryOf(cluster_.coordinator().pid());
-    for (int i = 0; i < repeats; ++i) {
-      const absl::Time begin = absl::Now();
-      const std::string wrong = call(i);
-      cost.ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - begin));
-      if (wrong.empty()) continue;
-      ADD_FAILURE() << name << ": " << wrong;
-      break;
-    }
-    cost.growth = MemoryOf(cluster_.coordinator().pid()) - before;
+    cost.growth = Least(most, [&] {
+      const int64_t before = MemoryOf(cluster_.coordinator().pid());
+      for (int i = 0; i < repeats && right; ++i) {
+        const absl::Time begin = absl::Now();
+        const std::string wrong = call(i);
+        cost.ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - begin));
+        right = wrong.empty();
+        if (!right) ADD_FAILURE() << name << ": " << wrong;
+      }
+      return MemoryOf(cluster_.coordinator().pid()) - before;
+    });
     cost.Report(name);
-    // Less than 1 MiB each, and of many small ones together not much more.
     if (!kSanitized) {
-      EXPECT_LT(cost.growth, std::min(repeats, 16) * kMiB) << name;
+      EXPECT_LT(cost.growth, most) << name;
     }
     return cost;
+  }
+  // The least that a round measured, of up to three; the first below `most` is the last. What leaks shows
+  // in every round; what the allocator makes once (a thread's arena) or has not given back yet does in one:
+  // ten chats of 8 MB left -6 to 11 MiB, mostly nothing.
+  static int64_t Least(int64_t most, const std::function<int64_t()>& round) {
+    int64_t least = round();
+    for (int more = 2; more > 0 && least >= most && !kSanitized; --more) {
+      least = std::min(least, round());
+    }
+    return least;
   }
   const TestClient& client() const { return cluster_.client(); }
   // A request as GenerateOnce takes it; what a caller needs to make megabytes of it is not the server's.
@@ -270,33 +291,61 @@ TEST_F(BadInput, EachRequestIsRefusedByItsFieldSoonAndLeavesNothing) {
     kinds.insert(kinds.end(), more.begin(), more.end());
   }
   const int64_t before = MemoryOf(cluster_.coordinator().pid());
-  std::vector<double> small_ms;
+  struct Request {
+    const Kind* kind;
+    R request;
+    std::string once_bytes;
+  };
+  std::vector<Request> small, larger;
   for (const Kind& kind : kinds) {
-    R request = Ask({10, 11, 12}, 2);
-    kind.change(request);
-    const auto wrong = [&](const absl::Status& status) -> std::string {
-      const std::vector<FieldViolation> violations = FieldViolationsOf(status);
-      if (!absl::IsInvalidArgument(status) || violations.size() != 1) return status.ToString();
-      return violations[0].field == kind.field ? "" : violations[0].field;
-    };
-    if (kind.repeats == kLargeRepeats) {
-      EXPECT_EQ(wrong(client().Generate(request).status), "") << kind.name;
-      const std::string bytes = OnceBytes(request);
-      Repeat(kind.name, kind.repeats, [&](int) { return wrong(CallOnce(bytes)); });
-      continue;
-    }
-    Cost cost = Repeat(kind.name, kind.repeats, [&](int i) {
-      return wrong((i % 2 == 0 ? client().Generate(request) : client().GenerateOnce(request)).status);
-    });
-    small_ms.insert(small_ms.end(), cost.ms.begin(), cost.ms.end());
+    Request request = {&kind, Ask({10, 11, 12}, 2), ""};
+    kind.change(request.request);
+    request.once_bytes = OnceBytes(request.request);
+    (request.once_bytes.size() < kSmallBytes ? small : larger).push_back(std::move(request));
   }
-  Cost all;
-  all.ms = small_ms;
-  all.growth = MemoryOf(cluster_.coordinator().pid()) - before;
-  all.Report("all together, times without the large ones");
-  EXPECT_LT(all.ms[all.ms.size() * 99 / 100], kSanitized ? 5000 : 500);
+  const auto wrong = [](const Request& asked, const absl::Status& status) -> std::string {
+    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
+    if (!absl::IsInvalidArgument(status) || violations.size() != 1) return status.ToString();
+    return violations[0].field == asked.kind->field ? "" : violations[0].field;
+  };
+  const auto call = [&](const Request& asked, int i) {
+    return wrong(asked, (i % 2 == 0 ? client().Generate(asked.request)
+                                    : client().GenerateOnce(asked.request))
+                            .status);
+  };
+  std::vector<double> many_ms;
+  const auto each = [&](const std::vector<Request>& requests, int64_t most) {
+    for (const Request& asked : requests) {
+      const Kind& kind = *asked.kind;
+      if (kind.repeats == kLargeRepeats) {
+        EXPECT_EQ(wrong(asked, client().Generate(asked.request).status), "") << kind.name;
+        Repeat(kind.name, kind.repeats, most,
+               [&](int) { return wrong(asked, CallOnce(asked.once_bytes)); });
+        continue;
+      }
+      const Cost cost =
+          Repeat(kind.name, kind.repeats, most, [&](int i) { return call(asked, i); });
+      many_ms.insert(many_ms.end(), cost.ms.begin(), cost.ms.end());
+    }
+  };
+  each(small, kMostLeftOfSmall);
+  // All of these have been here a hundred times: what they leave now is a leak. Before the larger ones, of
+  // which some free memory stays that would hide it.
+  ASSERT_GT(small.size(), 70u);
+  const int size = static_cast<int>(small.size());
+  Repeat("each small kind in turn", size * (kSanitized ? 2 : 40), kMostLeftOfSmall / 4,
+         [&](int i) { return call(small[i % size], i / size); });
+  each(larger, kMostLeft);
+  std::sort(many_ms.begin(), many_ms.end());
+  EXPECT_LT(many_ms[many_ms.size() * 99 / 100], kSanitized ? 5000 : 500);
+  // Of all that was freed little stays; where it is left to glibc (no KeepNoFreedMemory()) 18 to 51 MiB do.
+  const int64_t stays = Least(kMostThatStays, [&] {
+    for (const Request& asked : small) EXPECT_EQ(call(asked, 0), "") << asked.kind->name;
+    return MemoryOf(cluster_.coordinator().pid()) - before;
+  });
+  std::printf("all together: %ld KiB stay\n", static_cast<long>(stays >> 10));
   if (!kSanitized) {
-    EXPECT_LT(all.growth, 32 * kMiB);  // 9 to 19, and no more with four times the calls
+    EXPECT_LT(stays, kMostThatStays);
   }
   EXPECT_TRUE(client().AwaitIdle(absl::Seconds(1)));
   EXPECT_EQ(client().Generate(Ask(RandomPrompt(1, 70), 4)).tokens.size(), 4u);
@@ -305,7 +354,7 @@ TEST_F(BadInput, EachRequestIsRefusedByItsFieldSoonAndLeavesNothing) {
 TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
   const std::string service = "/headroom.v1.InferenceService/";
   // No field of any message begins with these bytes.
-  Repeat("bytes that are no message", kRepeats, [&](int i) -> std::string {
+  Repeat("bytes that are no message", kRepeats, kMostLeftOfSmall, [&](int i) -> std::string {
     static constexpr const char* kMethods[] = {"Generate", "GenerateOnce", "Tokenize", "Abort",
                                                "GetSession", "GetLoad"};
     std::string response;
@@ -316,7 +365,7 @@ TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
                       !ReasonOf(status).empty();
     return told ? "" : status.ToString();
   });
-  Repeat("a text that is not UTF-8, in other calls", kRepeats, [&](int i) -> std::string {
+  Repeat("a text that is not UTF-8, in other calls", kRepeats, kMostLeftOfSmall, [&](int i) -> std::string {
     static constexpr std::pair<const char*, const char*> kMethods[] = {
         {"Tokenize", "text"}, {"Abort", "request_id"}, {"GetSession", "session_id"},
         {"DeleteSession", "session_id"}};
@@ -330,7 +379,7 @@ TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
     return told ? "" : status.ToString();
   });
   // What receiving so many bytes takes by itself.
-  Repeat("8 MB for a method that is not there", kLargeRepeats, [&](int) -> std::string {
+  Repeat("8 MB for a method that is not there", kLargeRepeats, kMostLeft, [&](int) -> std::string {
     std::string response;
     const absl::Status status = FromGrpcStatus(
         client().Call(service + "Nothing", std::string(8'000'000, 'a'), &response));
@@ -341,7 +390,7 @@ TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
   // Of what gRPC reads of it before it gives up, some MiB stay with the connection.
   EXPECT_TRUE(absl::IsResourceExhausted(client().Generate(large).status));
   const std::string bytes = OnceBytes(large);
-  Repeat("a message of 17 MiB", 2 * kLargeRepeats, [&](int) -> std::string {
+  Repeat("a message of 17 MiB", 2 * kLargeRepeats, 2 * kMostLeft, [&](int) -> std::string {
     const absl::Status status = CallOnce(bytes);
     return absl::IsResourceExhausted(status) ? "" : status.ToString();
   });
@@ -356,12 +405,12 @@ TEST_F(BadInput, MessagesThatAreNoneOrTooLargeAreRefused) {
   };
   // gRPC refuses it, and may close the connection that it came by.
   const TestClient own(cluster_.api_address(), cluster_.admin_address());
-  Repeat("1 MB of metadata", kLargeRepeats, [&](int) -> std::string {
+  Repeat("1 MB of metadata", kLargeRepeats, kMostLeft, [&](int) -> std::string {
     const absl::Status status = with_metadata(own, "x-much", std::string(1'000'000, 'a'));
     const bool refused = absl::IsResourceExhausted(status) || absl::IsUnavailable(status);
     return refused ? "" : status.ToString();
   });
-  Repeat("a request id of 129 characters", kRepeats, [&](int) -> std::string {
+  Repeat("a request id of 129 characters", kRepeats, kMostLeftOfSmall, [&](int) -> std::string {
     const std::vector<FieldViolation> violations =
         FieldViolationsOf(with_metadata(client(), "x-request-id", std::string(129, 'a')));
     return violations.size() == 1 && violations[0].field == "x-request-id" ? "" : "not named";

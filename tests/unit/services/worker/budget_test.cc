@@ -62,7 +62,22 @@ TEST(Budget, HoldsEverythingAndNothingGoesBeyondIt) {
   }
 }
 
-// With a pool of one tail a second sequence is refused with the numbers; it works after the first.
+// As a CUDA device does for cuBLASLt, which only shows on a GPU host.
+TEST(Budget, WhatADeviceTakesOfItsArenaIsNotDivided) {
+  constexpr int64_t kTaken = int64_t{32} << 20;
+  const auto folder = RandomModelFolder::Create(Model());
+  ASSERT_TRUE(folder.ok()) << folder.status();
+  WorkerHarnessOptions options;
+  options.wrap_device = [](std::unique_ptr<Device> device) {
+    EXPECT_TRUE(device->Allocate(kTaken, "a library's workspace").ok());
+    return device;
+  };
+  auto harness = WorkerHarness::Create((*folder)->path(), options);
+  ASSERT_TRUE(harness.ok()) << harness.status();
+  EXPECT_LE((*harness)->budget().budget_bytes, options.budget_bytes - kTaken);
+  EXPECT_GE((*harness)->executor().memory().arena.used_bytes, options.budget_bytes - (256 << 10));
+}
+
 // Where there are windows extents are short, in layers that see everything too.
 TEST(Budget, ATableHasRoomForEachExtentOfTheLongestContext) {
   RandomModelSpec spec = Model();
@@ -84,6 +99,7 @@ TEST(Budget, ATableHasRoomForEachExtentOfTheLongestContext) {
             2 * 3 * (256 - 4 - 16 * 6) * static_cast<int64_t>(sizeof(kernels::KvSpan)));
 }
 
+// With a pool of one tail a second sequence is refused with the numbers; it works after the first.
 TEST(Budget, ATailThatDoesNotFitIsRefused) {
   const auto folder = RandomModelFolder::Create(Model());
   ASSERT_TRUE(folder.ok()) << folder.status();

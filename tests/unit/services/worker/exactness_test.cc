@@ -413,6 +413,12 @@ TEST_F(Exactness, AVacatedExtentIsNeverRead) {
     };
     const auto expected = go_on(request, kFetched);
     ASSERT_TRUE(expected.ok()) << expected.status();
+    const auto in_place = go_on(request, kInPlace);
+    ASSERT_TRUE(in_place.ok()) << in_place.status();
+    // Beside a GPU the store's processors sum in another order: bits of their own.
+    if (!OnGpu()) {
+      EXPECT_EQ(Difference(*expected, *in_place), "");
+    }
     TestRequest vacated = request;
     for (headroom::Run& run : vacated.runs) {
       for (int32_t layer = 0; layer < harness_->config().num_layers; ++layer) {
@@ -426,7 +432,7 @@ TEST_F(Exactness, AVacatedExtentIsNeverRead) {
     for (const uint64_t plan : {kResident, kFetched, kMixed, kInPlace}) {
       const auto again = go_on(vacated, plan);
       ASSERT_TRUE(again.ok()) << again.status();
-      EXPECT_EQ(Difference(*expected, *again), "") << "plan " << plan;
+      EXPECT_EQ(Difference(plan == kInPlace ? *in_place : *expected, *again), "") << "plan " << plan;
     }
     vacated.sealed_tokens -= 128;
     for (const uint64_t plan : {kResident, kFetched, kInPlace}) {
