@@ -130,12 +130,14 @@ void AttendUnitBlocks(const Launch& launch, const UnitWork& work, int64_t unit,
 // OneGroup: the form of a block for up to kNarrowGroup queries.
 template <typename OneGroup>
 struct Float32Units {
-  void operator()(const Launch& launch, const UnitWork& work, int64_t unit) const;
+  static constexpr int64_t kTokens = kUnitTokens;
+  void operator()(const Launch& launch, const UnitWork& work, int64_t unit, int64_t end) const;
+  void End() const {}
 };
 
 template <typename OneGroup>
 void Float32Units<OneGroup>::operator()(const Launch& launch, const UnitWork& work,
-                                        int64_t unit) const {
+                                        int64_t unit, int64_t /*end*/) const {
   const AttendItem& item = *work.item;
   const int32_t d = launch.a.head_dim;
   const auto count = static_cast<int>(launch.queries(item));

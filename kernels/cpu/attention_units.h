@@ -111,13 +111,14 @@ struct UnitWork {
 };
 
 // Folds the pass's units of one query of a KV head into its state, in order.
+template <int64_t kTokens>
 inline void FoldUnits(const Launch& launch, const UnitWork& work, int64_t query) {
   const AttendItem& item = *work.item;
   const int32_t d = launch.a.head_dim;
   const int64_t count = launch.queries(item);
   const int64_t end = launch.end_pos(item);
-  const bool first_pass = work.first_unit == launch.begin_pos(item) / kUnitTokens;
-  const bool last_pass = (work.first_unit + work.num_units) * kUnitTokens >= end;
+  const bool first_pass = work.first_unit == launch.begin_pos(item) / kTokens;
+  const bool last_pass = (work.first_unit + work.num_units) * kTokens >= end;
   const int64_t row = item.row_begin + query / launch.group;
   const int64_t q_head = int64_t{work.head} * launch.group + query % launch.group;
   const Partial finished = launch.finished(row, q_head);
@@ -126,7 +127,7 @@ inline void FoldUnits(const Launch& launch, const UnitWork& work, int64_t query)
   if (first_pass) open.Reset();  // its contents went into the first unit's partial
   for (int64_t i = 0; i < work.num_units; ++i) {
     const Partial unit{work.partials + (i * count + query) * (d + 2), d};
-    if ((work.first_unit + i + 1) * kUnitTokens <= end) {
+    if ((work.first_unit + i + 1) * kTokens <= end) {
       Fold(finished, unit);
     } else {
       open.CopyFrom(unit);
@@ -136,8 +137,9 @@ inline void FoldUnits(const Launch& launch, const UnitWork& work, int64_t query)
 }
 
 // Collects works until the scratch is full, then runs them: units in any order, folds after them.
-// Units has `void operator()(const Launch&, const UnitWork&, int64_t unit)`, which computes one unit
-// for all queries; each run of units has one of its own.
+// Units has kTokens, the positions of a unit, and `void operator()(const Launch&, const UnitWork&,
+// int64_t unit, int64_t end)`, which computes one unit for all queries; those up to `end` follow; and
+// End(). Each run of units has one of its own.
 template <typename Units>
 class UnitPass {
  public:
@@ -146,8 +148,8 @@ class UnitPass {
   // Adds all units of one KV head of an item, in as many passes as it takes.
   void Add(const AttendItem& item, int32_t head) {
     const int64_t unit_floats = launch_.queries(item) * (launch_.a.head_dim + 2);
-    const int64_t last_unit = (launch_.end_pos(item) - 1) / kUnitTokens;
-    for (int64_t unit = launch_.begin_pos(item) / kUnitTokens; unit <= last_unit;) {
+    const int64_t last_unit = (launch_.end_pos(item) - 1) / Units::kTokens;
+    for (int64_t unit = launch_.begin_pos(item) / Units::kTokens; unit <= last_unit;) {
       // Passes of one head follow each other: it goes into one run only once.
       const bool more = num_works_ > 0 && works_[num_works_ - 1].item == &item &&
                         works_[num_works_ - 1].head == head;
@@ -167,14 +169,15 @@ class UnitPass {
     // Units in a row, because each prefetches for the next.
     ForEachRun(team_, units_before_[num_works_], [&](int64_t begin, int64_t end) {
       Units units;
-      Walk(units_before_, begin, end, [&](const UnitWork& work, int64_t unit) {
-        units(launch_, work, work.first_unit + unit);
+      Walk(units_before_, begin, end, [&](const UnitWork& work, int64_t unit, int64_t count) {
+        units(launch_, work, work.first_unit + unit, work.first_unit + unit + count);
       });
+      units.End();
     });
     // Query by query: many queries' folds are as much work as their units.
     ForEachRun(team_, queries_before_[num_works_], [&](int64_t begin, int64_t end) {
-      Walk(queries_before_, begin, end, [&](const UnitWork& work, int64_t query) {
-        FoldUnits(launch_, work, query);
+      Walk(queries_before_, begin, end, [&](const UnitWork& work, int64_t query, int64_t) {
+        FoldUnits<Units::kTokens>(launch_, work, query);
       });
     });
     num_works_ = 0;
@@ -182,13 +185,14 @@ class UnitPass {
   }
 
  private:
-  // Calls fn(work, i) for [begin, end) of all works' units or queries, i counted from the work's first.
+  // Calls fn(work, i, count) for [begin, end) of all works' units or queries, i counted from the
+  // work's first, of which `count` are left.
   template <typename Fn>
   void Walk(const int64_t* before, int64_t begin, int64_t end, Fn&& fn) {
     int w = 0;
     for (int64_t i = begin; i < end; ++i) {
       while (before[w + 1] <= i) ++w;
-      fn(works_[w], i - before[w]);
+      fn(works_[w], i - before[w], std::min(end, before[w + 1]) - i);
     }
   }
 

@@ -2,7 +2,9 @@
 //
 // The same states as cpu::Attend (kernels/attention.h) to within rounding: q * scale and the weights
 // exp(score - m) are rounded to bfloat16 before they are multiplied, as a GPU does; sums are float32.
-// The bits depend on no thread, but on the instruction set.
+// A query's bits depend on no thread, on no border of runs and on no other item, but on the instruction
+// set and on whether its own item brings more than 16 queries of a KV head. Of the states U goes on for
+// 1024 positions rather than for a unit: launches of one row take either this or cpu::Attend.
 #ifndef HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
 #define HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
 

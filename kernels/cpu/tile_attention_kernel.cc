@@ -1,10 +1,11 @@
-// A unit of keys for all queries of a KV head, in tiles (tiles.h), 16 or 32 queries at a time:
+// Pieces of keys for all queries of a KV head, in tiles (tiles.h), up to 32 queries at a time; of a
+// piece unit by unit:
 //   scores[key][query] = K q, K's rows read where they lie
-//   weights = exp(scores - maximum) as bfloat16, [query][key]
-//   o = weights V, V's rows read where they lie: a word is two columns of a key, so each weight comes
-//       once with nothing for the odd columns and once with nothing for the even ones
-// The maximum is the whole unit's, so nothing is rescaled. A line of K or V costs about two
-// instructions, and all along the kernel asks for the lines that come next: its speed is the memory's.
+//   weights = exp(scores - maximum) as bfloat16, [query][key], the maximum that of the piece so far
+//   o = o * exp(maximum before - maximum) + weights V
+// Up to 16 queries take V's rows where they lie, at two products for each; for more the rows are paired
+// into words, which makes it one, and weights are computed while the processor multiplies tiles. All
+// along the kernel asks for the lines that come next, as many as it reads: its speed is the memory's.
 #include "kernels/cpu/tile_attention.h"
 
 #include <algorithm>
@@ -15,16 +16,26 @@
 namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 namespace {
 
+// A piece is what one task computes and what is folded: its partials, 130 floats a query, are written,
+// folded and so read once more, which at 256 keys is 5% of what four queries read of K and V.
+constexpr int64_t kPieceTokens = 1024;
 constexpr int kUnitKeys = static_cast<int>(kUnitTokens);
 constexpr int kUnitBlocks = kUnitKeys / kBlock;
+constexpr int kStep = 2 * kTile;  // keys
+constexpr int kUnitSteps = kUnitKeys / kStep;
 constexpr int kPass = 2 * kTile;  // queries of one pass over a unit
-constexpr int kPasses = 4;        // whose queries are kept
+constexpr int64_t kRound = 4 * kPass;  // queries that a piece is gone through for
+constexpr int kFew = 4;           // queries of which four keys' scores fill a vector
+constexpr int kQuarters = 4;      // of the weights of a step: 8 keys
 constexpr int kLine = 64 / sizeof(BFloat16);
-// Lines are asked for so long before they are read: 16 KiB. Of the 32 lines that a step reads 30 more
-// are asked for; softmax, which reads none, asks for the rest.
-constexpr int kLead = 256;
-constexpr int kAsked = 30;
 constexpr float kLog2E = 1.44269504088896341f;
+
+// Lines are asked for so long before they are read, into the second cache: 32 KiB; with more queries
+// softmax is longer, which reads none; several passes over a unit should all ask. Four queries on 16
+// threads took 105 GB/s so, with 128 or 256 lines 99, with 1024 104; into the first cache 97.
+inline int64_t LeadOf(int64_t queries) {
+  return queries <= kFew ? 512 : queries <= kPass ? 1024 : 2048;
+}
 
 // 2^x for x <= 0 (a rounding above it does no harm) within 3e-6, least squares made even; weights are
 // rounded to 8 bits anyway. 0 for -inf, NaN for NaN.
@@ -38,82 +49,131 @@ inline F32x16 Exp2OfNegative(F32x16 x) {
   return Power(p, Sub(x, f));
 }
 
-// Asks for lines in the order that they are read in: K's blocks, V's blocks, the next unit's keys.
-class Ahead {
- public:
-  void Begin(const BlockRows* blocks, int num_blocks, int32_t d, int64_t asked) {
-    blocks_ = blocks;
-    num_blocks_ = num_blocks;
-    lines_ = kBlock * d / kLine;
-    run_ = static_cast<int>(asked / lines_);
-    line_ = asked % lines_;
-    SetRun();
-  }
-  void Ask(int64_t lines) {
-    while (lines > 0) {
-      const int64_t count = std::min(lines, lines_ - line_);
-      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at_ + (line_ + i) * kLine);
-      lines -= count;
-      line_ += count;
-      if (line_ < lines_) return;
-      line_ = 0;
-      ++run_;
-      SetRun();
-    }
-  }
-
- private:
-  void SetRun() {
-    if (run_ < num_blocks_) {
-      at_ = blocks_[run_].keys;
-    } else if (run_ < 2 * num_blocks_) {
-      at_ = blocks_[run_ - num_blocks_].values;
-    } else {  // a guess: most units follow each other
-      at_ = blocks_[num_blocks_ - 1].keys + (run_ - 2 * num_blocks_ + 1) * lines_ * kLine;
-    }
-  }
-  const BlockRows* blocks_ = nullptr;
-  const BFloat16* at_ = nullptr;
-  int num_blocks_ = 0;
-  int run_ = 0;
-  int64_t line_ = 0;
-  int64_t lines_ = 0;  // of a block's keys, or values
+struct LoadedRows {
+  void Set(const BlockRows& its, int32_t) { rows = its; }
+  BlockRows rows;
 };
 
-// What a member needs for the units of a run.
-class TileUnits {
+// Asks for lines of consecutive units in the order that they are read in: K's of a unit, V's of it.
+class Ahead {
  public:
-  void operator()(const Launch& launch, const UnitWork& work, int64_t unit) {
-    d_ = launch.a.head_dim;
-    ReadBlocks(launch, work, unit);
-    ahead_.Begin(blocks_, num_blocks_, d_, kLead);
-    const int64_t count = launch.queries(*work.item);
-    for (int64_t first = 0; first < count; first += kPass) {
-      const int now = static_cast<int>(std::min<int64_t>(count - first, kPass));
-      if (first % (kPasses * kPass) == 0) SetQueries(launch, work, first);
-      if (now > kTile) {
-        Attend<2>(launch, work, unit, first, now);
-      } else {
-        Attend<1>(launch, work, unit, first, now);
-      }
+  // The stream of the units [unit, end) begins.
+  void Begin(int64_t unit, int64_t end) {
+    unit_ = unit;
+    end_ = end;
+    runs_ = run_ = 0;
+    left_ = owed_ = 0;
+    share_ = 1;
+  }
+  // From now on one line is meant by so many.
+  void Share(int share) { share_ = share; }
+  void Ask(const Launch& launch, const UnitWork& work, int64_t lines) {
+    if (share_ > 1) {
+      owed_ += lines;
+      lines = owed_ / share_;
+      owed_ %= share_;
+    }
+    while (lines > 0) {
+      if (left_ == 0 && !NextRun(launch, work)) return;
+      const int64_t count = std::min(lines, left_);
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
+      at_ += count * kLine;
+      left_ -= count;
+      lines -= count;
     }
   }
 
  private:
+  [[gnu::noinline]] bool NextRun(const Launch& launch, const UnitWork& work) {
+    const int32_t d = launch.a.head_dim;
+    if (run_ == 2 * runs_) {
+      if (unit_ == end_) return false;
+      run_ = runs_ = 0;
+      LoadedRows block;
+      ForEachBlock(launch, *work.item, work.head,
+                   std::max(unit_ * kUnitTokens, launch.begin_pos(*work.item)),
+                   (unit_ + 1) * kUnitTokens, block, [&](const LoadedRows& loaded) {
+                     if (runs_ < kUnitBlocks) blocks_[runs_++] = loaded.rows;
+                   });
+      ++unit_;
+      if (runs_ == 0) return false;
+    }
+    const BlockRows& block = blocks_[run_ % runs_];
+    at_ = run_ < runs_ ? block.keys : block.values;
+    left_ = block.count * d / kLine;
+    ++run_;
+    return true;
+  }
+
+  const BFloat16* at_ = nullptr;
+  int64_t left_ = 0;  // lines of the run
+  int64_t owed_ = 0;  // shares of a line
+  int64_t unit_ = 0;  // the next
+  int64_t end_ = 0;
+  int share_ = 1;
+  int runs_ = 0;  // of a unit: blocks, of keys and then of values
+  int run_ = 0;   // the next
+  BlockRows blocks_[kUnitBlocks];
+};
+
+// What a member needs for the pieces of a run.
+class TileUnits {
+ public:
+  static constexpr int64_t kTokens = kPieceTokens;
+
+  void operator()(const Launch& launch, const UnitWork& work, int64_t piece, int64_t end) {
+    const AttendItem& item = *work.item;
+    const int64_t count = launch.queries(item);
+    const bool other = item_ != &item || head_ != work.head;
+    launch_ = &launch;
+    work_ = &work;
+    item_ = &item;
+    head_ = work.head;
+    d_ = launch.a.head_dim;
+    const int64_t begin = std::max(piece * kTokens, launch.begin_pos(item));
+    const int64_t until = std::min((piece + 1) * kTokens, launch.end_pos(item));
+    const auto in_round = [&](int64_t first) { return std::min(count - first, kRound); };
+    if (other) {
+      const int64_t last = std::min(end * kTokens, launch.end_pos(item));
+      const int64_t passes = (in_round(0) + kPass - 1) / kPass;
+      ahead_.Begin(begin / kUnitTokens, (last + kUnitTokens - 1) / kUnitTokens);
+      ahead_.Ask(launch, work, LeadOf(count));
+      ahead_.Share(static_cast<int>(passes));
+    }
+    pairs_ = count > kTile;
+    rows_ = pairs_ ? kTile : static_cast<int>(std::max<int64_t>(count, kFew));
+    for (int64_t first = 0; first < count; first += kRound) {
+      if (other || count > kRound) SetQueries(first, in_round(first));
+      asks_ = first == 0;
+      Open(piece);
+      for (int64_t pos = begin; pos < until;) {
+        const int64_t next = std::min((pos / kUnitTokens + 1) * kUnitTokens, until);
+        ReadBlocks(pos, next);
+        AttendUnit();
+        pos = next;
+      }
+      Put(piece);
+    }
+  }
+  void End() {
+    if (configured_ != 0) ReleaseTiles();
+  }
+
+ private:
+  void Ask(int64_t lines) {
+    if (asks_) ahead_.Ask(*launch_, *work_, lines);
+  }
+
   // The unit's blocks from the first that has keys. One that does not lie whole in one span is
   // copied, with zeros where it has no keys.
-  void ReadBlocks(const Launch& launch, const UnitWork& work, int64_t unit) {
-    const int64_t begin = std::max(unit * kUnitTokens, launch.begin_pos(*work.item));
-    end_pos_ = std::min((unit + 1) * kUnitTokens, launch.end_pos(*work.item));
+  void ReadBlocks(int64_t begin, int64_t end) {
+    end_pos_ = end;
     first_pos_ = FloorToBlock(begin);
     skip_ = static_cast<int>(begin - first_pos_);
     num_blocks_ = static_cast<int>((end_pos_ - first_pos_ + kBlock - 1) / kBlock);
     std::fill_n(blocks_, kUnitBlocks, BlockRows());
-    struct Rows {
-      void Set(const BlockRows& its, int32_t) { rows = its; }
-      BlockRows rows;
-    } block;
-    ForEachBlock(launch, *work.item, work.head, begin, end_pos_, block, [&](const Rows& loaded) {
+    LoadedRows block;
+    ForEachBlock(*launch_, *item_, head_, begin, end_pos_, block, [&](const LoadedRows& loaded) {
       const BlockRows& rows = loaded.rows;
       const int64_t b = (rows.first_pos - first_pos_) / kBlock;
       if (rows.count == kBlock) {
@@ -130,175 +190,453 @@ class TileUnits {
     });
   }
 
-  // Queries [first, first + count) of the item's, in kGroups of up to 16.
-  template <int kGroups>
-  void Attend(const Launch& launch, const UnitWork& work, int64_t unit, int64_t first, int count) {
-    // Later passes find the unit in the cache.
-    const auto ask = [&](int64_t lines) {
-      if (first == 0) ahead_.Ask(lines);
-    };
-    ConfigureTiles(kTile);
-    const uint32_t* const queries = queries_ + first / kPass % kPasses * (d_ / 2) * kPass;
-    for (int b = 0; b < num_blocks_; ++b) {
-      for (int key = 0; key < kBlock; key += 2 * kTile) {
-        const BFloat16* const keys = blocks_[b].keys + key * d_;
-        float* const out = scores_ + (b * kBlock + key) * kPass;
-        Multiply<kGroups>({{keys, keys + kTile * d_}, d_ / 2, queries, kPass, d_ / 2,
-                           {out, out + kTile * kPass}, kPass, false},
-                          kTile, [&] { ask(kAsked); });
+  // q * scale of a round, and which queries these are.
+  void SetQueries(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = static_cast<int>(count);
+    alignas(64) BFloat16 rounded[kTile * kMaxHeadDim];
+    for (int n = 0; n < RoundUp(count_); n += kTile) {
+      const BFloat16* rows[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        rows[i] = rounded + std::clamp(count_ - 1 - n, 0, i) * d_;  // the last fills the tile
+        if (n + i >= count_ && i > 0) continue;
+        const int64_t query = first + std::min(n + i, count_ - 1);
+        const float* const q = launch_->q(item_->row_begin + query / launch_->group,
+                                          int64_t{head_} * launch_->group + query % launch_->group);
+        BFloat16* const to = rounded + i * d_;
+        for (int32_t j = 0; j < d_; ++j) to[j] = ToBFloat16(q[j] * launch_->a.scale);
+      }
+      for (int32_t column = 0; column < d_; column += 2 * kTile) {
+        TransposeTile(rows, column, queries_ + (n * d_ + column * kTile) / 2, kTile);
       }
     }
-    for (int n = 0; n < count; ++n) {
-      if (n % kTile == 0) TransposeScores(n, std::min(count - n, kTile));
-      if (n % 4 == 0) ask(32);
-      const int64_t pos = work.item->first_pos + (first + n) / launch.group;
-      const auto within = [this](int64_t key) {
-        return std::clamp<int64_t>(key - first_pos_, 0, kUnitKeys);
-      };
-      if (launch.a.soft_cap != 0) Cap(n, launch.a.soft_cap);
-      Softmax(n, std::max<int64_t>(skip_, within(FirstSeen(launch.a.window, pos))),
-              within(std::min(pos + 1, end_pos_)));
+  }
+  // To whole tiles, and to two if it is more than one.
+  static int RoundUp(int count) { return count <= kTile ? kTile : (count + kPass - 1) / kPass * kPass; }
+
+  void AttendUnit() {
+    const int64_t last_pos = item_->first_pos + (first_ + count_ - 1) / launch_->group;
+    masked_ = skip_ != 0 || (end_pos_ - first_pos_) % kBlock != 0 ||
+              item_->first_pos + first_ / launch_->group + 1 < end_pos_ ||
+              FirstSeen(launch_->a.window, last_pos) > first_pos_;
+    steps_ = num_blocks_ * (kBlock / kStep);
+    if (!pairs_) {
+      AttendRows();
+    } else {
+      Configure(kTile);
+      if (count_ > kTile) {
+        AttendPasses<2>();
+      } else {
+        AttendPasses<1>();
+      }
     }
-    const int rows = std::min(count, kTile);
-    ConfigureTiles(rows);
-    for (int b = 0; b < num_blocks_; ++b) {
-      for (int g = 0; g < kGroups; ++g) {
-        const uint32_t* const low = weights_[0] + g * kTile * kUnitKeys + b * kBlock;
-        const uint32_t* const high = weights_[1] + g * kTile * kUnitKeys + b * kBlock;
-        for (int32_t column = 0; column < d_; column += 4 * kTile) {
-          float* const even = even_ + g * kTile * (d_ / 2) + column / 2;
-          float* const odd = odd_ + g * kTile * (d_ / 2) + column / 2;
-          Multiply<2>({{low, high}, kUnitKeys, blocks_[b].values + column, d_ / 2, kBlock,
-                       {even, odd}, d_ / 2, b > 0},
-                      rows, [&] {
-                        if (g == 0) ask(kAsked);
+    fresh_ = false;
+  }
+
+  void Configure(int rows) {
+    if (configured_ != rows) ConfigureTiles(configured_ = rows);
+  }
+
+  // The weights of a pass are computed beside tiles' products: the scores of the next pass, which the
+  // processor multiplies meanwhile, or of a single pass the values of the steps before.
+  template <int kGroups>
+  void AttendPasses() {
+    MultiplyKeys<kGroups>(0, false);
+    for (int first = 0; first < count_; first += kPass) {
+      BeginWeights<kGroups>(first);
+      if (first + kPass < count_) MultiplyKeys<kGroups>(first + kPass, true);
+      AddValues<kGroups>(first);
+      EndWeights<kGroups>(first);
+    }
+  }
+  template <int kGroups>
+  void MultiplyKeys(int first, bool weighs) {
+    const int each = weighs ? (kGroups * kQuarters * kTile + d_ - 1) / d_ : 0;
+    for (int step = 0; step < steps_; ++step) {
+      MultiplyKeys<kGroups>(first, step, Scores(first, 0) + step * kStep * kTile, kUnitKeys * kTile,
+                            [&] { Weigh<kGroups>(each); });
+    }
+  }
+  // Of a pass; those of the next are written while they are read.
+  float* Scores(int first, int group) {
+    return scores_ + (first / kPass % 2 * 2 + group) * kUnitKeys * kTile;
+  }
+
+  // Of a step's lines one in 16 is left for softmax, which reads none.
+  template <int kGroups, typename Beside>
+  void MultiplyKeys(int first, int step, float* scores, int64_t score_stride, Beside&& beside) {
+    const BFloat16* const keys = blocks_[step / 2].keys + step % 2 * kStep * d_;
+    Multiply<kGroups>(ScoreProduct{keys, d_, queries_ + first * d_ / 2, d_ / 2, scores, score_stride},
+                      [&] {
+                        Ask(kTile - 1);
+                        beside();
                       });
+  }
+  void AskInSoftmax() { Ask(2 * (d_ / kLine)); }
+
+  // Of the scores of 16 queries from `first` on and a step's keys those that are not seen; at(key,
+  // query) is where one is.
+  template <typename At>
+  void Mask(int first, int step, At&& at) const {
+    const auto within = [&](int64_t pos) {
+      return static_cast<int>(std::clamp<int64_t>(pos - first_pos_ - step * kStep, 0, kStep));
+    };
+    for (int i = 0; i < std::min(count_ - first, kTile); ++i) {
+      const int64_t pos = item_->first_pos + (first_ + first + i) / launch_->group;
+      const int begin =
+          within(std::max(first_pos_ + skip_, FirstSeen(launch_->a.window, pos)));
+      const int end = std::max(begin, within(std::min(pos + 1, end_pos_)));
+      for (int key = 0; key < begin; ++key) *at(key, i) = kMinusInfinity;
+      for (int key = end; key < kStep; ++key) *at(key, i) = kMinusInfinity;
+    }
+  }
+  void Cap(float* scores) const { Store(scores, Capped(Load(scores), launch_->a.soft_cap)); }
+
+  // Goes on to the maximum of 16 queries from `first` on with these scores, and scales what is there.
+  // Returns what is added to a score times log2 e: where no key is seen all weights are 0, -inf less a
+  // finite number.
+  F32x16 Advance(int first, F32x16 top, float* factor) {
+    const F32x16 before = Load(m_ + first);
+    const F32x16 maximum = Max(top, before);
+    Store(m_ + first, maximum);
+    Store(factor, Exp(Sub(before, Max(maximum, Broadcast(-3.0e38f)))));
+    bool scales = false;
+    for (int i = 0; i < rows_; ++i) scales |= factor[i] != 1.0f;
+    if (scales && !fresh_) {
+      float* const sums = sums_ + first * d_;
+      for (int32_t tile = 0; tile < d_ / kTile; ++tile) {
+        for (int i = 0; i < rows_; ++i) {
+          float* const row = sums + (tile * rows_ + i) * kTile;
+          Store(row, Mul(Load(row), Broadcast(factor[i])));
         }
       }
     }
-    ReleaseTiles();
-    Put(launch, work, unit, first, count);
+    return Sub(Zero(), Max(Mul(maximum, Broadcast(kLog2E)), Broadcast(-3.0e38f)));
+  }
+  void AddWeights(int first, const float* factor, F32x16 sum) {
+    Store(l_ + first, Fma(Load(l_ + first), Load(factor), sum));
+  }
+  static F32x16 Weight(const float* scores, F32x16 less) {
+    return Exp2OfNegative(Fma(Load(scores), Broadcast(kLog2E), less));
   }
 
-  // q * scale of kPasses from `first` on, kept for the units that follow.
-  void SetQueries(const Launch& launch, const UnitWork& work, int64_t first) {
-    if (item_ == work.item && head_ == work.head && first_ == first) return;
-    item_ = work.item;
-    head_ = work.head;
-    first_ = first;
-    const int64_t count = std::min<int64_t>(launch.queries(*work.item) - first, kPasses * kPass);
-    alignas(64) BFloat16 rounded[kTile * kMaxHeadDim];
-    for (int64_t n = 0; n < count; n += kTile) {
-      const BFloat16* rows[kTile];
-      for (int i = 0; i < kTile; ++i) {
-        BFloat16* const to = rounded + i * d_;
-        rows[i] = to;
-        const int64_t query = first + std::min(n + i, count - 1);  // the last fills the tile
-        const float* const q = launch.q(work.item->row_begin + query / launch.group,
-                                        int64_t{work.head} * launch.group + query % launch.group);
-        for (int32_t j = 0; j < d_; ++j) to[j] = ToBFloat16(q[j] * launch.a.scale);
-      }
-      uint32_t* const words = queries_ + n / kPass * (d_ / 2) * kPass + n % kPass;
-      for (int32_t column = 0; column < d_; column += 2 * kTile) {
-        TransposeTile(rows, column, words + column / 2 * kPass, kPass);
+  // Caps, masks and advances to scores of which a vector is 16 queries of a key.
+  F32x16 AdvanceTo(int first, float* scores, float* factor) {
+    if (launch_->a.soft_cap != 0) {
+      for (int key = 0; key < steps_ * kStep; ++key) Cap(scores + key * kTile);
+    }
+    if (masked_) {
+      for (int step = 0; step < steps_; ++step) {
+        Mask(first, step, [&](int key, int n) { return scores + (step * kStep + key) * kTile + n; });
       }
     }
-  }
-
-  // Scores of the 16 queries from `first` on to by_query_; only those of `rows`.
-  void TransposeScores(int first, int rows) {
-    for (int key = 0; key < num_blocks_ * kBlock; key += kTile) {
-      const BFloat16* at[kTile];
-      for (int i = 0; i < kTile; ++i) {
-        at[i] = reinterpret_cast<const BFloat16*>(scores_ + (key + i) * kPass + first);
-      }
-      TransposeTile(at, 0, reinterpret_cast<uint32_t*>(by_query_) + key, kUnitKeys, (rows + 3) / 4);
-    }
-  }
-
-  void Cap(int n, float soft_cap) {
-    float* const scores = by_query_ + n % kTile * kUnitKeys;
-    for (int key = 0; key < num_blocks_ * kBlock; key += kLanes) {
-      Store(scores + key, Capped(Load(scores + key), soft_cap));
-    }
-  }
-
-  // The weights of query n of the pass, which sees keys [begin, end) of the unit's.
-  void Softmax(int n, int64_t begin, int64_t end) {
-    const int keys = num_blocks_ * kBlock;
-    float* const scores = by_query_ + n % kTile * kUnitKeys;
-    std::fill_n(scores, std::min<int64_t>(begin, keys), kMinusInfinity);
-    std::fill(scores + std::min<int64_t>(end, keys), scores + keys, kMinusInfinity);
     F32x16 top[4];
     for (F32x16& t : top) t = Broadcast(kMinusInfinity);
-    for (int key = 0; key < keys; key += kBlock) {
+    for (int key = 0; key < steps_ * kStep; key += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) top[i] = Max(Load(scores + key + i * kLanes), top[i]);
+      for (int i = 0; i < 4; ++i) top[i] = Max(Load(scores + (key + i) * kTile), top[i]);
     }
-    const float maximum = ReduceMax(Max(Max(top[0], top[1]), Max(top[2], top[3])));
-    // Where no key is seen all weights are 0: -inf less a finite number.
-    const F32x16 less = Broadcast(-std::max(maximum * kLog2E, -3.0e38f));
-    F32x16 sum[2] = {Zero(), Zero()};
-    for (int key = 0; key < keys; key += 2 * kLanes) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const int at = key + i * kLanes;
-        const F32x16 e = Exp2OfNegative(Fma(Load(scores + at), Broadcast(kLog2E), less));
-        sum[i] = Add(sum[i], e);
-        StoreHalves(e, weights_[0] + n * kUnitKeys + at, weights_[1] + n * kUnitKeys + at);
-      }
-    }
-    m_[n] = maximum;
-    l_[n] = ReduceAdd(Add(sum[0], sum[1]));
+    return Advance(first, Max(Max(top[0], top[1]), Max(top[2], top[3])), factor);
+  }
+  static F32x16 Sum(const F32x16 (&sum)[4][2]) {
+    const auto both = [&](int j) { return Add(sum[j][0], sum[j][1]); };
+    return Add(Add(both(0), both(2)), Add(both(1), both(3)));
   }
 
-  // The partials of a pass; one that an earlier launch opened goes on from there.
-  void Put(const Launch& launch, const UnitWork& work, int64_t unit, int64_t first, int count) {
-    const AttendItem& item = *work.item;
-    const bool opened = !item.reset && launch.begin_pos(item) > unit * kUnitTokens;
+  template <int kGroups>
+  void BeginWeights(int first) {
+    weighed_ = 0;
+    from_ = Scores(first, 0);
+    for (int g = 0; g < kGroups; ++g) {
+      less_[g] = AdvanceTo(first + g * kTile, Scores(first, g), factor_[g]);
+      for (F32x16(&s)[2] : sum_[g]) s[0] = s[1] = Zero();
+    }
+  }
+  // As many quarters of the weights that are left, of a step and 16 queries each.
+  template <int kGroups>
+  void Weigh(int quarters) {
+    const int end = std::min(weighed_ + quarters, steps_ * kGroups * kQuarters);
+    for (; weighed_ < end; ++weighed_) {
+      const int step = weighed_ / (kGroups * kQuarters);
+      const int g = weighed_ / kQuarters % kGroups;
+      WeighQuarter(g, step, weighed_ % kQuarters);
+    }
+  }
+  void WeighQuarter(int group, int step, int quarter) {
+    const float* const from = from_ + (group * kUnitKeys + step * kStep + quarter * 8) * kTile;
+    float* const pairs = pairs_of_step_ + quarter * 4 * kTile;
+    F32x16 even = sum_[group][quarter][0], odd = sum_[group][quarter][1];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      const F32x16 low = Weight(from + 2 * pair * kTile, less_[group]);
+      const F32x16 high = Weight(from + (2 * pair + 1) * kTile, less_[group]);
+      even = Add(even, low);
+      odd = Add(odd, high);
+      Store(pairs + pair * kTile, PairsOf(low, high));
+    }
+    sum_[group][quarter][0] = even;
+    sum_[group][quarter][1] = odd;
+    if (quarter + 1 < kQuarters) return;
+    Transpose(pairs_of_step_, weights_ + (group * kUnitSteps + step) * kTileWords);
+    if (group == 0) AskInSoftmax();
+  }
+  // 16 rows of 16 words, the first `rows` of the other side.
+  static void Transpose(const float* from, uint32_t* to, int rows = kTile) {
+    const BFloat16* at[kTile];
+    for (int i = 0; i < kTile; ++i) at[i] = reinterpret_cast<const BFloat16*>(from + i * kTile);
+    TransposeTile(at, 0, to, kTile, (rows + 3) / 4);
+  }
+  template <int kGroups>
+  void EndWeights(int first) {
+    for (int g = 0; g < kGroups; ++g) AddWeights(first + g * kTile, factor_[g], Sum(sum_[g]));
+  }
+
+  // A unit of up to 16 queries.
+  void AttendRows() {
+    Configure(kTile);
+    if (rows_ == kFew) {
+      ScoreFew();
+      WeighFew();
+    } else {
+      for (int step = 0; step < steps_; ++step) {
+        MultiplyKeys<1>(0, step, scores_ + step * kStep * kTile, 0, [] {});
+      }
+      WeighRows();
+    }
+    Configure(rows_);
+    for (int b = 0; b < num_blocks_; ++b) {
+      for (int32_t column = 0; column < d_; column += 2 * kLine) {
+        Multiply(RowProduct{RowWeights(b * kBlock), blocks_[b].values + column, d_, kBlock / kTile,
+                            rows_, sums_ + column * rows_, b > 0 || !fresh_},
+                 [this] { Ask(2 * kTile); });
+      }
+    }
+  }
+  // Weights of 16 keys: [even, odd][query][key].
+  uint32_t* RowWeights(int key) { return weights_ + key * 2 * rows_; }
+
+  // Eight sums, of which the vectors of WeighFew have four each: a query has the same bits in both.
+  void WeighRows() {
+    const F32x16 less = AdvanceTo(0, scores_, factor_[0]);
+    F32x16 sum[4][2];
+    for (F32x16(&s)[2] : sum) s[0] = s[1] = Zero();
+    alignas(64) float of_keys[kTileWords];
+    alignas(64) float of_queries[kTileWords];
+    for (int key = 0; key < steps_ * kStep; key += kTile) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          const F32x16 weight = Weight(scores_ + (key + i) * kTile, less);
+          sum[j][i % 2] = Add(sum[j][i % 2], weight);
+          Store(of_keys + i * kTile, weight);
+        }
+      }
+      Transpose(of_keys, reinterpret_cast<uint32_t*>(of_queries), rows_);
+      uint32_t* const to = RowWeights(key);
+      for (int n = 0; n < rows_; ++n) {
+        StoreHalves(Load(of_queries + n * kTile), to + n * kTile, to + (rows_ + n) * kTile);
+      }
+      if (key % kStep == 0) AskInSoftmax();
+    }
+    AddWeights(0, factor_[0], Sum(sum));
+  }
+
+  // Four queries' scores, dense. Rows of a step are gathered a step later: then tiles' stores are done.
+  void ScoreFew() {
+    few_top_ = Broadcast(kMinusInfinity);
+    for (int step = 0; step < steps_; ++step) {
+      MultiplyKeys<1>(0, step, scores_ + step % 2 * kStep * kTile, 0, [] {});
+      if (step > 0) GatherFew(step - 1);
+    }
+    GatherFew(steps_ - 1);
+  }
+  void GatherFew(int step) {
+    const float* const rows = scores_ + step % 2 * kStep * kTile;
+    float* const to = few_ + step * kStep * kFew;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const F32x16 scores = FourOfRows(rows + i / 4 * kTileWords, i % 4);
+      Store(to + i * kTile, scores);
+      if (!masked_ && launch_->a.soft_cap == 0) few_top_ = Max(scores, few_top_);
+    }
+    if (!masked_ && launch_->a.soft_cap == 0) return;
+    if (launch_->a.soft_cap != 0) {
+      for (int i = 0; i < 8; ++i) Cap(to + i * kTile);
+    }
+    if (masked_) {
+      Mask(0, step, [&](int key, int n) {
+        return to + (key / kTile * 4 + key % 4) * kTile + key % kTile / 4 * kFew + n;
+      });
+    }
+    for (int i = 0; i < 8; ++i) few_top_ = Max(Load(to + i * kTile), few_top_);
+  }
+  // A vector is four keys of four queries.
+  void WeighFew() {
+    alignas(64) float at[kTile];
+    Store(at, few_top_);
+    for (int i = 0; i < kFew; ++i) {
+      for (int j = 1; j < 4; ++j) at[i] = std::max(at[i], at[4 * j + i]);
+    }
+    Store(at, Advance(0, Load(at), factor_[0]));
+    const F32x16 less = FourTimes(at);
+    F32x16 sum[2] = {Zero(), Zero()};
+    for (int key = 0; key < steps_ * kStep; key += kTile) {
+      F32x16 weights[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        weights[i] = Weight(few_ + key * kFew + i * kTile, less);
+        sum[i % 2] = Add(sum[i % 2], weights[i]);
+      }
+      ToRows(weights);
+      uint32_t* const to = RowWeights(key);
+#pragma GCC unroll 4
+      for (int n = 0; n < kFew; ++n) {
+        StoreHalves(weights[n], to + n * kTile, to + (kFew + n) * kTile);
+      }
+      if (key % kStep == 0) AskInSoftmax();
+    }
+    Store(at, Add(sum[0], sum[1]));
+    for (int i = 0; i < kFew; ++i) at[i] = (at[i] + at[8 + i]) + (at[4 + i] + at[12 + i]);
+    AddWeights(0, factor_[0], Load(at));
+  }
+
+  template <int kGroups>
+  void AddValues(int first) {
+    const int64_t step_words = d_ * kTile;
+    // One pass takes V's pairs as they come, several keep them. Sums take longer to load and to store
+    // than to add a step to.
+    const bool keeps = count_ > kPass;
+    const int chunk = keeps ? steps_ : 2;
+    const int quarters = chunk * kGroups * kQuarters;
+    const int each = (kGroups * kQuarters * kLine + d_ - 1) / d_;
+    Weigh<kGroups>(quarters - weighed_);
+    for (int step = 0; step < steps_; step += chunk) {
+      if (first == 0) {
+        for (int i = 0; i < chunk; ++i) PairValues(step + i, values_ + i * step_words, !keeps);
+      }
+      for (int32_t column = 0; column < d_; column += kLine) {
+        Multiply<kGroups>(
+            PairProduct{weights_ + step * kTileWords, kUnitSteps * kTileWords,
+                        values_ + column * kTile, step_words, chunk,
+                        sums_ + first * d_ + column * kTile, int64_t{kTile} * d_,
+                        step > 0 || !fresh_},
+            [&] {
+              if (keeps) {
+                Ask(kStep);
+              } else {
+                Weigh<kGroups>(std::min(each, step / chunk * quarters + 2 * quarters - weighed_));
+              }
+            });
+      }
+    }
+  }
+  void PairValues(int step, uint32_t* words, bool asks) {
+    const BFloat16* const values = blocks_[step / 2].values + step % 2 * kStep * d_;
+    for (int i = 0; i < kTile; ++i) {
+      const BFloat16* const row = values + 2 * i * d_;
+      for (int32_t column = 0; column < d_; column += kLine) {
+        uint32_t* const to = words + column * kTile + i * kTile;
+        PairRows(row + column, row + d_ + column, to, to + kTileWords);
+      }
+      if (asks) Ask(2 * (d_ / kLine));
+    }
+  }
+
+  int64_t row(int n) const { return item_->row_begin + (first_ + n) / launch_->group; }
+  int64_t q_head(int n) const {
+    return int64_t{head_} * launch_->group + (first_ + n) % launch_->group;
+  }
+  // Where the sums of 32 columns of a query of the round lie, the second half rows_ * kTile further.
+  float* Sums(int n, int32_t column) {
+    return sums_ + n / kTile * kTile * d_ + column * rows_ + n % kTile * kTile;
+  }
+
+  // The states of a round before a piece; one that an earlier launch opened goes on from there.
+  void Open(int64_t piece) {
+    std::fill_n(m_, kRound, kMinusInfinity);
+    std::fill_n(l_, kRound, 0.0f);
+    fresh_ = item_->reset != 0 || launch_->begin_pos(*item_) <= piece * kTokens;
+    if (fresh_) return;
+    std::fill_n(sums_, RoundUp(count_) * d_, 0.0f);
+    for (int n = 0; n < count_; ++n) {
+      const Partial from = launch_->open(row(n), q_head(n));
+      for (int32_t column = 0; column < d_; column += kLine) {
+        float* const to = Sums(n, column);
+        if (pairs_) {
+          LoadColumns(from.o + column, to, to + rows_ * kTile);
+          continue;
+        }
+        F32x16 even = Load(from.o + column), odd = Load(from.o + column + kLanes);
+        Deinterleave(even, odd);
+        Store(to, even);
+        Store(to + rows_ * kTile, odd);
+      }
+      m_[n] = from.m();
+      l_[n] = from.l();
+    }
+  }
+  void Put(int64_t piece) {
+    const int64_t count = launch_->queries(*item_);
     float* const partials =
-        work.partials + ((unit - work.first_unit) * launch.queries(item) + first) * (d_ + 2);
-    for (int n = 0; n < count; ++n) {
+        work_->partials + ((piece - work_->first_unit) * count + first_) * (d_ + 2);
+    for (int n = 0; n < count_; ++n) {
       const Partial to{partials + n * (d_ + 2), d_};
-      const int32_t at = n * (d_ / 2);
-      for (int32_t i = 0; i < d_; i += 2 * kLanes) {
-        F32x16 even = Load(even_ + at + i / 2);
-        F32x16 odd = Load(odd_ + at + i / 2);
+      for (int32_t column = 0; column < d_; column += kLine) {
+        const float* const from = Sums(n, column);
+        F32x16 even = Load(from), odd = Load(from + rows_ * kTile);
+        if (pairs_) {
+          StoreColumns(even, odd, to.o + column);
+          continue;
+        }
         Interleave(even, odd);
-        Store(to.o + i, even);
-        Store(to.o + i + kLanes, odd);
+        Store(to.o + column, even);
+        Store(to.o + column + kLanes, odd);
       }
       to.m() = m_[n];
       to.l() = l_[n];
-      if (!opened) continue;
-      const int64_t row = item.row_begin + (first + n) / launch.group;
-      const int64_t q_head = int64_t{work.head} * launch.group + (first + n) % launch.group;
-      alignas(64) float before[kMaxHeadDim + kLanes];
-      const Partial open{before, d_};
-      open.CopyFrom(launch.open(row, q_head));
-      Fold(open, to);
-      to.CopyFrom(open);
     }
   }
 
-  int32_t d_ = 0;
-  const AttendItem* item_ = nullptr;  // whose queries are there
+  const Launch* launch_ = nullptr;
+  const UnitWork* work_ = nullptr;
+  const AttendItem* item_ = nullptr;
   int32_t head_ = 0;
-  int64_t first_ = 0;
-  int64_t first_pos_ = 0;  // of the first block
+  int32_t d_ = 0;
+  int64_t first_ = 0;  // of the item's queries: the round's
+  int count_ = 0;      // of the round
+  int rows_ = 0;       // of the tiles that queries are rows of
+  int configured_ = 0;
+  bool pairs_ = false;  // V's rows are paired
+  bool asks_ = false;  // later rounds find the piece in the cache
+  bool fresh_ = false;  // the sums are to be begun
+  Ahead ahead_;
+
+  int64_t first_pos_ = 0;  // of the unit's first block
   int64_t end_pos_ = 0;    // of the unit's keys
   int skip_ = 0;           // keys of the first block that are not the item's
   int num_blocks_ = 0;
-  Ahead ahead_;
+  int steps_ = 0;
+  bool masked_ = false;  // some query does not see some key
   BlockRows blocks_[kUnitBlocks];
-  alignas(64) uint32_t queries_[kPasses * kMaxHeadDim / 2 * kPass];  // [pass][word][query]
-  alignas(64) float scores_[kUnitKeys * kPass];                      // [key][query]
-  alignas(64) float by_query_[kTile * kUnitKeys];                    // [query][key]
-  alignas(64) uint32_t weights_[2][kPass * kUnitKeys];  // in the low, the high half [query][key]
-  alignas(64) float even_[kPass * kMaxHeadDim / 2];     // o [query][column]
-  alignas(64) float odd_[kPass * kMaxHeadDim / 2];
-  float m_[kPass];
-  float l_[kPass];
+
+  F32x16 few_top_;
+  alignas(64) float few_[kUnitKeys * kFew];
+  alignas(64) float factor_[2][kTile];  // of a group
+  alignas(64) float m_[kRound];
+  alignas(64) float l_[kRound];
+  alignas(64) uint32_t queries_[kRound * kMaxHeadDim / 2];  // [group of 16][word][query]
+  alignas(64) float scores_[2 * 2 * kUnitKeys * kTile];     // [odd pass][group][key][query]
+  // Of the weights of a pass.
+  int weighed_ = 0;  // quarters
+  const float* from_ = nullptr;
+  F32x16 less_[2];
+  F32x16 sum_[2][kQuarters][2];
+  alignas(64) float pairs_of_step_[kTileWords];
+  // [group][step][query][16 pairs], or [16 keys][even, odd][query][key].
+  alignas(64) uint32_t weights_[4 * kUnitSteps * kTileWords];
+  alignas(64) uint32_t values_[kUnitSteps * kMaxHeadDim * kTile];  // [step][tile][pair][column]
+  alignas(64) float sums_[kRound * kMaxHeadDim];                   // [group][tile][query][column]
   alignas(64) BFloat16 copies_[kUnitBlocks * 2 * kBlock * kMaxHeadDim];  // [block][K, V][64][d]
 };
 

@@ -12,24 +12,46 @@ namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE {
 
 inline constexpr int kTile = 16;  // rows of a tile, words or floats of a row
 
-// out[i][row][column] (+)= sum over word < `words` of a[i][row][word] . b[word][column], for i < 2,
-// `rows` rows (at most 16), and one or two tiles of 16 columns. `words` is a multiple of 16; strides
-// are in words, that of `out` in floats.
-struct TileProduct {
-  const void* a[2];
-  int64_t a_stride;
-  const void* b;
-  int64_t b_stride;
-  int words;
-  float* out[2];
-  int64_t out_stride;
-  bool add;  // to what `out` holds
+// Tiles lie in memory row by row, kTile words or floats a row, and one after the other: with 16 rows
+// kTileWords apart.
+inline constexpr int kTileWords = kTile * kTile;
+
+// A step is 32 keys: two tiles of them in scores, 16 words of them in a row of weights.
+struct ScoreProduct {
+  const BFloat16* keys;     // 32 rows
+  int64_t key_stride;       // elements
+  const uint32_t* queries;  // [group][words][16 queries]
+  int words;                // of a key: a multiple of 16
+  float* scores;            // [group][32 keys][16 queries]
+  int64_t score_stride;     // floats between groups
+};
+// Weights in pairs of keys, as V's rows: the sums of 16 queries a group.
+struct PairProduct {
+  const uint32_t* weights;  // [group][step][query][16 words]
+  int64_t weight_stride;    // words between groups
+  const uint32_t* values;   // [step][two tiles of columns][16 words][16 columns]
+  int64_t value_stride;     // words between steps
+  int steps;
+  float* sums;              // [group][two tiles of columns][query][16 columns]
+  int64_t sum_stride;       // floats between groups
+  bool add;                 // to what `sums` holds
+};
+// V's rows where they lie: a word is two columns of a key, so each weight comes once with nothing for
+// the odd columns and once with nothing for the even ones.
+struct RowProduct {
+  const uint32_t* weights;  // [16 keys][even, odd][query][16 words]
+  const BFloat16* values;   // 64 columns of `tiles` x 16 rows
+  int64_t value_stride;     // elements
+  int tiles;
+  int queries;  // at most 16
+  float* sums;  // [32 columns][even, odd][query][16 columns]
+  bool add;     // to what `sums` holds
 };
 
 #if defined(__AMX_BF16__)
 
-// This thread's tiles: 0 to 5 (sums and a) hold `rows` rows from now on, 6 and 7 (b) 16. Contents are
-// lost. Whoever is done gives them back: a thread without tiles is switched faster.
+// This thread's tiles, contents lost: 6 and 7 hold 16 rows from now on, the others `rows`. Whoever is
+// done gives them back: a thread without tiles is switched faster.
 inline void ConfigureTiles(int rows) {
   alignas(64) uint8_t config[64] = {};
   config[0] = 1;  // palette
@@ -41,45 +63,133 @@ inline void ConfigureTiles(int rows) {
 }
 inline void ReleaseTiles() { _tile_release(); }
 
-// REQUIRES: ConfigureTiles(rows). Calls step() for each 16 words.
-template <int kColumns, typename Step>
-inline void Multiply(const TileProduct& p, int, Step&& step) {
-  const int64_t a_bytes = p.a_stride * 4, b_bytes = p.b_stride * 4, out_bytes = p.out_stride * 4;
-  if (p.add) {
-    _tile_loadd(0, p.out[0], out_bytes);
-    _tile_loadd(1, p.out[1], out_bytes);
-    if constexpr (kColumns > 1) {
-      _tile_loadd(2, p.out[0] + kTile, out_bytes);
-      _tile_loadd(3, p.out[1] + kTile, out_bytes);
+// REQUIRES: ConfigureTiles(16). Calls step() for each 16 keys x 16 words.
+template <int kGroups, typename Step>
+inline void Multiply(const ScoreProduct& p, Step&& step) {
+  const int64_t key_bytes = p.key_stride * 2;
+  const BFloat16* const more = p.keys + kTile * p.key_stride;
+  const uint32_t* const second = p.queries + p.words * kTile;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kGroups == 1) {
+    for (int word = 0; word < p.words; word += kTile) {
+      _tile_loadd(7, p.queries + word * kTile, 64);
+      _tile_loadd(2, p.keys + 2 * word, key_bytes);
+      _tile_dpbf16ps(0, 2, 7);
+      step();
+      _tile_loadd(3, more + 2 * word, key_bytes);
+      _tile_dpbf16ps(1, 3, 7);
+      step();
     }
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int word = 0; word < p.words; word += kTile) {
+      _tile_loadd(6, p.queries + word * kTile, 64);
+      _tile_loadd(4, p.keys + 2 * word, key_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, second + word * kTile, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      step();
+      _tile_loadd(5, more + 2 * word, key_bytes);
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      step();
+    }
+    _tile_stored(2, p.scores + p.score_stride, 64);
+    _tile_stored(3, p.scores + p.score_stride + kTileWords, 64);
+  }
+  _tile_stored(0, p.scores, 64);
+  _tile_stored(1, p.scores + kTileWords, 64);
+}
+
+// REQUIRES: ConfigureTiles(16). Calls step() for each step.
+template <int kGroups, typename Step>
+inline void Multiply(const PairProduct& p, Step&& step) {
+  constexpr int64_t tile = kTileWords;
+  float* const second = p.sums + p.sum_stride;
+  if constexpr (kGroups == 1) {
+    if (p.add) {
+      _tile_loadd(4, p.sums, 64);
+      _tile_loadd(5, p.sums + tile, 64);
+    } else {
+      _tile_zero(4);
+      _tile_zero(5);
+    }
+    for (int i = 0; i < p.steps; ++i) {
+      const uint32_t* const values = p.values + i * p.value_stride;
+      _tile_loadd(6, p.weights + i * tile, 64);
+      _tile_loadd(3, values, 64);
+      _tile_dpbf16ps(4, 6, 3);
+      _tile_loadd(7, values + kTileWords, 64);
+      _tile_dpbf16ps(5, 6, 7);
+      step();
+    }
+    _tile_stored(4, p.sums, 64);
+    _tile_stored(5, p.sums + tile, 64);
+  } else {
+    if (p.add) {
+      _tile_loadd(0, p.sums, 64);
+      _tile_loadd(1, p.sums + tile, 64);
+      _tile_loadd(2, second, 64);
+      _tile_loadd(3, second + tile, 64);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int i = 0; i < p.steps; ++i) {
+      const uint32_t* const values = p.values + i * p.value_stride;
+      _tile_loadd(4, p.weights + i * tile, 64);
+      _tile_loadd(6, values, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, values + kTileWords, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, p.weights + p.weight_stride + i * tile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      step();
+    }
+    _tile_stored(0, p.sums, 64);
+    _tile_stored(1, p.sums + tile, 64);
+    _tile_stored(2, second, 64);
+    _tile_stored(3, second + tile, 64);
+  }
+}
+
+// REQUIRES: ConfigureTiles(p.queries). Calls step() for each 16 keys.
+template <typename Step>
+inline void Multiply(const RowProduct& p, Step&& step) {
+  const int64_t tile = p.queries * kTile, value_bytes = p.value_stride * 2;
+  if (p.add) {
+    _tile_loadd(0, p.sums, 64);
+    _tile_loadd(1, p.sums + tile, 64);
+    _tile_loadd(2, p.sums + 2 * tile, 64);
+    _tile_loadd(3, p.sums + 3 * tile, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
-  const auto* const first = static_cast<const uint32_t*>(p.a[0]);
-  const auto* const second = static_cast<const uint32_t*>(p.a[1]);
-  const auto* const b = static_cast<const uint32_t*>(p.b);
-  for (int word = 0; word < p.words; word += kTile) {
-    _tile_loadd(4, first + word, a_bytes);
-    _tile_loadd(6, b + word * p.b_stride, b_bytes);
+  for (int i = 0; i < p.tiles; ++i) {
+    const uint32_t* const weights = p.weights + i * 2 * tile;
+    const BFloat16* const values = p.values + i * kTile * p.value_stride;
+    _tile_loadd(4, weights, 64);
+    _tile_loadd(6, values, value_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, second + word, a_bytes);
+    _tile_loadd(5, weights + tile, 64);
     _tile_dpbf16ps(1, 5, 6);
-    if constexpr (kColumns > 1) {
-      _tile_loadd(7, b + word * p.b_stride + kTile, b_bytes);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    _tile_loadd(7, values + 2 * kTile, value_bytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
     step();
   }
-  _tile_stored(0, p.out[0], out_bytes);
-  _tile_stored(1, p.out[1], out_bytes);
-  if constexpr (kColumns > 1) {
-    _tile_stored(2, p.out[0] + kTile, out_bytes);
-    _tile_stored(3, p.out[1] + kTile, out_bytes);
-  }
+  _tile_stored(0, p.sums, 64);
+  _tile_stored(1, p.sums + tile, 64);
+  _tile_stored(2, p.sums + 2 * tile, 64);
+  _tile_stored(3, p.sums + 3 * tile, 64);
 }
 
 #else
@@ -87,24 +197,58 @@ inline void Multiply(const TileProduct& p, int, Step&& step) {
 inline void ConfigureTiles(int) {}
 inline void ReleaseTiles() {}
 
-template <int kColumns, typename Step>
-inline void Multiply(const TileProduct& p, int rows, Step&& step) {
-  for (int i = 0; i < 2; ++i) {
-    for (int row = 0; row < rows; ++row) {
-      const auto* const a = static_cast<const BFloat16*>(p.a[i]) + row * 2 * p.a_stride;
-      for (int column = 0; column < kColumns * kTile; column += kTile) {
-        float* const out = p.out[i] + row * p.out_stride + column;
-        F32x16 sum = p.add ? Load(out) : Zero();
-        for (int word = 0; word < p.words; ++word) {
-          const uint32_t* const b = static_cast<const uint32_t*>(p.b) + word * p.b_stride + column;
-          sum = Fma(Broadcast(ToFloat(a[2 * word])), LowBf16(b), sum);
-          sum = Fma(Broadcast(ToFloat(a[2 * word + 1])), HighBf16(b), sum);
-        }
-        Store(out, sum);
-      }
+// sum + a b of a row of `words` words with as many rows of 16 words, `stride` words apart.
+inline F32x16 MultiplyRow(const void* a, const void* b, int64_t stride, int words, F32x16 sum) {
+  for (int word = 0; word < words; ++word) {
+    uint32_t pair;
+    std::memcpy(&pair, static_cast<const uint8_t*>(a) + word * sizeof(pair), sizeof(pair));
+    const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
+    const BFloat16* const row = static_cast<const BFloat16*>(b) + word * 2 * stride;
+    sum = Fma(Broadcast(ToFloat({low})), LowBf16(row), sum);
+    sum = Fma(Broadcast(ToFloat({high})), HighBf16(row), sum);
+  }
+  return sum;
+}
+template <int kGroups, typename Step>
+inline void Multiply(const ScoreProduct& p, Step&& step) {
+  for (int g = 0; g < kGroups; ++g) {
+    for (int key = 0; key < 2 * kTile; ++key) {
+      Store(p.scores + g * p.score_stride + key * kTile,
+            MultiplyRow(p.keys + key * p.key_stride, p.queries + g * p.words * kTile, kTile, p.words,
+                        Zero()));
     }
   }
-  for (int word = 0; word < p.words; word += kTile) step();
+  for (int word = 0; word < 2 * p.words; word += kTile) step();
+}
+template <int kGroups, typename Step>
+inline void Multiply(const PairProduct& p, Step&& step) {
+  for (int g = 0; g < kGroups; ++g) {
+    for (int i = 0; i < 2 * kTile; ++i) {
+      float* const sums = p.sums + g * p.sum_stride + i * kTile;
+      F32x16 sum = p.add ? Load(sums) : Zero();
+      for (int at = 0; at < p.steps; ++at) {
+        sum = MultiplyRow(p.weights + g * p.weight_stride + at * kTileWords + i % kTile * kTile,
+                          p.values + at * p.value_stride + i / kTile * kTileWords, kTile, kTile,
+                          sum);
+      }
+      Store(sums, sum);
+    }
+  }
+  for (int at = 0; at < p.steps; ++at) step();
+}
+template <typename Step>
+inline void Multiply(const RowProduct& p, Step&& step) {
+  for (int i = 0; i < 4 * p.queries; ++i) {
+    float* const sums = p.sums + i * kTile;
+    F32x16 sum = p.add ? Load(sums) : Zero();
+    for (int at = 0; at < p.tiles; ++at) {
+      sum = MultiplyRow(p.weights + (2 * at * p.queries + i % (2 * p.queries)) * kTile,
+                        p.values + at * kTile * p.value_stride + i / (2 * p.queries) * 2 * kTile,
+                        p.value_stride / 2, kTile, sum);
+    }
+    Store(sums, sum);
+  }
+  for (int at = 0; at < p.tiles; ++at) step();
 }
 
 #endif
@@ -123,12 +267,33 @@ inline F32x16 Power(F32x16 p, F32x16 n) {
 }
 #endif
 
-// Floats rounded to bfloat16, halves away from zero, as the low and as the high halves of words whose
-// other halves are 0.
+// Words of floats rounded to bfloat16, halves away from zero.
+#if defined(__AVX512BW__)
+inline F32x16 PairsOf(F32x16 low, F32x16 high) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i l = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low.v), half), 16);
+  const __m512i h = _mm512_add_epi32(_mm512_castps_si512(high.v), half);
+  return {_mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaau, l, h))};
+}
+#else
+inline F32x16 PairsOf(F32x16 low, F32x16 high) {
+  uint32_t l[kLanes], h[kLanes];
+  Store(reinterpret_cast<float*>(l), low);
+  Store(reinterpret_cast<float*>(h), high);
+  for (int i = 0; i < kLanes; ++i) {
+    l[i] = ((l[i] + 0x8000u) >> 16) | ((h[i] + 0x8000u) & 0xffff0000u);
+  }
+  F32x16 pairs;
+  std::memcpy(&pairs, l, sizeof(pairs));
+  return pairs;
+}
+#endif
+
+// Floats rounded to bfloat16 as PairsOf does, as the low and as the high halves of words whose other
+// halves are 0.
 #if defined(__AVX512F__)
 inline void StoreHalves(F32x16 x, uint32_t* low, uint32_t* high) {
-  const __m512i bits =
-      _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x8000));
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x8000));
   _mm512_store_si512(low, _mm512_srli_epi32(bits, 16));
   _mm512_store_si512(high, _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -142,6 +307,82 @@ inline void StoreHalves(F32x16 x, uint32_t* low, uint32_t* high) {
   }
 }
 #endif
+
+// 32 columns of two rows as words of both: of columns 8 i + j, j < 4, word 4 i + j in `low`, of the
+// others in `high`, which is one instruction each; and back, of the sums of these columns.
+#if defined(__AVX512BW__)
+inline void PairRows(const BFloat16* first, const BFloat16* second, uint32_t* low, uint32_t* high) {
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  _mm512_store_si512(low, _mm512_unpacklo_epi16(a, b));
+  _mm512_store_si512(high, _mm512_unpackhi_epi16(a, b));
+}
+inline void StoreColumns(F32x16 low, F32x16 high, float* to) {
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512d l = _mm512_castps_pd(low.v), h = _mm512_castps_pd(high.v);
+  _mm512_storeu_pd(to, _mm512_permutex2var_pd(l, first, h));
+  _mm512_storeu_pd(to + kLanes, _mm512_permutex2var_pd(l, second, h));
+}
+#else
+inline void PairRows(const BFloat16* first, const BFloat16* second, uint32_t* low, uint32_t* high) {
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    (i % 8 < 4 ? low : high)[i / 8 * 4 + i % 4] =
+        first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+  }
+}
+inline void StoreColumns(F32x16 low, F32x16 high, float* to) {
+  float halves[2][kLanes];
+  Store(halves[0], low);
+  Store(halves[1], high);
+  for (int i = 0; i < 2 * kLanes; ++i) to[i] = halves[i % 8 / 4][i / 8 * 4 + i % 4];
+}
+#endif
+inline void LoadColumns(const float* from, float* low, float* high) {
+  for (int i = 0; i < 2 * kLanes; ++i) (i % 8 < 4 ? low : high)[i / 8 * 4 + i % 4] = from[i];
+}
+
+// For four queries a vector holds four keys: quarter j of vector i has key 4 j + i of 16, from rows of
+// 16 scores; and four such vectors become rows, one a query, of 16 keys in order.
+#if defined(__AVX512F__)
+inline F32x16 FourOfRows(const float* rows, int i) {
+  const float* const at = rows + i * kTile;
+  __m512 v = _mm512_castps128_ps512(_mm_load_ps(at));
+  v = _mm512_insertf32x4(v, _mm_load_ps(at + 4 * kTile), 1);
+  v = _mm512_insertf32x4(v, _mm_load_ps(at + 8 * kTile), 2);
+  return {_mm512_insertf32x4(v, _mm_load_ps(at + 12 * kTile), 3)};
+}
+inline void ToRows(F32x16 (&v)[4]) {
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0].v, v[1].v));
+  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(v[2].v, v[3].v));
+  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(v[0].v, v[1].v));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2].v, v[3].v));
+  v[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+  v[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  v[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+  v[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+#else
+inline F32x16 FourOfRows(const float* rows, int i) {
+  float v[kLanes];
+  for (int at = 0; at < kLanes; ++at) v[at] = rows[(at / 4 * 4 + i) * kTile + at % 4];
+  return Load(v);
+}
+inline void ToRows(F32x16 (&v)[4]) {
+  float rows[4][kLanes];
+  for (int i = 0; i < 4; ++i) {
+    float of_keys[kLanes];
+    Store(of_keys, v[i]);
+    for (int at = 0; at < kLanes; ++at) rows[at % 4][at / 4 * 4 + i] = of_keys[at];
+  }
+  for (int i = 0; i < 4; ++i) v[i] = Load(rows[i]);
+}
+#endif
+// The same of 16 floats, one a query, in each quarter.
+inline F32x16 FourTimes(const float* four) {
+  float v[kLanes];
+  for (int at = 0; at < kLanes; ++at) v[at] = four[at % 4];
+  return Load(v);
+}
 
 }  // namespace headroom::kernels::cpu::HEADROOM_ISA_NAMESPACE
 

@@ -1,14 +1,14 @@
 #include "tests/bench/in_place_bench.h"
 
-#include <sys/mman.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <utility>
 
 #include "common/kv_layout.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/tile_attention.h"
+#include "services/headroom/bench/host_memory.h"
 #include "tests/bench/best_seconds.h"
 
 namespace headroom::kernels {
@@ -33,50 +33,19 @@ std::vector<InPlaceKernel> InPlaceKernels() {
 
 InPlaceBench::InPlaceBench(CpuTeam& team, int64_t bytes) {
   bytes_ = bytes / kLayout.BytesFor(kHeads) * kLayout.BytesFor(kHeads);
-  // At an address where 2 MiB pages can begin.
-  constexpr int64_t kHugePage = int64_t{2} << 20;
-  room_bytes_ = bytes_ + kHugePage;
-  room_ = mmap(nullptr, static_cast<size_t>(room_bytes_), PROT_NONE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(room_) + kHugePage - 1) & -kHugePage;
-  void* const data =
-      room_ == MAP_FAILED
-          ? MAP_FAILED
-          : mmap(reinterpret_cast<void*>(begin), static_cast<size_t>(bytes_), PROT_READ | PROT_WRITE,
-                 MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-  if (data == MAP_FAILED) {
-    std::perror("mmap");
+  absl::StatusOr<MappedRegion> region = MapSharedMemory(bytes_, "in-place-bench");
+  if (!region.ok()) {
+    std::fprintf(stderr, "%s\n", region.status().ToString().c_str());
     std::abort();
   }
-  data_ = static_cast<uint8_t*>(data);
-  team.Run([&](int member) {
-    std::mt19937_64 random(member);
-    auto* const words = reinterpret_cast<uint64_t*>(data_);
-    const int64_t count = bytes_ / 8 / team.size();
-    for (int64_t i = member * count; i < (member + 1) * count; ++i) {
-      words[i] = (random() & 0x807f807f807f807full) | 0x3f003f003f003f00ull;
-    }
-  });
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE
-  madvise(data_, static_cast<size_t>(bytes_), kCollapse);
+  region_ = *std::move(region);
+  data_ = region_.data();
+  region_.MakeHugePages(0, bytes_);
+  FillWithKeys(data_, bytes_, team);
 }
 
-InPlaceBench::~InPlaceBench() { munmap(room_, static_cast<size_t>(room_bytes_)); }
-
 InPlaceBench::Rate InPlaceBench::Reads(CpuTeam& team) const {
-  std::vector<uint64_t> sums(8);
-  return RateOf(bytes_, TimeRuns([&] {
-    constexpr int64_t kPart = int64_t{1} << 20;
-    team.ForEach(bytes_ / kPart, [&](int64_t part) {
-      const auto* const p = reinterpret_cast<const uint64_t*>(data_) + part * (kPart / 8);
-      uint64_t sum[8] = {};
-      for (int64_t i = 0; i < kPart / 8; i += 8) {
-        __builtin_prefetch(p + i + 2048);
-        for (int j = 0; j < 8; ++j) sum[j] += p[i + j];
-      }
-      sums[part % 8] = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
-    });
-  }));
+  return RateOf(bytes_, TimeRuns([&] { ReadHost(data_, bytes_, team); }));
 }
 
 InPlaceBench::Rate InPlaceBench::Attend(CpuTeam& team, int32_t rows,

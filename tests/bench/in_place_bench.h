@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/segment/mapped_region.h"
 #include "kernels/attention.h"
 #include "kernels/cpu/team.h"
 
@@ -25,11 +26,8 @@ class InPlaceBench {
     double best = 0, mean = 0;
   };
 
-  // `bytes` of keys, written by `team`, in 2 MiB pages where the kernel gives them.
+  // `bytes` of keys, written by `team`, mapped as a store's are.
   InPlaceBench(CpuTeam& team, int64_t bytes);
-  ~InPlaceBench();
-  InPlaceBench(const InPlaceBench&) = delete;
-  InPlaceBench& operator=(const InPlaceBench&) = delete;
 
   int64_t bytes() const { return bytes_; }
   Rate Reads(CpuTeam& team) const;
@@ -38,8 +36,7 @@ class InPlaceBench {
 
  private:
   int64_t bytes_;
-  int64_t room_bytes_;
-  void* room_;
+  MappedRegion region_;
   uint8_t* data_;
 };
 

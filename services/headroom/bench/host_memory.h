@@ -24,6 +24,9 @@ int64_t AvailableHostBytes();
 // Finite keys and values: bfloat16 in (-1, 1), a MiB of them over and over.
 void FillWithKeys(uint8_t* data, int64_t bytes, kernels::CpuTeam& team);
 
+// Reads every byte once, as fast as the team can.
+void ReadHost(const uint8_t* data, int64_t bytes, kernels::CpuTeam& team);
+
 // Bytes/s at which the team reads a region that is larger than the caches and not constant (memory
 // that was never written is one page of zeros over and over, which a cache holds). Best of several.
 double HostReadRate(const uint8_t* data, int64_t bytes, kernels::CpuTeam& team,
