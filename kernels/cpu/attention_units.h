@@ -133,7 +133,15 @@ inline void FoldUnits(const Launch& launch, const UnitWork& work, int64_t query)
       open.CopyFrom(unit);
     }
   }
-  if (last_pass && item.finish) Finish(launch, row, q_head);
+  if (!last_pass) return;
+  // Whoever goes on from a border of kUnitTokens takes it that no unit is open there.
+  if constexpr (kTokens != kUnitTokens) {
+    if (end % kTokens != 0 && end % kUnitTokens == 0) {
+      Fold(finished, open);
+      open.Reset();
+    }
+  }
+  if (item.finish) Finish(launch, row, q_head);
 }
 
 // Collects works until the scratch is full, then runs them: units in any order, folds after them.

@@ -25,8 +25,9 @@ inline void Pause() {
 }  // namespace
 
 AttendPool::AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads,
-                       const Patience& patience)
+                       const Patience& patience, const kernels::cpu::TileAttention* tiles)
     : patience_(patience),
+      tiles_(tiles),
       reader_(data, std::move(ready_bytes)),
       team_(threads) {
   thread_ = std::thread([this] { Loop(); });
@@ -146,11 +147,10 @@ bool AttendPool::ServeSlot(Mailbox& mailbox, uint32_t slot) {
 // A CPU device computes in float32, and gets the bits that it would compute itself. A GPU multiplies
 // bfloat16: for it the fast kernels round no more than it does.
 void AttendPool::Attend(bool for_cpu_device) {
-  const kernels::cpu::TileAttention* const tiles = kernels::cpu::BestTileAttention();
-  if (for_cpu_device || tiles == nullptr) {
+  if (for_cpu_device || tiles_ == nullptr) {
     kernels::cpu::Attend(reader_.args(), team_);
   } else {
-    tiles->attend(reader_.args(), team_);
+    tiles_->attend(reader_.args(), team_);
   }
 }
 

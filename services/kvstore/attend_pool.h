@@ -21,6 +21,7 @@
 #include "common/mutex.h"
 #include "common/segment/mailbox.h"
 #include "kernels/cpu/team.h"
+#include "kernels/cpu/tile_attention.h"
 #include "services/kvstore/post_reader.h"
 
 namespace headroom::kvstore {
@@ -52,9 +53,11 @@ class AttendPool {
   };
 
   // `data` is the segment's, alive as long as the pool; bytes below `ready_bytes()` may be read.
-  // `threads` >= 1, each pinned to a processor of its own where there are as many.
+  // `threads` >= 1, each pinned to a processor of its own where there are as many. `tiles` is what it
+  // attends with for a GPU; null: the kernels for a CPU device.
   AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads,
-             const Patience& patience);
+             const Patience& patience,
+             const kernels::cpu::TileAttention* tiles = kernels::cpu::BestTileAttention());
   AttendPool(const uint8_t* data, std::function<int64_t()> ready_bytes, int threads)
       : AttendPool(data, std::move(ready_bytes), threads, Patience()) {}
   ~AttendPool();
@@ -80,6 +83,7 @@ class AttendPool {
   bool AnyPost(const Mailbox& mailbox) const;
 
   const Patience patience_;
+  const kernels::cpu::TileAttention* const tiles_;
   std::atomic<bool> stop_{false};
 
   mutable Mutex mutex_;

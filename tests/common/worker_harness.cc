@@ -150,7 +150,7 @@ absl::StatusOr<std::unique_ptr<WorkerHarness>> WorkerHarness::Create(
   HEADROOM_RETURN_IF_ERROR(
       h.executor_->AttachSegment({h.segment_.data(), options.segment_bytes}));
   if (options.attend_threads > 0) {
-    HEADROOM_RETURN_IF_ERROR(h.OpenInPlace(options.attend_threads));
+    HEADROOM_RETURN_IF_ERROR(h.OpenInPlace(options.attend_threads, options.attend_as_for_gpu));
   }
   return harness;
 }
@@ -164,17 +164,21 @@ WorkerHarness::~WorkerHarness() {
   if (!mailbox_dir_.empty()) std::filesystem::remove_all(mailbox_dir_, ignored);
 }
 
-absl::Status WorkerHarness::OpenInPlace(int attend_threads) {
+absl::Status WorkerHarness::OpenInPlace(int attend_threads, bool as_for_gpu) {
   if (mailbox_dir_.empty()) {
     mailbox_dir_ = "/dev/shm/headroom-mailbox-XXXXXX";  // a GPU registers no file of a disk
     if (mkdtemp(mailbox_dir_.data()) == nullptr) return absl::InternalError("no temporary folder");
   }
-  MailboxShape shape = MailboxShapeOf(config_, budget_, device_->name() == "cpu");
+  MailboxShape shape =
+      MailboxShapeOf(config_, budget_, device_->name() == "cpu" && !as_for_gpu);
   shape.generation = ++mailboxes_;
   HEADROOM_ASSIGN_OR_RETURN(mailbox_,
                             Mailbox::Create(mailbox_dir_, MailboxFile(mailboxes_, 1), shape));
+  const kernels::cpu::TileAttention* tiles = kernels::cpu::BestTileAttention();
+  if (as_for_gpu && tiles == nullptr) tiles = &kernels::cpu::kPortableTileAttention;
   pool_ = std::make_unique<kvstore::AttendPool>(
-      segment_.data(), [this] { return static_cast<int64_t>(segment_.size()); }, attend_threads);
+      segment_.data(), [this] { return static_cast<int64_t>(segment_.size()); }, attend_threads,
+      kvstore::AttendPool::Patience(), tiles);
   // One mapping for both ends, so that ThreadSanitizer sees what orders them.
   pool_->Attach(mailbox_);
   return executor_->SetMailbox(mailbox_);

@@ -77,6 +77,7 @@ struct WorkerHarnessOptions {
   int compute_threads = 1;
   // Of a pool that attends to keys in place; 0: there is none.
   int attend_threads = 0;
+  bool attend_as_for_gpu = false;  // in tiles, of the processor or portable ones, whatever the device is
   absl::Duration in_place_deadline = absl::Seconds(30);
   std::optional<uint64_t> delay_seed;
   // Puts a device of the test's in front of the real one. What it takes of the arena is not divided.
@@ -157,7 +158,7 @@ class WorkerHarness {
   uint8_t* ExtentRow(const struct Run& run, int32_t layer, int32_t kv_head, int64_t pos, int part);
 
   // A new mailbox on both sides, with a new pool: as after a store's death and return.
-  absl::Status OpenInPlace(int attend_threads);
+  absl::Status OpenInPlace(int attend_threads, bool as_for_gpu = false);
   // The pool ends, and answers nothing any more.
   void KillPool() { pool_.reset(); }
   kvstore::AttendPool* pool() { return pool_.get(); }

@@ -51,7 +51,12 @@ class GoldenTest : public testing::TestWithParam<std::string> {
     ASSERT_TRUE(sha256.ok()) << sha256.status();
     ASSERT_EQ(*sha256, golden_.model_sha256) << "not the model that the goldens were made with";
 
+    ASSERT_NO_FATAL_FAILURE(Start(/*as_for_gpu=*/false));
+  }
+
+  void Start(bool as_for_gpu) {
     WorkerHarnessOptions options;
+    options.attend_as_for_gpu = as_for_gpu;
     options.budget_bytes = int64_t{512} << 20;  // a prompt of 1,000 tokens is one chunk on a GPU, too
     options.segment_bytes = int64_t{32} << 20;
     options.compute_threads = 1;
@@ -62,6 +67,7 @@ class GoldenTest : public testing::TestWithParam<std::string> {
       tap_ = tap.get();
       return tap;
     };
+    harness_.reset();
     auto harness = WorkerHarness::Create(folder_->path(), options);
     ASSERT_TRUE(harness.ok()) << harness.status();
     harness_ = *std::move(harness);
@@ -158,7 +164,22 @@ TEST_P(GoldenTest, LogitsAgreeInEachLaneAndChunking) {
   RecordProperty("max_error", absl::StrCat(worst_.max));
 }
 
+// Where the worker has a GPU the store multiplies bfloat16 in tiles, and the worker goes on from its states.
+// For one GQA ratio: portable tiles take 5 s a model.
+class GoldenAsForAGpuTest : public GoldenTest {};
+TEST_P(GoldenAsForAGpuTest, LogitsAgreeInPlace) {
+  if (OnGpu()) GTEST_SKIP() << "the test above is this one there";
+  ASSERT_NO_FATAL_FAILURE(Start(/*as_for_gpu=*/true));
+  for (const GoldenCase& golden_case : golden_.cases) {
+    if (golden_case.token_ids.size() > kLongPrompt) continue;
+    Check(golden_case, kInPlacePlan, 6);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Data, GoldenTest, testing::ValuesIn(Names()),
+                         [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Data, GoldenAsForAGpuTest,
+                         testing::Values("gqa3_d128_scaled", "gqa3_d64_tied", "qwen2_gqa3_d64_window"),
                          [](const auto& info) { return info.param; });
 
 // Without these a folder that is lost would pass.

@@ -413,10 +413,38 @@ TEST(TileAttention, GoesOnFromAnOpenUnitAndHangsOnNoThread) {
           batch.Launch(tiles->attend, team);
         }
         if (expected.empty()) expected = batch.out();
-        const bool whole_units = cut % kUnitTokens == 0;
-        EXPECT_TRUE(whole_units ? SameBits(batch.out(), expected)
-                                : Near(batch.out(), expected, 8e-3f))
+        const bool whole = cut % 1024 == 0;
+        EXPECT_TRUE(whole ? SameBits(batch.out(), expected)
+                          : Near(batch.out(), expected, 8e-3f))
             << tiles->name << ", cut at " << cut << ", " << threads << " threads";
+      }
+    }
+  }
+}
+
+// As a worker does of what its store has attended to.
+TEST(TileAttention, LeavesStatesThatOtherKernelsGoOnFrom) {
+  CpuTeam team(2);
+  Sequence sequence({2, 3, 64}, 2300, 26);
+  for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+  const Place whole = Whole(sequence, 2300);
+  for (const int64_t rows : {1, 2, 9}) {
+    const int64_t first = 2300 - rows;
+    Batch oracle(sequence.shape, rows);
+    oracle.SetRows(sequence, 0, first, rows);
+    oracle.Add(0, rows, first, true, true, {&whole});
+    oracle.LaunchReference();
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      for (const int64_t cut : {64, 192, 256, 320, 512, 768, 960, 1024, 1088, 1280, 2048, 2240}) {
+        Batch batch(sequence.shape, rows);
+        batch.SetRows(sequence, 0, first, rows);
+        const auto places = CutPlaces(sequence, 2300, {cut});
+        batch.Add(0, rows, first, true, false, {places[0].get()});
+        batch.Launch(tiles->attend, team);
+        batch.Add(0, rows, first, false, true, {places[1].get()});
+        batch.Launch(&cpu::Attend, team);
+        EXPECT_TRUE(Near(batch.out(), oracle.out(), 8e-3f))
+            << tiles->name << ", cut at " << cut << ", " << rows << " rows";
       }
     }
   }
