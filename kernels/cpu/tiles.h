@@ -326,8 +326,8 @@ inline void StoreColumns(F32x16 low, F32x16 high, float* to) {
 #else
 inline void PairRows(const BFloat16* first, const BFloat16* second, uint32_t* low, uint32_t* high) {
   for (int i = 0; i < 2 * kLanes; ++i) {
-    (i % 8 < 4 ? low : high)[i / 8 * 4 + i % 4] =
-        first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+    uint32_t* const to = i % 8 < 4 ? low : high;
+    to[i / 8 * 4 + i % 4] = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
   }
 }
 inline void StoreColumns(F32x16 low, F32x16 high, float* to) {
@@ -338,7 +338,10 @@ inline void StoreColumns(F32x16 low, F32x16 high, float* to) {
 }
 #endif
 inline void LoadColumns(const float* from, float* low, float* high) {
-  for (int i = 0; i < 2 * kLanes; ++i) (i % 8 < 4 ? low : high)[i / 8 * 4 + i % 4] = from[i];
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    float* const to = i % 8 < 4 ? low : high;
+    to[i / 8 * 4 + i % 4] = from[i];
+  }
 }
 
 // For four queries a vector holds four keys: quarter j of vector i has key 4 j + i of 16, from rows of
