@@ -103,6 +103,27 @@ inline void Multiply(const ScoreProduct& p, Step&& step) {
   _tile_stored(1, p.scores + kTileWords, 64);
 }
 
+// Tiles 0 to 3 from, or to, four blocks of sums.
+inline void BeginSums(bool add, const float* a, const float* b, const float* c, const float* d) {
+  if (add) {
+    _tile_loadd(0, a, 64);
+    _tile_loadd(1, b, 64);
+    _tile_loadd(2, c, 64);
+    _tile_loadd(3, d, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+inline void EndSums(float* a, float* b, float* c, float* d) {
+  _tile_stored(0, a, 64);
+  _tile_stored(1, b, 64);
+  _tile_stored(2, c, 64);
+  _tile_stored(3, d, 64);
+}
+
 // REQUIRES: ConfigureTiles(16). Calls step() for each step.
 template <int kGroups, typename Step>
 inline void Multiply(const PairProduct& p, Step&& step) {
@@ -128,17 +149,7 @@ inline void Multiply(const PairProduct& p, Step&& step) {
     _tile_stored(4, p.sums, 64);
     _tile_stored(5, p.sums + tile, 64);
   } else {
-    if (p.add) {
-      _tile_loadd(0, p.sums, 64);
-      _tile_loadd(1, p.sums + tile, 64);
-      _tile_loadd(2, second, 64);
-      _tile_loadd(3, second + tile, 64);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    BeginSums(p.add, p.sums, p.sums + tile, second, second + tile);
     for (int i = 0; i < p.steps; ++i) {
       const uint32_t* const values = p.values + i * p.value_stride;
       _tile_loadd(4, p.weights + i * tile, 64);
@@ -151,10 +162,7 @@ inline void Multiply(const PairProduct& p, Step&& step) {
       _tile_dpbf16ps(3, 5, 7);
       step();
     }
-    _tile_stored(0, p.sums, 64);
-    _tile_stored(1, p.sums + tile, 64);
-    _tile_stored(2, second, 64);
-    _tile_stored(3, second + tile, 64);
+    EndSums(p.sums, p.sums + tile, second, second + tile);
   }
 }
 
@@ -162,17 +170,7 @@ inline void Multiply(const PairProduct& p, Step&& step) {
 template <typename Step>
 inline void Multiply(const RowProduct& p, Step&& step) {
   const int64_t tile = p.queries * kTile, value_bytes = p.value_stride * 2;
-  if (p.add) {
-    _tile_loadd(0, p.sums, 64);
-    _tile_loadd(1, p.sums + tile, 64);
-    _tile_loadd(2, p.sums + 2 * tile, 64);
-    _tile_loadd(3, p.sums + 3 * tile, 64);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  BeginSums(p.add, p.sums, p.sums + tile, p.sums + 2 * tile, p.sums + 3 * tile);
   for (int i = 0; i < p.tiles; ++i) {
     const uint32_t* const weights = p.weights + i * 2 * tile;
     const BFloat16* const values = p.values + i * kTile * p.value_stride;
@@ -186,10 +184,7 @@ inline void Multiply(const RowProduct& p, Step&& step) {
     _tile_dpbf16ps(3, 5, 7);
     step();
   }
-  _tile_stored(0, p.sums, 64);
-  _tile_stored(1, p.sums + tile, 64);
-  _tile_stored(2, p.sums + 2 * tile, 64);
-  _tile_stored(3, p.sums + 3 * tile, 64);
+  EndSums(p.sums, p.sums + tile, p.sums + 2 * tile, p.sums + 3 * tile);
 }
 
 #else

@@ -13,6 +13,7 @@
 
 #include "kernels/attention.h"
 #include "tests/gpu/gpu_test_util.h"
+#include "tests/gpu/require.h"
 #include "tests/gpu/sdpa_bench.h"
 
 namespace headroom {
@@ -29,12 +30,6 @@ constexpr int64_t kMostRows = 8192;  // of an attention
 constexpr kernels::WideShape kHeads = {kMostRows, kQHeads, kKvHeads, kHeadDim};
 constexpr int64_t kWideFloats =
     kernels::WideAttendScratchFloats(kMostRows, kQHeads, kKvHeads, kHeadDim);
-
-void Require(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
 
 class Bench {
  public:

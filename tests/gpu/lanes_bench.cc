@@ -12,6 +12,7 @@
 #include "kernels/cpu/team.h"
 #include "tests/bench/in_place_bench.h"
 #include "tests/gpu/gpu_test_util.h"
+#include "tests/gpu/require.h"
 
 namespace headroom {
 namespace {
@@ -21,12 +22,6 @@ using kernels::InPlaceKernel;
 
 constexpr int64_t kPiece = int64_t{16} << 20;
 constexpr int64_t kCopied = int64_t{2} << 30;
-
-void Require(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
 
 // Copies to the device, over and over.
 class Copier {

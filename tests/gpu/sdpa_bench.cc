@@ -11,6 +11,7 @@
 #include "common/device/cuda/cuda_handles.h"
 #include "common/device/cuda/cuda_status.h"
 #include "common/device/cuda/cudnn_sdpa.h"
+#include "tests/gpu/require.h"
 
 namespace headroom {
 namespace {
@@ -21,12 +22,6 @@ using kernels::WideClasses;
 using kernels::WideLayout;
 using kernels::WideShape;
 using Mask = SdpaShape::Mask;
-
-void Require(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
 
 double Seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
