@@ -42,8 +42,9 @@ class AttendPool {
     // looked for; a GPU's next post comes within a layer's time.
     absl::Duration spin_if_woken = absl::Microseconds(20);
     absl::Duration spin = absl::Milliseconds(20);
-    // And for so long the team's other members, if a GPU posts: a layer's time between two posts, where
-    // waking 15 of them took 0.1 ms of each. Beside a CPU device they would take its processors.
+    // And for so long the team's other members, if a GPU posts: a layer's time between two posts. What
+    // a layer cost beside its bytes was 0.10 ms without it and 0.04 with it, on two hosts of 16 processors.
+    // Beside a CPU device they would take its processors.
     absl::Duration members = absl::Milliseconds(3);
     // For so long after the latest post, one of who wakes nobody is found within a nap.
     absl::Duration naps = absl::Seconds(1);
