@@ -107,7 +107,12 @@ double GpuDecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings) {
                                   costs.linear_flops / ceilings.gemm_flops);
   const double device =
       weights + (costs.kv_bytes - costs.in_place_bytes) / ceilings.read_bytes;
-  return std::max({device, costs.copied_bytes / ceilings.copy_bytes,
+  double both = 0;
+  if (ceilings.both_links_bytes > 0 && costs.copied_bytes > 0 && costs.in_place_bytes > 0) {
+    both = (costs.copied_bytes + costs.in_place_bytes) /
+           std::max({ceilings.both_links_bytes, ceilings.copy_bytes, ceilings.host_read_bytes});
+  }
+  return std::max({device, both, costs.copied_bytes / ceilings.copy_bytes,
                    costs.in_place_bytes / ceilings.host_read_bytes});
 }
 

@@ -21,6 +21,7 @@ struct Ceilings {
   double copy_back_bytes = 0;  // bytes/s from the arena to mapped memory (GPU)
   double copy_both_bytes = 0;  // ... both ways at once, in sum
   double host_read_bytes = 0;  // bytes/s at which this process's threads read host memory
+  double both_links_bytes = 0;  // bytes/s of these reads and of copies to the device at once, in sum (GPU)
 
   friend bool operator==(const Ceilings&, const Ceilings&) = default;
 };
@@ -41,6 +42,7 @@ inline constexpr CeilingField kCeilingFields[] = {
     {"copy_back_bytes", &Ceilings::copy_back_bytes},
     {"copy_both_bytes", &Ceilings::copy_both_bytes},
     {"host_read_bytes", &Ceilings::host_read_bytes},
+    {"both_links_bytes", &Ceilings::both_links_bytes},
 };
 
 // A floor uses the larger where a ceiling was measured twice, so that a weak probe flatters nobody.
@@ -68,7 +70,8 @@ double PrefillFloorSeconds(const Costs& costs, const Ceilings& ceilings);
 double DecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings);
 // On a GPU three links run side by side, and the longest counts: device memory (weights, or their
 // FLOPs where those take longer, and all keys that are attended there, fetched ones too), the copies,
-// and the host's reads of keys in place.
+// and the host's reads of keys in place. Copies and these reads come from one memory: together they
+// take no less than it needs for both at once, where that was measured.
 double GpuDecodeFloorSeconds(const Costs& costs, const Ceilings& ceilings);
 
 // Of several measurements of one thing. REQUIRES: not empty.

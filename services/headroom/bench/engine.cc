@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -25,6 +26,7 @@ constexpr absl::Duration kStepTimeout = absl::Minutes(10);
 constexpr int64_t kMostStepsBeside = 4096;
 // Any plan that sends every head to one lane has the lane's number, from 1 on.
 uint64_t PlanVersionOf(Lane lane) { return 1 + static_cast<uint64_t>(lane); }
+constexpr uint64_t kHalfPlanVersion = 1 + kNumLanes;
 
 // Of all threads of this process, user and system.
 double CpuSeconds() {
@@ -146,8 +148,26 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
     plan.layers.assign(config_.num_layers, {all});
     HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
   }
+  HEADROOM_RETURN_IF_ERROR(PrepareHalfPlan());
   HEADROOM_RETURN_IF_ERROR(MapSegment(items, options.threads));
   return OpenInPlace(options.threads);
+}
+
+// Every second head of a layer is resident, as many in each.
+absl::Status BenchEngine::PrepareHalfPlan() {
+  Plan plan;
+  plan.version = kHalfPlanVersion;
+  plan.layers.resize(config_.num_layers);
+  for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+    for (int32_t head = 0; head < config_.num_kv_heads; ++head) {
+      LaneRange range;
+      range.lane = (layer + head) % 2 == 0 ? Lane::kResident : Lane::kFetched;
+      range.kv_head_begin = head;
+      range.kv_head_end = head + 1;
+      plan.layers[layer].push_back(range);
+    }
+  }
+  return executor_->PreparePlan(std::move(plan));
 }
 
 // A store's pool in this process, with as many threads as the device has.
@@ -231,7 +251,13 @@ absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item, absl::Tim
 absl::Status BenchEngine::CheckResident(const WorkItem& item,
                                         const Measurement& measurement) const {
   const double fetched = measurement.lane_bytes[static_cast<int>(Lane::kFetched)];
-  if (item.planned || item.lane != Lane::kResident || fetched == 0) return absl::OkStatus();
+  if (item.planned || item.lane != Lane::kResident) return absl::OkStatus();
+  double at_most = 0;
+  if (item.half) {
+    const double kv = DecodeCosts(config_, MeanDecodeContext(item), item.batch).kv_bytes;
+    at_most = item.prefills() ? std::numeric_limits<double>::max() : 0.51 * kv;
+  }
+  if (fetched <= at_most) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat(item.ToString(), ": ", budget_.kv_pool_bytes,
                    " bytes of device memory for keys and values do not hold them: raise "
@@ -239,7 +265,8 @@ absl::Status BenchEngine::CheckResident(const WorkItem& item,
 }
 
 uint64_t BenchEngine::PlanVersion(const WorkItem& item) const {
-  return item.planned ? planned_version_ : PlanVersionOf(item.lane);
+  if (item.planned) return planned_version_;
+  return item.half ? kHalfPlanVersion : PlanVersionOf(item.lane);
 }
 
 absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item, absl::Time deadline,

@@ -110,6 +110,7 @@ class BenchEngine {
   BenchEngine() = default;
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
   absl::Status MapSegment(const std::vector<WorkItem>& items, int32_t threads);
+  absl::Status PrepareHalfPlan();
   absl::Status OpenInPlace(int32_t threads);
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;

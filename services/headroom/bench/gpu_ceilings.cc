@@ -1,6 +1,7 @@
 #include "services/headroom/bench/gpu_ceilings.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <utility>
 
@@ -19,6 +20,12 @@ constexpr double kLeastSeconds = 0.05;
 constexpr int kGemms = 8;
 constexpr int kAttends = 4;
 constexpr int kCopiesWithin = 16;
+// Both links at once: so long that the slice that is still read when the copies end does not show, and
+// that many times.
+constexpr double kBothSeconds = 0.15;
+constexpr int kBothRuns = 3;
+constexpr int64_t kLargePieceBytes = 16 * kMiB;
+constexpr int64_t kReadSliceBytes = 64 * kMiB;
 constexpr absl::Duration kTimeout = absl::Minutes(2);
 // Halves of the buffer are whole pieces of any copy, and what CardReadRate() can read.
 constexpr int64_t kHalfStep = 16 * kMiB;
@@ -125,6 +132,7 @@ absl::StatusOr<Ceilings> GpuCeilingProbe::Measure() {
   HEADROOM_ASSIGN_OR_RETURN(ceilings.copy_back_bytes, CopyRate(16 * kMiB, false, true));
   HEADROOM_ASSIGN_OR_RETURN(ceilings.copy_both_bytes, CopyRate(16 * kMiB, true, true));
   ceilings.host_read_bytes = HostReadRate(host_.data(), host_.bytes(), readers_, kLeastSeconds);
+  HEADROOM_ASSIGN_OR_RETURN(ceilings.both_links_bytes, BothLinksRate(ceilings.copy_bytes));
   return ceilings;
 }
 
@@ -213,6 +221,34 @@ absl::Status GpuCeilingProbe::EnqueueCopy(StreamId stream, int64_t at, int64_t p
   copy.src = to_device ? host_.data() + at : inputs_ + at;
   copy.width_bytes = copy.dst_pitch_bytes = copy.src_pitch_bytes = piece_bytes;
   return device_.Copy(stream, copy);
+}
+
+absl::StatusOr<double> GpuCeilingProbe::BothLinksRate(double copy_rate) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds_since = [](Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
+  const int64_t piece = std::min(kLargePieceBytes, half_bytes_);
+  const int64_t slice = std::min(kReadSliceBytes, host_.bytes());
+  const auto pieces = static_cast<int64_t>(kBothSeconds * copy_rate / static_cast<double>(piece)) + 1;
+  double best = 0;
+  for (int run = 0; run < kBothRuns; ++run) {
+    const auto begin = Clock::now();
+    for (int64_t i = 0; i < pieces; ++i) {
+      HEADROOM_RETURN_IF_ERROR(EnqueueCopy(in_, i * piece % half_bytes_, piece, true));
+    }
+    HEADROOM_RETURN_IF_ERROR(device_.Record(in_, copied_in_));
+    int64_t read = 0;
+    for (int64_t at = 0; !device_.Done(copied_in_); at = (at + slice) % host_.bytes()) {
+      if (seconds_since(begin) > absl::ToDoubleSeconds(kTimeout)) break;  // Await() says why
+      ReadHost(host_.data() + at, std::min(slice, host_.bytes() - at), readers_);
+      read += std::min(slice, host_.bytes() - at);
+    }
+    const double seconds = seconds_since(begin);
+    HEADROOM_RETURN_IF_ERROR(Await(in_, copied_in_));
+    best = std::max(best, static_cast<double>(pieces * piece + read) / seconds);
+  }
+  return best;
 }
 
 absl::StatusOr<double> GpuCeilingProbe::CopyRate(int64_t piece_bytes, bool to_device,

@@ -43,7 +43,7 @@ class GpuCeilingProbe : public CeilingProbe {
                                                                  int threads, ReadRate read_rate);
   ~GpuCeilingProbe() override;
 
-  // Takes about a second on a GPU.
+  // Takes about two seconds on a GPU.
   absl::StatusOr<Ceilings> Measure() override;
 
  private:
@@ -59,6 +59,8 @@ class GpuCeilingProbe : public CeilingProbe {
   absl::Status EnqueueCopy(StreamId stream, int64_t at, int64_t piece_bytes, bool to_device);
   // Bytes/s in pieces of `piece_bytes`; of both directions in sum where both are asked for.
   absl::StatusOr<double> CopyRate(int64_t piece_bytes, bool to_device, bool from_device);
+  // In sum: copies to the device, `copy_rate` of them for kBothSeconds, beside threads that read.
+  absl::StatusOr<double> BothLinksRate(double copy_rate);
 
   Device& device_;
   const GpuProbeShape shape_;

@@ -66,9 +66,10 @@ void PrintCeilings(const BenchResult& result) {
               c.copy_bytes / kGiga, c.host_read_bytes / kGiga);
   if (c.copy_back_bytes > 0) {
     std::printf("    copies    %9.1f GB/s in pieces of 256 KiB, %.1f of 1 MiB, %.1f of 4 MiB; %.1f "
-                "GB/s back, %.1f both ways\n",
+                "GB/s back, %.1f both ways; %.1f beside host reads, in sum\n",
                 c.copy_256kib_bytes / kGiga, c.copy_1mib_bytes / kGiga, c.copy_4mib_bytes / kGiga,
-                c.copy_back_bytes / kGiga, c.copy_both_bytes / kGiga);
+                c.copy_back_bytes / kGiga, c.copy_both_bytes / kGiga,
+                c.both_links_bytes / kGiga);
   }
   for (const CeilingField& field : kCeilingFields) {
     const double value = c.*field.value, floor = result.floor_ceilings.*field.value;
@@ -129,7 +130,7 @@ Json ToJson(const BenchResult& result) {
       {"type", TypeOf(result.item.kind)},
       {"work", result.item.ToString()},
       {"context_tokens", result.item.context_tokens},
-      {"lane", result.item.planned ? "auto" : std::string(LaneName(result.item.lane))},
+      {"lane", std::string(WhereName(result.item))},
       {"batch", int64_t{result.item.batch}},
       {"repeats", static_cast<int64_t>(result.measurements.size())},
       {"seconds", Json::Object{{"median", seconds.median},

@@ -82,8 +82,12 @@ absl::string_view LaneName(Lane lane) {
   return "in_place";
 }
 
+absl::string_view WhereName(const WorkItem& item) {
+  return item.planned ? "auto" : item.half ? "half" : LaneName(item.lane);
+}
+
 std::string WorkItem::ToString() const {
-  const absl::string_view where = planned ? "auto" : LaneName(lane);
+  const absl::string_view where = WhereName(*this);
   if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", where);
   if (kind == Kind::kBeside) return absl::StrCat("beside:", context_tokens, ":", where);
   if (kind == Kind::kQuestion) return absl::StrCat("question:", context_tokens, ":", where);
@@ -116,9 +120,11 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       item.lane = Lane::kInPlace;
     } else if (parts[2] == "auto") {
       item.planned = true;
+    } else if (parts[2] == "half") {
+      item.half = true;
     } else if (parts[2] != LaneName(Lane::kResident)) {
       return wrong(
-          absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place or auto"));
+          absl::StrCat("lane '", parts[2], "', expected resident, fetched, half, in_place or auto"));
     }
     if (item.prefills() && item.planned) return wrong("no prefill is planned");
     if (item.prefills() && item.lane == Lane::kInPlace) {

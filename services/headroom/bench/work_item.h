@@ -23,11 +23,12 @@ struct WorkItem {
 
   Kind kind = Kind::kDecode;
   int64_t context_tokens = 0;
-  Lane lane = Lane::kResident;  // of every head
+  Lane lane = Lane::kResident;  // of every head, or with `half` of every second
   int32_t batch = 1;            // sequences of a decode step
   bool planned = false;         // in the lanes that the planner chooses, not in `lane`
   // Measured once and, a decode, over few steps, whatever is asked for: what takes minutes.
   bool once = false;
+  bool half = false;  // only with kResident: every second head; the others are fetched
 
   bool prefills() const { return kind == Kind::kPrefill || kind == Kind::kBeside; }
   // The text that ParseWorkItem() takes, which says nothing of `once`.
@@ -36,9 +37,11 @@ struct WorkItem {
 };
 
 absl::string_view LaneName(Lane lane);
+absl::string_view WhereName(const WorkItem& item);  // the item's LANE
 
 // prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or
-// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned.
+// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned. LANE `half`: every second head
+// resident, the others fetched.
 // INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 

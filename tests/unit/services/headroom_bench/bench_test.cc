@@ -58,6 +58,10 @@ TEST(WorkItem, IsReadFromItsText) {
   ASSERT_TRUE(question.ok()) << question.status();
   EXPECT_EQ(*question, (WorkItem{WorkItem::Kind::kQuestion, 7168, Lane::kResident, 1, true}));
   EXPECT_EQ(question->ToString(), "question:7168:auto");
+  const absl::StatusOr<WorkItem> half = ParseWorkItem("decode:7168:half:2");
+  ASSERT_TRUE(half.ok()) << half.status();
+  EXPECT_EQ(*half, (WorkItem{WorkItem::Kind::kDecode, 7168, Lane::kResident, 2, false, false, true}));
+  EXPECT_EQ(half->ToString(), "decode:7168:half:2");
   const absl::StatusOr<WorkItem> beside = ParseWorkItem("beside:7168:fetched");
   ASSERT_TRUE(beside.ok()) << beside.status();
   EXPECT_EQ(*beside, (WorkItem{WorkItem::Kind::kBeside, 7168, Lane::kFetched, 1}));
@@ -157,6 +161,28 @@ TEST(Costs, OfAGpuRunSideBySideAndTheLongestCounts) {
   EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 10);
   costs.linear_flops = 2000;
   EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 20);
+}
+
+TEST(Costs, CopiesAndHostReadsShareOneMemory) {
+  Ceilings ceilings;
+  ceilings.gemm_flops = ceilings.read_bytes = 1000;
+  ceilings.copy_bytes = 5;
+  ceilings.host_read_bytes = 10;
+  ceilings.both_links_bytes = 12;
+  Costs costs;
+  costs.kv_bytes = 60;
+  costs.copied_bytes = costs.in_place_bytes = 30;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 6);  // PCIe alone needs more than 60 / 12
+  costs.copied_bytes = 20;
+  costs.in_place_bytes = 40;
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 5);
+  costs.copied_bytes = 0;  // one link: it has the memory for itself
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 4);
+  costs.copied_bytes = 20;
+  ceilings.both_links_bytes = 9;  // measured too low: no less than one of them
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 6);
+  ceilings.both_links_bytes = 0;  // not measured
+  EXPECT_DOUBLE_EQ(GpuDecodeFloorSeconds(costs, ceilings), 4);
 }
 
 TEST(Costs, OfLlama3Are128KiBOfKeysATokenAnd15GBOfWeights) {
