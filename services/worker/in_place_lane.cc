@@ -1,5 +1,6 @@
 #include "services/worker/in_place_lane.h"
 
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -20,6 +21,15 @@ MailboxShape MailboxShapeOf(const ModelConfig& config, const DeviceBudget& budge
   shape.table_bytes = (budget.table_bytes + 63) / 64 * 64;
   shape.poster_wakes = poster_wakes;
   return shape;
+}
+
+int32_t HeadsInPlace(int64_t queries, int64_t fast_queries, int32_t heads, int32_t layer) {
+  if (queries <= fast_queries) return heads;
+  constexpr double kRateOverFetched = 2;
+  const double slower = static_cast<double>(queries) / static_cast<double>(fast_queries);
+  const double share = (1 + kRateOverFetched) / (slower + kRateOverFetched);
+  const auto upto = [&](int32_t layers) { return std::floor(share * heads * layers); };
+  return static_cast<int32_t>(upto(layer + 1) - upto(layer));
 }
 
 InPlaceLane::InPlaceLane(Device& device, const ModelConfig& config, absl::Duration deadline)

@@ -25,12 +25,18 @@ namespace headroom {
 
 // New tokens of a step whose keys may be attended in place: what a mailbox has room for.
 inline constexpr int64_t kMaxInPlaceRows = kMaxDecodeRows;
-// Queries that a sequence may bring to a KV head (new tokens times query heads of a KV head) for its
-// keys to be attended in place; with more they are fetched. On a 16-core host beside an H100 a key in
-// place takes half of the time of its copy over PCIe for 4 queries, as long for 32 and three times as long
-// for 128. A plan that balances decode steps has some 60% of the keys in place, side by side with the rest:
-// up to about 50 queries that is shorter than to fetch all.
-inline constexpr int64_t kMaxInPlaceQueries = 48;
+// Queries of a KV head (a sequence's new tokens times query heads of a KV head) up to which its keys are
+// attended in place at the rate of a decode step's; from there on the rate falls as queries grow. With AMX,
+// 16 cores, GB/s of 4, 16, 32 and 128 queries: 105, 102, 85, 36; in float32 32 took twice as long as 4.
+inline constexpr int64_t kFastQueriesInTiles = 40;
+inline constexpr int64_t kFastQueries = 16;
+
+// Of `heads` KV heads that the plan has in place in a layer, those that a sequence with so many queries
+// leaves there; the others are fetched, so that both links end together. A plan balances them for decode
+// steps: where keys in place take q / fast_queries times as long, the share s that stays takes s q /
+// fast_queries of a decode step, and what is fetched 1 + (1 - s) r, r being what goes over PCIe while one
+// key comes from it in place: 2 at least. Rounded such that over the layers the share is met.
+int32_t HeadsInPlace(int64_t queries, int64_t fast_queries, int32_t heads, int32_t layer);
 
 // What a worker with this budget makes its mailboxes like.
 MailboxShape MailboxShapeOf(const ModelConfig& config, const DeviceBudget& budget,

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status.h"
+#include "kernels/cpu/tile_attention.h"
 #include "services/worker/draw_state.h"
 
 namespace headroom {
@@ -30,12 +31,13 @@ KvSpan Clip(KvSpan span, int64_t begin, int64_t end) {
 
 }  // namespace
 
-StepContext::StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv,
-                         InPlaceLane& in_place, uint32_t slot,
+StepContext::StepContext(const ModelConfig& config, int64_t fast_queries, int64_t max_rows,
+                         GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
                          std::unique_ptr<FetchPipeline> pipeline)
     : config_(config),
       geometry_(config.kv_geometry()),
       group_(config.num_q_heads / config.num_kv_heads),
+      fast_queries_(fast_queries),
       max_rows_(max_rows),
       kv_(kv),
       in_place_(in_place),
@@ -69,8 +71,12 @@ absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
     Device& device, const ModelConfig& config, const DeviceBudget& budget, int64_t max_rows,
     bool has_chunks, GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
     std::unique_ptr<FetchPipeline> pipeline, uint8_t* staging) {
+  // Of the store's pool, which runs on the same processors, and multiplies in tiles for GPUs alone.
+  const bool tiles = device.product_type() == kernels::ElementType::kBFloat16 &&
+                     kernels::cpu::BestTileAttention() != nullptr;
   auto context = std::unique_ptr<StepContext>(
-      new StepContext(config, max_rows, kv, in_place, slot, std::move(pipeline)));
+      new StepContext(config, tiles ? kFastQueriesInTiles : kFastQueries, max_rows, kv, in_place,
+                      slot, std::move(pipeline)));
   constexpr int64_t kFloat = sizeof(float);
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const x,
                             device.Allocate(max_rows * config.hidden * kFloat, "activations"));
@@ -388,7 +394,7 @@ int64_t StepContext::SealedTokens(const Part& part, int run, int64_t from) const
 }
 
 int StepContext::RunsInPlace(const Part& part, int32_t layer, int32_t head) const {
-  if (!may_ask_store_ || part.what->num_tokens() * group_ > kMaxInPlaceQueries) return 0;
+  if (!may_ask_store_) return 0;
   const int runs = SealedRuns(part);
   int run = FirstRun(part, layer);
   while (run < runs && kv_.Resident(*part.kv, run, layer, head).base == nullptr &&
@@ -408,8 +414,18 @@ Lane StepContext::LaneOf(const Part& part, int run, int32_t layer, int32_t head)
 void StepContext::BuildLayer(int32_t layer, StepTables& tables, Flight& flight) {
   runs_in_place_.clear();
   for (const Part& part : parts_) {
+    int32_t in_place = 0;
     for (int32_t head = 0; head < geometry_.num_kv_heads; ++head) {
       runs_in_place_.push_back(RunsInPlace(part, layer, head));
+      if (runs_in_place_.back() > 0) ++in_place;
+    }
+    // The last of them, if too many queries ask.
+    const int32_t stay =
+        HeadsInPlace(part.what->num_tokens() * group_, fast_queries_, in_place, layer);
+    for (auto runs = runs_in_place_.rbegin(); in_place > stay; ++runs) {
+      if (*runs == 0) continue;
+      *runs = 0;
+      --in_place;
     }
   }
   BuildMoves(layer, tables);

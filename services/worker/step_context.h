@@ -119,8 +119,8 @@ class StepContext {
     bool prelude_sealed = false;      // own keys in front of the new ones come from extents
   };
 
-  StepContext(const ModelConfig& config, int64_t max_rows, GpuKv& kv, InPlaceLane& in_place,
-              uint32_t slot, std::unique_ptr<FetchPipeline> pipeline);
+  StepContext(const ModelConfig& config, int64_t fast_queries, int64_t max_rows, GpuKv& kv,
+              InPlaceLane& in_place, uint32_t slot, std::unique_ptr<FetchPipeline> pipeline);
 
   absl::Status AddPart(const StepSequence& sequence);
   // INVALID_ARGUMENT if the part would read or write an extent that the store has given to another.
@@ -153,6 +153,7 @@ class StepContext {
   const ModelConfig& config_;
   const KvGeometry geometry_;
   const int64_t group_;  // query heads of a KV head
+  const int64_t fast_queries_;  // HeadsInPlace()'s
   const int64_t max_rows_;
   GpuKv& kv_;
   InPlaceLane& in_place_;

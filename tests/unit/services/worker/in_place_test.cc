@@ -94,8 +94,7 @@ TEST_F(InPlace, BytesAreCountedWhereTheyAreRead) {
   const KvGeometry geometry = harness_->geometry();
   int64_t expected = 0;
   for (const StepRecord& step : harness_->steps()) {
-    // Two query heads share a KV head.
-    if (2 * step.sequences[0].num_tokens() > kMaxInPlaceQueries) continue;
+    if (step.sequences[0].sealed_tokens == 0) continue;
     const int64_t bytes = step.sequences[0].sealed_tokens * geometry.BytesPerToken();
     EXPECT_EQ(step.result.lanes[kInPlace].bytes, bytes);
     EXPECT_NEAR(step.result.lanes[kInPlace].kv_heads, 3, 1e-9);
@@ -104,6 +103,53 @@ TEST_F(InPlace, BytesAreCountedWhereTheyAreRead) {
   }
   EXPECT_EQ(harness_->pool()->counters().bytes, static_cast<uint64_t>(expected));
   EXPECT_EQ(harness_->pool()->counters().refused, 0u);
+}
+
+TEST(HeadsInPlace, StayUntilTheirQueriesAreTooMany) {
+  for (const int32_t heads : {0, 1, 3, 5, 8}) {
+    int64_t before = int64_t{heads} * 32;
+    for (const int64_t queries : {1, 4, 16, 17, 40, 120, 512}) {
+      int64_t stay = 0;
+      for (int32_t layer = 0; layer < 32; ++layer) {
+        const int32_t of_layer = HeadsInPlace(queries, 16, heads, layer);
+        EXPECT_GE(of_layer, 0);
+        EXPECT_LE(of_layer, heads);
+        stay += of_layer;
+      }
+      if (queries <= 16) {
+        EXPECT_EQ(stay, int64_t{heads} * 32);
+      }
+      EXPECT_LE(stay, before);
+      before = stay;
+      // Both links take as long, a decode step's balance being 1 and 2 heads going over PCIe while one is
+      // attended to in place.
+      const double share = heads == 0 ? 0 : static_cast<double>(stay) / (heads * 32);
+      const double slower = std::max(1.0, static_cast<double>(queries) / 16);
+      if (heads > 0) {
+        EXPECT_NEAR(share * slower, 1 + (1 - share) * 2, 0.05 * slower) << queries;
+      }
+    }
+  }
+}
+
+// Of a question with many queries some heads stay, whole, and the others are fetched.
+TEST_F(InPlace, ManyQueriesLeaveSomeHeadsInPlace) {
+  Start(SmallModel());
+  TestRequest request = Request(4, 400, 3);
+  const TestOutput resident = Run(request, kResident);
+  request.chunk_tokens = 60;  // 120 queries of a KV head
+  EXPECT_EQ(Difference(resident, Run(request, kAllInPlace, SealedRule::kAtOnce)), "");
+  double most = 0;
+  int chunks = 0;
+  for (const StepRecord& step : harness_->steps()) {
+    if (step.sequences[0].num_tokens() != 60 || step.sequences[0].sealed_tokens == 0) continue;
+    ++chunks;
+    most = std::max(most, step.result.lanes[kInPlace].kv_heads);
+    const double fetched = step.result.lanes[static_cast<int>(Lane::kFetched)].kv_heads;
+    EXPECT_NEAR(step.result.lanes[kInPlace].kv_heads + fetched, 3, 1e-9);
+  }
+  EXPECT_GT(chunks, 3);
+  EXPECT_NEAR(most, 3 * 3 / (120.0 / 16 + 2), 0.5);
 }
 
 // Short chunks go to the store, with some rows; longer ones are fetched.
