@@ -203,6 +203,7 @@ class Scheduler {
   StepPipeline pipeline_;
   Capacity capacity_;
   StepModel step_model_;
+  bool in_place_exact_ = false;  // keys in place give the bits that they give elsewhere
   PlanInForce plan_;
   uint64_t next_sequence_id_ = 1;
   bool stopping_ = false;

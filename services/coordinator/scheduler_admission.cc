@@ -243,7 +243,15 @@ Placement Scheduler::PlaceRunning(const PlacementSpec& spec) const {
   if (!spec.automatic) return PlaceByShares(geometry, spec, shapes);
   const int64_t tails = PoolBytes(capacity_, static_cast<int64_t>(running_.size()),
                                   CommitmentsBeside(/*alone=*/false).running_histories);
-  return PlaceByBudget(geometry, capacity_.kv_pool_bytes - tails, step_model_.costs(), shapes,
+  LaneCosts costs = step_model_.costs();
+  // Beside a GPU, keys in place give other bits than on it, and how many are in place is measured, and
+  // another matter when the store comes back from a fault: not what a deterministic request asks for.
+  const bool bits_count =
+      !in_place_exact_ && std::any_of(running_.begin(), running_.end(), [](const auto& request) {
+        return !request->ended() && request->request().deterministic;
+      });
+  if (bits_count) costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)] = 0;
+  return PlaceByBudget(geometry, capacity_.kv_pool_bytes - tails, costs, shapes,
                        capacity_.extents.windows);
 }
 

@@ -61,6 +61,7 @@ void Scheduler::OnConnected(PeersFound found) {
   LaneCosts costs = FromProto(found.lane_costs);
   if (found.store.attend_threads() == 0) costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)] = 0;
   step_model_.Reset(costs);
+  in_place_exact_ = worker.device() == "cpu";
   worker_abandons_ = worker.schema_revision() >= kRevisionThatAbandons;
   pipeline_.Reset();
   ReconcileWithStore(found.stored);

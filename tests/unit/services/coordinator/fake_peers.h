@@ -91,6 +91,7 @@ class FakeMachine {
   uint32_t next_extent = 1;
   v1::MeasureLanesResponse lane_costs;  // empty: unknown, so that everything else is fetched
   int32_t attend_threads = 0;
+  std::string device = "fake";
   int mailboxes = 0;                  // that the worker has made
   std::string mailbox_file;           // the latest
   bool mailbox_retired = false;       // a step whose keys did not come has given it up
@@ -632,7 +633,7 @@ class FakeWorkerClient : public WorkerClient {
     v1::GetWorkerInfoResponse info;
     info.set_schema_revision(machine_->worker_revision);
     info.set_minimum_peer_revision(1);
-    info.set_device("fake");
+    info.set_device(machine_->device);
     info.mutable_geometry()->set_num_layers(machine_->geometry.num_layers);
     info.mutable_geometry()->set_num_kv_heads(machine_->geometry.num_kv_heads);
     info.mutable_geometry()->set_head_dim(machine_->geometry.head_dim);

@@ -678,6 +678,57 @@ TEST_F(SchedulerTest, ADeterministicRequestKeepsItsPlan) {
   EXPECT_EQ(versions.size(), 1u);
 }
 
+class DeterministicInPlace : public SchedulerTest {
+ protected:
+  void StartOn(const std::string& device) {
+    machine_->device = device;
+    machine_->attend_threads = 2;
+    machine_->pool_tokens = 4 * kTailTokens;
+    machine_->lane_costs.set_base_seconds(1e-6);
+    for (const v1::Lane lane : {v1::LANE_RESIDENT, v1::LANE_FETCHED, v1::LANE_IN_PLACE}) {
+      v1::LaneCost& cost = *machine_->lane_costs.add_lanes();
+      cost.set_lane(lane);
+      cost.set_seconds_per_byte(1e-9);
+      cost.set_busy_seconds_per_byte(1e-9);
+    }
+    machine_->lane_costs.set_fetched_slowdown(1);
+    machine_->lane_costs.set_in_place_slowdown(1);
+    Start();
+  }
+  // Whether a plan of the request's has keys in place.
+  bool PlansInPlace(bool deterministic) {
+    auto request = MakeRequest(Prompt(3000), 20);
+    request->deterministic = deterministic;
+    const size_t before = Under(&FakeMachine::plans).size();
+    const auto outcome = Submit(std::move(request));
+    EXPECT_TRUE(outcome->WaitForEnd());
+    EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+    const std::vector<v1::Plan> plans = Under(&FakeMachine::plans);
+    EXPECT_GT(plans.size(), before);
+    for (size_t i = before; i < plans.size(); ++i) {
+      for (const v1::LayerPlan& layer : plans[i].layers()) {
+        for (const v1::LaneRange& range : layer.ranges()) {
+          if (range.lane() == v1::LANE_IN_PLACE) return true;
+        }
+      }
+    }
+    return false;
+  }
+};
+
+TEST_F(DeterministicInPlace, IsPlannedOnTheCpu) {
+  StartOn("cpu");
+  EXPECT_TRUE(PlansInPlace(true));
+}
+
+// Such keys have other bits there, their share is measured, and after a fault they are fetched.
+TEST_F(DeterministicInPlace, IsNotPlannedBesideAGpu) {
+  StartOn("NVIDIA H200");
+  EXPECT_TRUE(PlansInPlace(false));
+  EXPECT_FALSE(PlansInPlace(true));
+  EXPECT_TRUE(PlansInPlace(false));
+}
+
 // ---------------------------------------------------------------- sessions
 
 TEST_F(SchedulerTest, ASessionContinuesFromItsLongestCommonPrefix) {
