@@ -3,7 +3,6 @@
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -27,6 +26,12 @@ constexpr int64_t kMostStepsBeside = 4096;
 // Any plan that sends every head to one lane has the lane's number, from 1 on.
 uint64_t PlanVersionOf(Lane lane) { return 1 + static_cast<uint64_t>(lane); }
 constexpr uint64_t kHalfPlanVersion = 1 + kNumLanes;
+
+// Heads of the layer that are resident with WorkItem::half: the first ones, which lie together; of an odd
+// number the smaller half in every second layer.
+int32_t ResidentOfHalf(const ModelConfig& config, int32_t layer) {
+  return (config.num_kv_heads + layer % 2) / 2;
+}
 
 // Of all threads of this process, user and system.
 double CpuSeconds() {
@@ -153,19 +158,20 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
   return OpenInPlace(options.threads);
 }
 
-// Every second head of a layer is resident, as many in each.
 absl::Status BenchEngine::PrepareHalfPlan() {
   Plan plan;
   plan.version = kHalfPlanVersion;
   plan.layers.resize(config_.num_layers);
   for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-    for (int32_t head = 0; head < config_.num_kv_heads; ++head) {
-      LaneRange range;
-      range.lane = (layer + head) % 2 == 0 ? Lane::kResident : Lane::kFetched;
-      range.kv_head_begin = head;
-      range.kv_head_end = head + 1;
-      plan.layers[layer].push_back(range);
-    }
+    const int32_t border = ResidentOfHalf(config_, layer);
+    LaneRange range;
+    range.lane = Lane::kResident;
+    range.kv_head_end = border;
+    if (border > 0) plan.layers[layer].push_back(range);
+    range.lane = Lane::kFetched;
+    range.kv_head_begin = border;
+    range.kv_head_end = config_.num_kv_heads;
+    if (border < config_.num_kv_heads) plan.layers[layer].push_back(range);
   }
   return executor_->PreparePlan(std::move(plan));
 }
@@ -254,8 +260,13 @@ absl::Status BenchEngine::CheckResident(const WorkItem& item,
   if (item.planned || item.lane != Lane::kResident) return absl::OkStatus();
   double at_most = 0;
   if (item.half) {
-    const double kv = DecodeCosts(config_, MeanDecodeContext(item), item.batch).kv_bytes;
-    at_most = item.prefills() ? std::numeric_limits<double>::max() : 0.51 * kv;
+    if (item.prefills()) return absl::OkStatus();  // what is fetched hangs on its chunks
+    double heads = 0;
+    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+      heads += config_.num_kv_heads - ResidentOfHalf(config_, layer);
+    }
+    at_most = heads / (config_.num_layers * config_.num_kv_heads) *
+              DecodeCosts(config_, MeanDecodeContext(item), item.batch).kv_bytes;
   }
   if (fetched <= at_most) return absl::OkStatus();
   return absl::FailedPreconditionError(

@@ -23,12 +23,12 @@ struct WorkItem {
 
   Kind kind = Kind::kDecode;
   int64_t context_tokens = 0;
-  Lane lane = Lane::kResident;  // of every head, or with `half` of every second
+  Lane lane = Lane::kResident;  // of every head, or with `half` of half of them
   int32_t batch = 1;            // sequences of a decode step
   bool planned = false;         // in the lanes that the planner chooses, not in `lane`
   // Measured once and, a decode, over few steps, whatever is asked for: what takes minutes.
   bool once = false;
-  bool half = false;  // only with kResident: every second head; the others are fetched
+  bool half = false;  // only with kResident: half of each layer's heads; the others are fetched
 
   bool prefills() const { return kind == Kind::kPrefill || kind == Kind::kBeside; }
   // The text that ParseWorkItem() takes, which says nothing of `once`.
@@ -40,8 +40,8 @@ absl::string_view LaneName(Lane lane);
 absl::string_view WhereName(const WorkItem& item);  // the item's LANE
 
 // prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or
-// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned. LANE `half`: every second head
-// resident, the others fetched.
+// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned. LANE `half`: half of each layer's
+// heads resident, the others fetched.
 // INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 

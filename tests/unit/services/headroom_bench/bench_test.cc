@@ -390,7 +390,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   options.repeat = 3;
   options.chunk_tokens = 64;
   options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3",
-                  "decode:4000:auto:1"};
+                  "decode:4000:auto:1", "decode:130:half:3"};
   options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
 
@@ -407,10 +407,10 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
     }
   }
   EXPECT_EQ(chunks, 3 * 4);  // each measurement's
-  ASSERT_EQ(lines.size(), 5);
+  ASSERT_EQ(lines.size(), 6);
   EXPECT_EQ(lines[0].Find("type")->as_string(), "setup");
   EXPECT_EQ(lines[0].Find("threads")->as_int(), 2);
-  for (int i = 1; i < 5; ++i) {
+  for (int i = 1; i < 6; ++i) {
     SCOPED_TRACE(lines[i].Dump());
     EXPECT_GT(lines[i].Find("floor_seconds")->as_number(), 0);
     EXPECT_GT(lines[i].Find("ratio")->as_number(), 0);
@@ -433,6 +433,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   EXPECT_EQ(lines[3].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), 0);
   EXPECT_DOUBLE_EQ(lines[3].Find("lanes")->Find("in_place")->Find("bytes")->as_number(), bytes);
   EXPECT_GT(lines[4].Find("predicted_seconds")->as_number(), 0);
+  EXPECT_DOUBLE_EQ(lines[5].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), bytes / 2);
 }
 
 TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {
