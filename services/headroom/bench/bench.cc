@@ -152,7 +152,8 @@ absl::Status BenchRun::Measure(const WorkItem& item) {
   result.item = item;
   if (item.planned) {  // said before anything of the item runs
     HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine_->PlanFor(item));
-    result.predicted_seconds = planned.step_seconds;
+    // What is planned, and predicted, is a decode step; a question has a plan's lanes, and more to do.
+    if (item.kind == WorkItem::Kind::kDecode) result.predicted_seconds = planned.step_seconds;
     BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
   }
   HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());

@@ -206,7 +206,8 @@ absl::Status BenchReport::Begin(const BenchSetup& setup) {
 
 void BenchReport::PrintPlan(const WorkItem& item, double step_seconds,
                             const double (&lane_bytes)[kNumLanes]) {
-  std::printf("%-26s %9.2f ms predicted:", item.ToString().c_str(), step_seconds * kMilli);
+  std::printf("%-26s %9.2f ms predicted%s:", item.ToString().c_str(), step_seconds * kMilli,
+              item.kind == WorkItem::Kind::kQuestion ? " for a decode step" : "");
   for (int lane = 0; lane < kNumLanes; ++lane) {
     std::printf(" %s %.1f MB%s", std::string(LaneName(static_cast<Lane>(lane))).c_str(),
                 lane_bytes[lane] * 1e-6, lane + 1 < kNumLanes ? "," : "\n");
