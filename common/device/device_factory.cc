@@ -61,7 +61,8 @@ absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& option
   }
   return CreateCpuDevice({.arena_bytes = options.memory_bytes,
                           .compute_threads = options.compute_threads,
-                          .delay_seed = options.delay_seed});
+                          .delay_seed = options.delay_seed,
+                          .fail_file = options.fail_file});
 }
 
 }  // namespace headroom

@@ -21,6 +21,7 @@ struct DeviceOptions {
   // CPU device only.
   int compute_threads = 1;
   std::optional<uint64_t> delay_seed;
+  std::string fail_file;
 };
 
 // "cuda" where `kind` is "auto", this binary has the CUDA device and the host has an NVIDIA driver

@@ -15,6 +15,9 @@ inline constexpr int kExitFailed = 1;
 // Wrong usage, configuration or input files: another try will not work.
 inline constexpr int kExitUsage = 2;
 
+// The worker's device is lost: a worker that is started anew may get it back.
+inline constexpr int kExitDeviceLost = 3;
+
 // For a service that did not start: kExitFailed for an address that is taken, a device that is not
 // there, a bug; else kExitUsage.
 int ExitCodeOfStart(const absl::Status& status);

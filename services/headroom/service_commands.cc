@@ -2,6 +2,7 @@
 #include <google/protobuf/stubs/logging.h>
 #include <malloc.h>
 
+#include <cstdlib>
 #include <memory>
 #include <utility>
 
@@ -124,6 +125,11 @@ int WorkerCommand(const std::vector<std::string>& args) {
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<WorkerServer>> {
         HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--listen", options.listen_address));
+        // Nothing is lost with the process: keys lie in the store, tokens with the coordinator.
+        options.on_device_lost = [](const absl::Status& status) {
+          LogError(absl::StrCat("the device is lost: ", status.message()));
+          std::_Exit(kExitDeviceLost);
+        };
         return StartWorker(options);
       },
       [](WorkerServer& server) {

@@ -96,6 +96,8 @@ void AddWorkerFlags(Flags& flags, WorkerOptions* options) {
   flags.Group("");
   flags.Seed("delay-seed", &options->delay_seed,
              "For tests: delays each device operation by 0 to 5 ms, drawn from this seed.");
+  flags.Text("fail-file", "FILE", &options->fail_file,
+             "For tests: the CPU device is lost once there is this file.");
 }
 
 void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options) {
@@ -186,6 +188,7 @@ std::vector<std::string> WorkerArguments(const WorkerOptions& options, const Log
       .Set("max-sequences", options.max_sequences)
       .Set("in-place-deadline", absl::FormatDuration(options.in_place_deadline));
   if (options.delay_seed.has_value()) arguments.Set("delay-seed", *options.delay_seed);
+  if (!options.fail_file.empty()) arguments.Set("fail-file", options.fail_file);
   return arguments.Take(log);
 }
 

@@ -13,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "common/log.h"
 #include "common/status.h"
+#include "services/headroom/exit_code.h"
 
 namespace headroom::cli {
 namespace {
@@ -103,7 +104,8 @@ void Supervisor::Reap(Child& child) {
   child.start_at = absl::InfiniteFuture();
   if (stops) {
     LogInfo(absl::StrCat(child.spec.name, " ", status->ToString()));
-  } else if (child.starts == 1 && !status->by_signal && status->code != 0) {
+  } else if (child.starts == 1 && !status->by_signal && status->code != 0 &&
+             status->code != kExitDeviceLost) {
     LogError(absl::StrCat(child.spec.name, " ", status->ToString(), " at its first start"));
     BeginStop(status->code);
   } else {

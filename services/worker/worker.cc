@@ -84,6 +84,8 @@ absl::Status Worker::Init(const WorkerOptions& options) {
                                ? options.compute_threads
                                : static_cast<int>(std::thread::hardware_concurrency());
   device.delay_seed = options.delay_seed;
+  device.fail_file = options.fail_file;
+  on_device_lost_ = options.on_device_lost;
   device.memory_bytes = options.gpu_memory_bytes;
   if (device.memory_bytes == 0 && ChooseDevice(device.kind) == "cpu") {
     device.memory_bytes = WeightBytes(config_, kernels::PackedWeightBytes) + kDefaultCpuKvBytes;
@@ -277,6 +279,9 @@ absl::Status Worker::Submit(std::unique_ptr<Step> step) {
 }
 
 void Worker::OnDone(std::unique_ptr<Step> step) {
+  if (on_device_lost_ != nullptr) {
+    if (const absl::Status lost = device_->status(); !lost.ok()) on_device_lost_(lost);
+  }
   std::shared_ptr<const StepSink> sink;
   {
     MutexLock lock(&mutex_);

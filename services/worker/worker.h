@@ -89,6 +89,7 @@ class Worker {
   DeviceBudget budget_;
   int32_t max_sequences_ = 0;
   uint64_t incarnation_ = 0;
+  std::function<void(const absl::Status&)> on_device_lost_;
 
   mutable Mutex mutex_;
   uint64_t stream_ ABSL_GUARDED_BY(mutex_) = 0;  // number of the stream that steps belong to

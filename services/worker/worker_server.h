@@ -3,10 +3,12 @@
 #define HEADROOM_SERVICES_WORKER_WORKER_SERVER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/security_options.h"
@@ -35,6 +37,12 @@ struct WorkerOptions {
   absl::Duration in_place_deadline = absl::Seconds(1);
   // For tests: delays each device operation by 0 to 5 ms, drawn from this seed.
   std::optional<uint64_t> delay_seed;
+  // For tests: the CPU device is lost once there is a file of this name.
+  std::string fail_file;
+  // Called when the device has failed for good (an Xid, an illegal access: no later operation runs), before
+  // any step says so; on a thread of the executor. Only another process gets the device back. Without it
+  // all steps fail.
+  std::function<void(const absl::Status&)> on_device_lost;
 };
 
 class WorkerServer {

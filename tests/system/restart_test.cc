@@ -4,6 +4,8 @@
 #include <signal.h>
 
 #include <atomic>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <string>
 #include <thread>
@@ -110,6 +112,31 @@ TEST_F(Restart, AKilledWorkerCostsAPause) {
   const Generation again = client().Generate(AskHalf("s", prompt, kLongAnswer));
   EXPECT_EQ(Difference(again, expected), "");
   EXPECT_GE(again.cached_tokens(), 256);
+}
+
+// As with an Xid: no later operation of the process runs, so that the process must go.
+TEST(DeviceLost, EndsTheWorkerWithACodeOfItsOwnAndCostsNoToken) {
+  const TestDir dir;
+  ClusterOptions options;
+  options.worker_args = {"--threads", "1", "--fail-file", dir.File("lost")};
+  Cluster cluster(options);
+  ASSERT_NO_FATAL_FAILURE(cluster.AwaitServing());
+  const v1::GenerateRequest request = AskHalf("", RandomPrompt(7, 400), kLongAnswer);
+  const Generation expected = cluster.client().Generate(request);
+  ASSERT_TRUE(expected.status.ok()) << expected.status;
+  std::atomic<int> generated{0};
+  Generation generation;
+  std::thread streams([&] {
+    generation = cluster.client().Generate(request, [&](int tokens) { generated.store(tokens); });
+  });
+  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return generated.load() >= 30; }));
+  std::ofstream(dir.File("lost")) << "now";
+  EXPECT_EQ(cluster.worker().Wait(Patience(absl::Seconds(5))), 3);
+  EXPECT_TRUE(absl::StrContains(cluster.worker().Log(), "the device is lost"));
+  std::filesystem::remove(dir.File("lost"));
+  cluster.StartWorker();
+  streams.join();
+  EXPECT_EQ(Difference(generation, expected), "");
 }
 
 // The new worker is told what the old one had counted.

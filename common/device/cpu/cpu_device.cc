@@ -1,8 +1,10 @@
 #include "common/device/cpu/cpu_device.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <initializer_list>
@@ -378,7 +380,11 @@ class CpuDevice : public Device {
   }
 
   // Nothing on this device fails after its launch has been checked.
-  absl::Status status() const override { return absl::OkStatus(); }
+  absl::Status status() const override {
+    if (options_.fail_file.empty()) return absl::OkStatus();
+    if (!lost_ && access(options_.fail_file.c_str(), F_OK) == 0) lost_ = true;
+    return lost_ ? absl::InternalError(absl::StrCat("there is ", options_.fail_file)) : absl::OkStatus();
+  }
 
  private:
   struct Recording {
@@ -443,6 +449,7 @@ class CpuDevice : public Device {
   }
 
   const CpuDeviceOptions options_;
+  mutable std::atomic<bool> lost_{false};
 
   mutable Mutex mutex_;
   Arena arena_;                     // its bounds are const; allocation under mutex_

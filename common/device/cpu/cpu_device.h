@@ -24,6 +24,8 @@ struct CpuDeviceOptions {
   // For tests: each operation is delayed by 0 to 5 ms, drawn from this seed. What it computes may
   // not change.
   std::optional<uint64_t> delay_seed;
+  // For tests: once there is a file of this name the device is lost, as a card can be.
+  std::string fail_file;
 };
 
 // RESOURCE_EXHAUSTED if the arena cannot be mapped; UNIMPLEMENTED on a processor without AVX2.

@@ -250,6 +250,7 @@ TEST(ServiceFlags, AWrittenCommandLineReadsAsTheSameWorker) {
   written.max_context_tokens = 4096;
   written.max_sequences = 3;
   written.delay_seed = 0;
+  written.fail_file = "/dev/shm/lost";
   WorkerOptions read;
   LogOptions log;
   ParseAgain<WorkerOptions>(
@@ -269,6 +270,7 @@ TEST(ServiceFlags, AWrittenCommandLineReadsAsTheSameWorker) {
   EXPECT_EQ(read.max_context_tokens, written.max_context_tokens);
   EXPECT_EQ(read.max_sequences, written.max_sequences);
   EXPECT_EQ(read.delay_seed, written.delay_seed);
+  EXPECT_EQ(read.fail_file, written.fail_file);
   EXPECT_EQ(log.level, LogLevel::kDebug);
   EXPECT_TRUE(log.json);
 }

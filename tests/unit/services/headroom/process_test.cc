@@ -60,6 +60,14 @@ class Processes : public ::testing::Test {
     const int code =
         Supervisor(std::move(specs), *std::move(signals), absl::Seconds(5)).Run();
     other.join();
+    // A signal that came after the end would be the next test's.
+    sigset_t both;
+    sigemptyset(&both);
+    sigaddset(&both, SIGTERM);
+    sigaddset(&both, SIGINT);
+    const timespec at_once = {};
+    while (sigtimedwait(&both, nullptr, &at_once) > 0) {
+    }
     return code;
   }
 
@@ -110,6 +118,15 @@ TEST_F(Processes, AChildDiesWithItsParent) {
 TEST_F(Processes, WhatDiesIsStartedAgain) {
   const int code = Supervise({{"victim", {"append-and-die", File("log")}, "", false}}, [&] {
     EXPECT_TRUE(Eventually([&] { return ReadAll(File("log")).size() >= 3; }));
+    kill(getpid(), SIGTERM);
+  });
+  EXPECT_EQ(code, 0);
+}
+
+// Not an error of its start, however soon.
+TEST_F(Processes, AWorkerWithoutADeviceIsStartedAgain) {
+  const int code = Supervise({{"worker", {"append-and-exit", File("log"), "3"}, "", false}}, [&] {
+    EXPECT_TRUE(Eventually([&] { return ReadAll(File("log")).size() >= 2; }));
     kill(getpid(), SIGTERM);
   });
   EXPECT_EQ(code, 0);
@@ -225,6 +242,10 @@ int Child(const std::vector<std::string>& args) {
     if (!child.ok()) return 1;
     Append(args[1], std::to_string(child->pid()) + "\n");
     pause();
+  }
+  if (what == "append-and-exit") {
+    Append(args[1], "x");
+    return std::stoi(args[2]);
   }
   if (what == "append-and-die") {
     Append(args[1], "x");
