@@ -57,9 +57,9 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE] (the tokens of another sequence while "
                  "that context is prefilled), decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE] "
-                 "(30 tokens behind a context), LANE resident, fetched or half (of each layer's heads "
-                 "half are resident, the others fetched), of the last two also in_place or auto. May be given "
-                 "several times. Default: the items of --set.");
+                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in_place, "
+                 "auto, or shares as --placement has them. May be given several times. Default: the "
+                 "items of --set.");
   flags.Text("set", "NAME", &options.set,
              "A named set of items: default, prefill, decode; quick, 128k and million for a GPU; or "
              "plan, which sets what the planner predicts for --gpu-memory against what is measured.");

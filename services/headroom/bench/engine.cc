@@ -25,13 +25,6 @@ constexpr absl::Duration kStepTimeout = absl::Minutes(10);
 constexpr int64_t kMostStepsBeside = 4096;
 // Any plan that sends every head to one lane has the lane's number, from 1 on.
 uint64_t PlanVersionOf(Lane lane) { return 1 + static_cast<uint64_t>(lane); }
-constexpr uint64_t kHalfPlanVersion = 1 + kNumLanes;
-
-// Heads of the layer that are resident with WorkItem::half: the first ones, which lie together; of an odd
-// number the smaller half in every second layer.
-int32_t ResidentOfHalf(const ModelConfig& config, int32_t layer) {
-  return (config.num_kv_heads + layer % 2) / 2;
-}
 
 // Of all threads of this process, user and system.
 double CpuSeconds() {
@@ -153,27 +146,8 @@ absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<W
     plan.layers.assign(config_.num_layers, {all});
     HEADROOM_RETURN_IF_ERROR(executor_->PreparePlan(std::move(plan)));
   }
-  HEADROOM_RETURN_IF_ERROR(PrepareHalfPlan());
   HEADROOM_RETURN_IF_ERROR(MapSegment(items, options.threads));
   return OpenInPlace(options.threads);
-}
-
-absl::Status BenchEngine::PrepareHalfPlan() {
-  Plan plan;
-  plan.version = kHalfPlanVersion;
-  plan.layers.resize(config_.num_layers);
-  for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-    const int32_t border = ResidentOfHalf(config_, layer);
-    LaneRange range;
-    range.lane = Lane::kResident;
-    range.kv_head_end = border;
-    if (border > 0) plan.layers[layer].push_back(range);
-    range.lane = Lane::kFetched;
-    range.kv_head_begin = border;
-    range.kv_head_end = config_.num_kv_heads;
-    if (border < config_.num_kv_heads) plan.layers[layer].push_back(range);
-  }
-  return executor_->PreparePlan(std::move(plan));
 }
 
 // A store's pool in this process, with as many threads as the device has.
@@ -257,17 +231,14 @@ absl::StatusOr<Measurement> BenchEngine::Measure(const WorkItem& item, absl::Tim
 absl::Status BenchEngine::CheckResident(const WorkItem& item,
                                         const Measurement& measurement) const {
   const double fetched = measurement.lane_bytes[static_cast<int>(Lane::kFetched)];
-  if (item.planned || item.lane != Lane::kResident) return absl::OkStatus();
-  double at_most = 0;
-  if (item.half) {
-    if (item.prefills()) return absl::OkStatus();  // what is fetched hangs on its chunks
-    double heads = 0;
-    for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-      heads += config_.num_kv_heads - ResidentOfHalf(config_, layer);
-    }
-    at_most = heads / (config_.num_layers * config_.num_kv_heads) *
-              DecodeCosts(config_, MeanDecodeContext(item), item.batch).kv_bytes;
+  double resident = item.lane == Lane::kResident ? 1 : 0;
+  if (item.planned) {
+    resident = item.placement.automatic ? 0 : item.placement.share(coordinator::Lane::kResident);
   }
+  if (resident == 0) return absl::OkStatus();
+  // A share is met to within an extent of one head a layer.
+  const double kv = DecodeCosts(config_, MeanDecodeContext(item), item.batch).kv_bytes;
+  const double at_most = resident == 1 ? 0 : (1 - resident) * kv + kv / config_.num_kv_heads;
   if (fetched <= at_most) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat(item.ToString(), ": ", budget_.kv_pool_bytes,
@@ -276,8 +247,7 @@ absl::Status BenchEngine::CheckResident(const WorkItem& item,
 }
 
 uint64_t BenchEngine::PlanVersion(const WorkItem& item) const {
-  if (item.planned) return planned_version_;
-  return item.half ? kHalfPlanVersion : PlanVersionOf(item.lane);
+  return item.planned ? planned_version_ : PlanVersionOf(item.lane);
 }
 
 absl::StatusOr<Measurement> BenchEngine::MeasurePrefill(const WorkItem& item, absl::Time deadline,
@@ -389,9 +359,12 @@ absl::StatusOr<BenchEngine::Planned> BenchEngine::PlanFor(const WorkItem& item) 
     }
     shapes.push_back(std::move(shape));
   }
-  const coordinator::Placement placement = coordinator::PlaceByBudget(
-      geometry, budget_.kv_pool_bytes - item.batch * budget_.tail_bytes_per_sequence, costs, shapes,
-      config_.windows);
+  const int64_t pool_bytes =
+      budget_.kv_pool_bytes - item.batch * budget_.tail_bytes_per_sequence;
+  const coordinator::Placement placement =
+      item.placement.automatic
+          ? coordinator::PlaceByBudget(geometry, pool_bytes, costs, shapes, config_.windows)
+          : coordinator::PlaceByShares(geometry, item.placement, shapes);
   Plan plan;
   plan.version = ++planned_version_;
   for (const std::vector<coordinator::LaneRange>& ranges : placement.layers) {

@@ -70,7 +70,7 @@ class BenchEngine {
 
   // What the planner balances with, as of now. Takes some seconds.
   absl::StatusOr<LaneCosts> Calibrate();
-  // How the planner places a planned item in this device's memory, and what it predicts.
+  // How a planned item is placed in this device's memory, and what is predicted of it.
   struct Planned {
     double step_seconds = 0;
     double lane_bytes[kNumLanes] = {};
@@ -110,7 +110,6 @@ class BenchEngine {
   BenchEngine() = default;
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
   absl::Status MapSegment(const std::vector<WorkItem>& items, int32_t threads);
-  absl::Status PrepareHalfPlan();
   absl::Status OpenInPlace(int32_t threads);
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;

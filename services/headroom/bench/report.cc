@@ -130,7 +130,7 @@ Json ToJson(const BenchResult& result) {
       {"type", TypeOf(result.item.kind)},
       {"work", result.item.ToString()},
       {"context_tokens", result.item.context_tokens},
-      {"lane", std::string(WhereName(result.item))},
+      {"lane", WhereName(result.item)},
       {"batch", int64_t{result.item.batch}},
       {"repeats", static_cast<int64_t>(result.measurements.size())},
       {"seconds", Json::Object{{"median", seconds.median},

@@ -2,6 +2,7 @@
 
 #include <random>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -82,12 +83,20 @@ absl::string_view LaneName(Lane lane) {
   return "in_place";
 }
 
-absl::string_view WhereName(const WorkItem& item) {
-  return item.planned ? "auto" : item.half ? "half" : LaneName(item.lane);
+std::string WhereName(const WorkItem& item) {
+  if (!item.planned) return std::string(LaneName(item.lane));
+  if (item.placement.automatic) return "auto";
+  std::vector<std::string> shares;
+  for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
+    if (item.placement.shares[lane] == 0) continue;
+    shares.push_back(absl::StrCat(coordinator::LaneName(static_cast<coordinator::Lane>(lane)), "=",
+                                  item.placement.shares[lane]));
+  }
+  return absl::StrJoin(shares, ",");
 }
 
 std::string WorkItem::ToString() const {
-  const absl::string_view where = WhereName(*this);
+  const std::string where = WhereName(*this);
   if (kind == Kind::kPrefill) return absl::StrCat("prefill:", context_tokens, ":", where);
   if (kind == Kind::kBeside) return absl::StrCat("beside:", context_tokens, ":", where);
   if (kind == Kind::kQuestion) return absl::StrCat("question:", context_tokens, ":", where);
@@ -120,11 +129,14 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       item.lane = Lane::kInPlace;
     } else if (parts[2] == "auto") {
       item.planned = true;
-    } else if (parts[2] == "half") {
-      item.half = true;
+    } else if (absl::StrContains(parts[2], '=')) {
+      item.planned = true;
+      absl::StatusOr<coordinator::PlacementSpec> placement = coordinator::ParsePlacement(parts[2]);
+      if (!placement.ok()) return wrong(placement.status().message());
+      item.placement = *std::move(placement);
     } else if (parts[2] != LaneName(Lane::kResident)) {
-      return wrong(
-          absl::StrCat("lane '", parts[2], "', expected resident, fetched, half, in_place or auto"));
+      return wrong(absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place, auto or "
+                                "shares such as resident=0.5,fetched=0.5"));
     }
     if (item.prefills() && item.planned) return wrong("no prefill is planned");
     if (item.prefills() && item.lane == Lane::kInPlace) {

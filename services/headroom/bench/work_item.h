@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "services/coordinator/placement/placement.h"
 #include "services/worker/step.h"
 
 namespace headroom {
@@ -23,12 +24,12 @@ struct WorkItem {
 
   Kind kind = Kind::kDecode;
   int64_t context_tokens = 0;
-  Lane lane = Lane::kResident;  // of every head, or with `half` of half of them
+  Lane lane = Lane::kResident;  // of every head
   int32_t batch = 1;            // sequences of a decode step
-  bool planned = false;         // in the lanes that the planner chooses, not in `lane`
+  bool planned = false;         // not in `lane`, but as `placement` says
   // Measured once and, a decode, over few steps, whatever is asked for: what takes minutes.
   bool once = false;
-  bool half = false;  // only with kResident: half of each layer's heads; the others are fetched
+  coordinator::PlacementSpec placement = {};  // of a planned item: the planner's choice, or shares
 
   bool prefills() const { return kind == Kind::kPrefill || kind == Kind::kBeside; }
   // The text that ParseWorkItem() takes, which says nothing of `once`.
@@ -37,11 +38,11 @@ struct WorkItem {
 };
 
 absl::string_view LaneName(Lane lane);
-absl::string_view WhereName(const WorkItem& item);  // the item's LANE
+std::string WhereName(const WorkItem& item);  // the item's LANE
 
 // prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE], decode:CONTEXT[:LANE][:BATCH] or
-// question:CONTEXT[:LANE]; the last two also with `auto` as LANE: planned. LANE `half`: half of each layer's
-// heads resident, the others fetched.
+// question:CONTEXT[:LANE]; the last two also with `auto` as LANE, or shares as --placement has them
+// (resident=0.5,fetched=0.5): planned.
 // INVALID_ARGUMENT names the part that is wrong.
 absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text);
 

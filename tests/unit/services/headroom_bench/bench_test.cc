@@ -58,10 +58,13 @@ TEST(WorkItem, IsReadFromItsText) {
   ASSERT_TRUE(question.ok()) << question.status();
   EXPECT_EQ(*question, (WorkItem{WorkItem::Kind::kQuestion, 7168, Lane::kResident, 1, true}));
   EXPECT_EQ(question->ToString(), "question:7168:auto");
-  const absl::StatusOr<WorkItem> half = ParseWorkItem("decode:7168:half:2");
-  ASSERT_TRUE(half.ok()) << half.status();
-  EXPECT_EQ(*half, (WorkItem{WorkItem::Kind::kDecode, 7168, Lane::kResident, 2, false, false, true}));
-  EXPECT_EQ(half->ToString(), "decode:7168:half:2");
+  const absl::StatusOr<WorkItem> shares = ParseWorkItem("decode:7168:resident=0.25,in-place=0.75:2");
+  ASSERT_TRUE(shares.ok()) << shares.status();
+  EXPECT_TRUE(shares->planned);
+  EXPECT_FALSE(shares->placement.automatic);
+  EXPECT_EQ(shares->placement.share(coordinator::Lane::kInPlace), 0.75);
+  EXPECT_EQ(shares->batch, 2);
+  EXPECT_EQ(shares->ToString(), "decode:7168:resident=0.25,in-place=0.75:2");
   const absl::StatusOr<WorkItem> beside = ParseWorkItem("beside:7168:fetched");
   ASSERT_TRUE(beside.ok()) << beside.status();
   EXPECT_EQ(*beside, (WorkItem{WorkItem::Kind::kBeside, 7168, Lane::kFetched, 1}));
@@ -96,7 +99,8 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"beside:5:in_place", "too many rows"}, {"beside:5:auto", "no prefill is planned"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
-      {"question:5:resident:2", "only a decode"},
+      {"question:5:resident:2", "only a decode"}, {"decode:5:resident=0.5", "sum to"},
+      {"decode:5:here=1", "'here=1'"},           {"prefill:5:resident=0.5,fetched=0.5", "no prefill"},
   };
   for (const auto& c : cases) {
     const absl::Status status = ParseWorkItem(c.text).status();
@@ -390,7 +394,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   options.repeat = 3;
   options.chunk_tokens = 64;
   options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3",
-                  "decode:4000:auto:1", "decode:130:half:3"};
+                  "decode:4000:auto:1", "decode:130:resident=0.5,fetched=0.5:3"};
   options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
 
