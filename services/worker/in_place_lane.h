@@ -34,8 +34,8 @@ inline constexpr int64_t kFastQueries = 16;
 // Of `heads` KV heads that the plan has in place in a layer, those that a sequence with so many queries
 // leaves there; the others are fetched, so that both links end together. A plan balances them for decode
 // steps: where keys in place take q / fast_queries times as long, the share s that stays takes s q /
-// fast_queries of a decode step, and what is fetched 1 + (1 - s) r, r being what goes over PCIe while one
-// key comes from it in place: 2 at least. Rounded such that over the layers the share is met.
+// fast_queries of a decode step, and what is fetched 1 + (1 - s) r, r being how many keys are attended to in
+// place while one comes over PCIe: 2 at least. Rounded such that over the layers the share is met.
 int32_t HeadsInPlace(int64_t queries, int64_t fast_queries, int32_t heads, int32_t layer);
 
 // What a worker with this budget makes its mailboxes like.

@@ -121,8 +121,8 @@ TEST(HeadsInPlace, StayUntilTheirQueriesAreTooMany) {
       }
       EXPECT_LE(stay, before);
       before = stay;
-      // Both links take as long, a decode step's balance being 1 and 2 heads going over PCIe while one is
-      // attended to in place.
+      // Both links take as long: a decode step is 1, in which two heads are attended to in place while one
+      // comes over PCIe.
       const double share = heads == 0 ? 0 : static_cast<double>(stay) / (heads * 32);
       const double slower = std::max(1.0, static_cast<double>(queries) / 16);
       if (heads > 0) {
