@@ -25,6 +25,7 @@ constexpr int kCopiesWithin = 16;
 constexpr double kBothSeconds = 0.15;
 constexpr int kBothRuns = 3;
 constexpr int64_t kLargePieceBytes = 16 * kMiB;
+constexpr int64_t kLeadPieces = 16;  // copied while the others are enqueued, and not counted
 constexpr int64_t kReadSliceBytes = 64 * kMiB;
 constexpr absl::Duration kTimeout = absl::Minutes(2);
 // Halves of the buffer are whole pieces of any copy, and what CardReadRate() can read.
@@ -87,7 +88,7 @@ absl::Status GpuCeilingProbe::Init() {
   HEADROOM_ASSIGN_OR_RETURN(compute_, device_.CreateStream("probe"));
   HEADROOM_ASSIGN_OR_RETURN(in_, device_.CreateStream("probe-in"));
   HEADROOM_ASSIGN_OR_RETURN(out_, device_.CreateStream("probe-out"));
-  for (EventId* const event : {&computed_, &copied_in_, &copied_out_}) {
+  for (EventId* const event : {&computed_, &copied_in_, &copied_out_, &lead_copied_}) {
     HEADROOM_ASSIGN_OR_RETURN(*event, device_.CreateEvent());
   }
   half_bytes_ = HalfBytes(shape_);
@@ -233,11 +234,13 @@ absl::StatusOr<double> GpuCeilingProbe::BothLinksRate(double copy_rate) {
   const auto pieces = static_cast<int64_t>(kBothSeconds * copy_rate / static_cast<double>(piece)) + 1;
   double best = 0;
   for (int run = 0; run < kBothRuns; ++run) {
-    const auto begin = Clock::now();
-    for (int64_t i = 0; i < pieces; ++i) {
+    for (int64_t i = 0; i < kLeadPieces + pieces; ++i) {
       HEADROOM_RETURN_IF_ERROR(EnqueueCopy(in_, i * piece % half_bytes_, piece, true));
+      if (i + 1 == kLeadPieces) HEADROOM_RETURN_IF_ERROR(device_.Record(in_, lead_copied_));
     }
     HEADROOM_RETURN_IF_ERROR(device_.Record(in_, copied_in_));
+    HEADROOM_RETURN_IF_ERROR(device_.Synchronize(lead_copied_, kTimeout));
+    const auto begin = Clock::now();
     int64_t read = 0;
     for (int64_t at = 0; !device_.Done(copied_in_); at = (at + slice) % host_.bytes()) {
       if (seconds_since(begin) > absl::ToDoubleSeconds(kTimeout)) break;  // Await() says why

@@ -68,7 +68,7 @@ class GpuCeilingProbe : public CeilingProbe {
   const ReadRate read_rate_;
 
   StreamId compute_, in_, out_;
-  EventId computed_, copied_in_, copied_out_;
+  EventId computed_, copied_in_, copied_out_, lead_copied_;
   // Two halves of one buffer of random bfloat16 numbers: what operations read and what they write.
   // Copies from the host go into the second, copies to it come from the first, so that no result is
   // ever read as an input.
