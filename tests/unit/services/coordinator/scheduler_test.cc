@@ -654,7 +654,9 @@ TEST_F(SchedulerTest, AutomaticPlansNeverPromiseMoreThanThePoolHolds) {
               machine_->pool_tokens * geometry.BytesPerToken())
         << "step " << step.number();
   }
-  EXPECT_GT(most_resident, 600 * geometry.BytesPerToken()) << "what there is, is used";
+  // What there is beside the tails, 700 tokens, is used. Extents double in size: how much of it they can fill
+  // hangs on which requests run side by side, but the largest that fits has 512.
+  EXPECT_GE(most_resident, 512 * geometry.BytesPerToken());
 }
 
 TEST_F(SchedulerTest, ADeterministicRequestKeepsItsPlan) {
