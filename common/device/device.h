@@ -25,6 +25,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "kernels/attention.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
@@ -149,6 +150,14 @@ class Device {
 
   // ---- Copies: at least one side in the arena, the other too or registered host memory.
   virtual absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account = nullptr) = 0;
+  // Several, in no order among themselves: a GPU's copy engine then makes no pause between them.
+  virtual absl::Status CopyEach(StreamId stream, absl::Span<const CopyArgs> copies,
+                                OpAccount* account = nullptr) {
+    for (const CopyArgs& copy : copies) {
+      if (absl::Status status = Copy(stream, copy, account); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
 
   // ---- The mailbox (kernels/mailbox.h); its memory is registered. `account`, if given, receives the
   // time that the stream waited. The merge reads the partials where they lie.

@@ -15,7 +15,8 @@ namespace {
 #if HEADROOM_HAVE_CUDA
 constexpr bool kHaveCuda = true;
 absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions& options) {
-  return CreateCudaDevice({.arena_bytes = options.memory_bytes});
+  return CreateCudaDevice(
+      {.arena_bytes = options.memory_bytes, .delay_seed = options.delay_seed});
 }
 #else
 constexpr bool kHaveCuda = false;

@@ -18,9 +18,10 @@ struct DeviceOptions {
   // The arena: everything that the worker ever keeps on the device. 0, on cuda only: what is free
   // less 1 GiB.
   int64_t memory_bytes = 0;
+  // For tests: the CPU device delays each operation, the CUDA device each copy.
+  std::optional<uint64_t> delay_seed;
   // CPU device only.
   int compute_threads = 1;
-  std::optional<uint64_t> delay_seed;
   std::string fail_file;
 };
 

@@ -108,10 +108,10 @@ absl::StatusOr<bool> FetchPipeline::MakeRoom(const Tile& tile) {
 }
 
 absl::Status FetchPipeline::Fill(const Tile& tile) {
-  absl::Status status;
-  for (int32_t i = tile.copy_begin; i < tile.copy_end && status.ok(); ++i) {
-    status = device_.Copy(copy_, copies_[i], copied_);
-  }
+  const absl::Status status = device_.CopyEach(
+      copy_,
+      absl::MakeConstSpan(copies_).subspan(tile.copy_begin, tile.copy_end - tile.copy_begin),
+      copied_);
   // A tile that was refused half-way is in flight all the same: Abandon() waits for it.
   const int64_t serial = step_serial_ + next_fill_++;
   live_[live_tail_++ % kMaxLive] = {tile.ring_offset, tile.bytes, serial};

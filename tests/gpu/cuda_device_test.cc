@@ -161,6 +161,65 @@ TEST_F(CudaDeviceTest, CopiesRectanglesBothWaysAndCountsTheirBytes) {
   EXPECT_LT(account.busy_ns.load(), 1'000'000'000);
 }
 
+// As the ring's tiles are copied: keys and values of several runs, rows between rows, more than go to the
+// driver at once; and some that are empty.
+TEST_F(CudaDeviceTest, CopiesManyRectanglesAtOnce) {
+  constexpr int kRectangles = 37;
+  constexpr int64_t kPitch = 4096, kMostRows = 9;
+  Registered host(device_, kRectangles * kMostRows * kPitch);
+  for (int64_t i = 0; i < host.bytes(); ++i) host.data()[i] = static_cast<uint8_t>(i * 7 + i / 251);
+  uint8_t* const there = gpu_.Take(host.bytes());
+  std::vector<uint8_t> expected(static_cast<size_t>(host.bytes()), 0xff);
+  std::vector<CopyArgs> copies;
+  int64_t bytes = 0;
+  for (int i = 0; i < kRectangles; ++i) {
+    CopyArgs copy;
+    const int64_t at = i * kMostRows * kPitch;
+    copy.src = host.data() + at;
+    copy.dst = there + at;
+    copy.height = i % (kMostRows + 1);
+    copy.width_bytes = i % 5 == 4 ? 0 : i % 3 == 0 ? kPitch / 2 : 16 * (i + 1);
+    copy.src_pitch_bytes = kPitch;
+    copy.dst_pitch_bytes = kPitch / 2 + 16 * (i % 2);
+    for (int64_t row = 0; row < copy.height; ++row) {
+      std::copy_n(host.data() + at + row * kPitch, copy.width_bytes,
+                  expected.begin() + at + row * copy.dst_pitch_bytes);
+    }
+    bytes += copy.height * copy.width_bytes;
+    copies.push_back(copy);
+  }
+  OpAccount account;
+  ASSERT_OK(device_.CopyEach(gpu_.stream(), copies, &account));
+  EXPECT_EQ(gpu_.Fetch(there, host.bytes()), expected);
+  EXPECT_EQ(account.bytes.load(), bytes);
+  EXPECT_GT(account.busy_ns.load(), 0);
+  ASSERT_OK(device_.CopyEach(gpu_.stream(), {}, &account));
+  // One that is refused: nothing of it is enqueued.
+  std::vector<uint8_t> foreign(64);
+  copies.push_back(Plain(there, foreign.data(), 64));
+  EXPECT_EQ(device_.CopyEach(gpu_.stream(), copies, &account).code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(account.bytes.load(), bytes);
+}
+
+TEST(CudaDevice, DelaysCopiesThatASeedIsGivenFor) {
+  auto device = CreateCudaDevice({.arena_bytes = 1 << 20, .delay_seed = 5});
+  ASSERT_TRUE(device.ok()) << device.status();
+  uint8_t* const there = (*device)->Allocate(4096, "bytes").value();
+  Registered host(**device, 4096);
+  const StreamId stream = (*device)->CreateStream("copy").value();
+  const EventId done = (*device)->CreateEvent().value();
+  const absl::Time begin = absl::Now();
+  for (int i = 0; i < 100; ++i) {
+    host.data()[i] = static_cast<uint8_t>(i);
+    ASSERT_OK((*device)->Copy(stream, Plain(there + i, host.data() + i, 1)));
+    ASSERT_OK((*device)->CopyEach(stream, {Plain(host.data() + 1000 + i, there + i, 1)}));
+  }
+  ASSERT_OK((*device)->Record(stream, done));
+  ASSERT_OK((*device)->Synchronize(done, absl::Seconds(10)));
+  EXPECT_GT(absl::Now() - begin, absl::Milliseconds(15));  // 0.15 each on average
+  for (int i = 0; i < 100; ++i) ASSERT_EQ(host.data()[1000 + i], i);
+}
+
 TEST_F(CudaDeviceTest, RegistersMoreThanOnePieceAndRefusesACopyAcrossTheirBorder) {
   constexpr int64_t kMore = 1 << 20;
   Registered host(device_, kRegistrationBytes + kMore);

@@ -218,6 +218,69 @@ TEST_F(WorkerOnGpu, SequencesSideBySideHaveTheBitsOfSequencesAlone) {
   }
 }
 
+// Four layers of Llama-3-8B behind 128K tokens: chunks as long as cuDNN gets them, tiles that fill the
+// ring, runs of 16 MiB.
+TEST(WorkerOnGpuAtLength, ResidentIsFetchedIsMixed) {
+  constexpr int64_t kPrompt = 131'072 - 40;
+  RandomModelSpec spec;
+  spec.num_layers = 4;
+  spec.hidden_size = 4096;
+  spec.num_q_heads = 32;
+  spec.num_kv_heads = 8;
+  spec.head_dim = 128;
+  spec.intermediate_size = 14336;
+  spec.vocab_size = 1024;
+  spec.max_position_embeddings = 131'072;
+  spec.rope_theta = 500'000;
+  auto folder = RandomModelFolder::Create(spec);
+  ASSERT_TRUE(folder.ok()) << folder.status();
+  WorkerHarnessOptions options;
+  options.budget_bytes = int64_t{8} << 30;
+  options.chunk_limit_tokens = 8192;
+  options.max_context_tokens = 131'072;
+  options.segment_bytes = int64_t{5} << 29;
+  options.wrap_device = [&](std::unique_ptr<Device>) {
+    DeviceOptions device;
+    device.kind = "cuda";
+    device.memory_bytes = options.budget_bytes;
+    auto made = CreateDevice(device);
+    EXPECT_TRUE(made.ok()) << made.status();
+    return made.ok() ? *std::move(made) : nullptr;
+  };
+  auto harness = WorkerHarness::Create((*folder)->path(), options);
+  ASSERT_TRUE(harness.ok()) << harness.status();
+  const KvGeometry geometry = (*harness)->geometry();
+  StepExecutor& executor = (*harness)->executor();
+  ASSERT_TRUE(executor.PreparePlan(ResidentPlan(kResident, geometry)).ok());
+  ASSERT_TRUE(executor.PreparePlan(FetchedPlan(kFetched, geometry)).ok());
+  ASSERT_TRUE(executor
+                  .PreparePlan(WholeHeadPlan(kMixed, geometry,
+                                             [](int32_t layer, int32_t head) {
+                                               return (layer + head) % 3 == 0 ? Lane::kResident
+                                                                              : Lane::kFetched;
+                                             }))
+                  .ok());
+  TestRequest request;
+  request.prompt = RandomTokens(9, kPrompt, spec.vocab_size);
+  request.chunk_tokens = 8192;
+  request.num_draws = 30;
+  request.num_top_logprobs = 3;
+  request.score = false;
+  std::vector<TestOutput> outputs;
+  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+    (*harness)->set_segment_used(0);
+    RunOptions run;
+    run.plan_version = plan;
+    auto output = (*harness)->RunOne(request, run);
+    ASSERT_TRUE(output.ok()) << output.status();
+    EXPECT_EQ((*harness)->steps().back().result.lanes[static_cast<int>(Lane::kFetched)].bytes > 0,
+              plan != kResident);
+    outputs.push_back(*std::move(output));
+  }
+  EXPECT_EQ(Difference(outputs[0], outputs[1]), "") << "fetched";
+  EXPECT_EQ(Difference(outputs[0], outputs[2]), "") << "mixed";
+}
+
 // The store's processors compute in float32 with another order of sums than the GPU: close, and the same
 // bits each time.
 TEST_F(WorkerOnGpu, KeysInPlaceAreWithinRounding) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "common/checked_math.h"
 #include "common/device/arena.h"
+#include "common/device/cuda/copies.h"
 #include "common/device/cuda/copy_kv_rows.h"
 #include "common/device/cuda/cuda_handles.h"
 #include "common/device/cuda/cuda_status.h"
@@ -37,6 +39,8 @@ constexpr int kTimerPairs = 4096;
 // Of so many Attend operations of an account one is timed. Events around each of Llama-3-8B's 32 took 4%
 // of a decode step.
 constexpr int kTimedOf = 8;
+// A test's delay of a copy: as long as copying 16 MiB takes.
+constexpr uint64_t kMostDelayUs = 300;
 // Start-up's copies, and what is still enqueued when the device is destroyed.
 constexpr absl::Duration kSetupTimeout = absl::Minutes(1);
 
@@ -46,18 +50,6 @@ struct Event {
   // Its latest record was made in a recording: it orders nothing outside.
   std::atomic<bool> captured{false};
 };
-
-cudaError_t EnqueueCopy(const CopyArgs& a, cudaStream_t stream) {
-  const bool dense = a.width_bytes == a.src_pitch_bytes && a.width_bytes == a.dst_pitch_bytes;
-  if (dense || a.height == 1) {
-    return cudaMemcpyAsync(a.dst, a.src, static_cast<size_t>(a.width_bytes * a.height),
-                           cudaMemcpyDefault, stream);
-  }
-  return cudaMemcpy2DAsync(a.dst, static_cast<size_t>(a.dst_pitch_bytes), a.src,
-                           static_cast<size_t>(a.src_pitch_bytes),
-                           static_cast<size_t>(a.width_bytes), static_cast<size_t>(a.height),
-                           cudaMemcpyDefault, stream);
-}
 
 // Polls until `query` says something else than 'not ready', quickly at first: a step's events fire
 // within microseconds of each other, a chunk's within tens of milliseconds.
@@ -75,8 +67,10 @@ cudaError_t PollUntil(absl::Time deadline, Query&& query) {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(std::string name, CudaMemory memory, int64_t bytes)
+  CudaDevice(std::string name, CudaMemory memory, int64_t bytes,
+             std::optional<uint64_t> delay_seed)
       : name_(std::move(name)),
+        delay_seed_(delay_seed),
         memory_(std::move(memory)),
         arena_(static_cast<uint8_t*>(memory_.get()), bytes),
         events_(new Event[kMaxEvents]) {}
@@ -248,16 +242,23 @@ class CudaDevice : public Device {
 
   // ---- Operations.
   absl::Status Copy(StreamId stream, const CopyArgs& args, OpAccount* account) override {
-    absl::Status status = CheckCopy(
-        args, [&](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
-        [&](const void* data, int64_t bytes) { return host_.Contain(data, bytes); });
-    if (!status.ok() && active_[stream.index] != nullptr) {
-      status = absl::FailedPreconditionError(status.message());
-    }
-    HEADROOM_RETURN_IF_ERROR(status);
+    HEADROOM_RETURN_IF_ERROR(CheckCopyOn(stream, args));
     if (args.width_bytes == 0 || args.height == 0) return absl::OkStatus();
+    HEADROOM_RETURN_IF_ERROR(DelayCopy(stream));
     return Enqueue(stream, "Copy", account, args.width_bytes * args.height,
                    [&](cudaStream_t on) { return EnqueueCopy(args, on); });
+  }
+  absl::Status CopyEach(StreamId stream, absl::Span<const CopyArgs> copies,
+                        OpAccount* account) override {
+    if (active_[stream.index] != nullptr) return Device::CopyEach(stream, copies, account);
+    int64_t bytes = 0;
+    for (const CopyArgs& copy : copies) {
+      HEADROOM_RETURN_IF_ERROR(CheckCopyOn(stream, copy));
+      bytes += copy.width_bytes * copy.height;
+    }
+    HEADROOM_RETURN_IF_ERROR(DelayCopy(stream));
+    return Enqueue(stream, "CopyEach", account, bytes,
+                   [&](cudaStream_t on) { return EnqueueCopies(copies, on); });
   }
   absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) override {
     HEADROOM_RETURN_IF_ERROR(CheckPost(
@@ -333,6 +334,7 @@ class CudaDevice : public Device {
   }
   absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
                           OpAccount* account) override {
+    HEADROOM_RETURN_IF_ERROR(DelayCopy(s));
     return Launch<&EnqueueCopyKvRows>(s, "CopyKvRows", a, account, /*host_too=*/true);
   }
   absl::Status SoftCap(StreamId s, const kernels::SoftCapArgs& a) override {
@@ -445,6 +447,27 @@ class CudaDevice : public Device {
     return status;
   }
 
+  absl::Status CheckCopyOn(StreamId stream, const CopyArgs& args) const {
+    const absl::Status status = CheckCopy(
+        args, [&](const void* data, int64_t bytes) { return arena_.Contains(data, bytes); },
+        [&](const void* data, int64_t bytes) { return host_.Contain(data, bytes); });
+    // A capture would be broken off.
+    if (status.ok() || active_[stream.index] == nullptr) return status;
+    return absl::FailedPreconditionError(status.message());
+  }
+
+  // As CudaDeviceOptions::delay_seed wants it; no part of a recording.
+  absl::Status DelayCopy(StreamId stream) {
+    if (!delay_seed_.has_value() || active_[stream.index] != nullptr) return absl::OkStatus();
+    const uint64_t draw = (*delay_seed_ + delays_.fetch_add(1)) * 0x9E3779B97F4A7C15u;
+    const uint64_t us = (draw >> 32) % (kMostDelayUs + 1);
+    const auto sleep = [](void* us) {
+      absl::SleepFor(absl::Microseconds(reinterpret_cast<uintptr_t>(us)));
+    };
+    return Note(HEADROOM_CUDA_STATUS(cudaLaunchHostFunc(
+        streams_[stream.index].get(), sleep, reinterpret_cast<void*>(static_cast<uintptr_t>(us)))));
+  }
+
   static absl::Status StatusOf(cudaError_t error, absl::string_view op) {
     return CudaStatus(error, op, __FILE__, __LINE__);
   }
@@ -497,6 +520,7 @@ class CudaDevice : public Device {
 
   // ---- Constant after construction.
   const std::string name_;
+  const std::optional<uint64_t> delay_seed_;
   const CudaMemory memory_;
 
   mutable Mutex mutex_;
@@ -518,6 +542,7 @@ class CudaDevice : public Device {
   CudaStream streams_[kMaxStreams];
   Recording* active_[kMaxStreams] = {};
   std::atomic<int> recording_streams_{0};
+  std::atomic<uint64_t> delays_{0};  // of copies, so far
   int num_streams_ = 0;
   std::unique_ptr<Event[]> events_;
   int num_events_ = 0;
@@ -582,7 +607,8 @@ absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(const CudaDeviceOptions
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LoadKernels()));
   int64_t arena_bytes = options.arena_bytes;
   HEADROOM_ASSIGN_OR_RETURN(CudaMemory memory, AllocateArena(&arena_bytes, card));
-  auto device = std::make_unique<CudaDevice>(card, std::move(memory), arena_bytes);
+  auto device =
+      std::make_unique<CudaDevice>(card, std::move(memory), arena_bytes, options.delay_seed);
   HEADROOM_RETURN_IF_ERROR(device->Init());
   return device;
 }

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/statusor.h"
 #include "common/device/device.h"
@@ -23,6 +24,8 @@ namespace headroom {
 
 struct CudaDeviceOptions {
   int64_t arena_bytes = 0;  // 0: what is free less 1 GiB
+  // For tests: copies begin up to 0.3 ms late, drawn from this seed. What is computed may not change.
+  std::optional<uint64_t> delay_seed = std::nullopt;
 };
 
 // UNAVAILABLE if there is no driver, no GPU, or one that the kernels cannot run on (compute

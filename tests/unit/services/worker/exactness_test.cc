@@ -243,6 +243,35 @@ TEST_F(Exactness, ThePlanMayChangeWithEveryStep) {
   }
 }
 
+// What a coordinator's corrections may come to, for as long as it lasts: another plan every eight steps,
+// while keys come late. On a GPU ten thousand tokens.
+TEST_F(Exactness, ManyTokensWhilePlansChangeAndKeysComeLate) {
+  WorkerHarnessOptions options;
+  options.max_context_tokens = 16384;
+  options.segment_bytes = int64_t{64} << 20;
+  if (OnGpu()) options.budget_bytes = int64_t{256} << 20;
+  Start(SmallModel(), options);
+  TestRequest request = Request(64, 330, OnGpu() ? 10'000 : Either(26, 10));
+  request.chunk_tokens = 130;
+  request.max_run_tokens = OnGpu() ? 1024 : 64;
+  request.temperature = 0.7f;  // a bit that differs becomes another text
+  request.seed = 3;
+  const TestOutput resident = Run(request, kResident);
+  ASSERT_EQ(resident.drawn.size(), static_cast<size_t>(request.num_draws));
+
+  options.delay_seed = 11;
+  Restart(options);
+  constexpr uint64_t kOtherHeads = 101;
+  Prepare(WholeHeadPlan(kOtherHeads, harness_->geometry(), [](int32_t layer, int32_t head) {
+    return (layer + head) % 3 == 0 ? Lane::kFetched : Lane::kResident;
+  }));
+  RunOptions run;
+  for (const uint64_t plan : {kFetched, kMixed, kResident, kOtherHeads, kMixed, kFetched}) {
+    run.plan_cycle.insert(run.plan_cycle.end(), Either(8, 4), plan);
+  }
+  EXPECT_EQ(Difference(resident, Run(request, run)), "");
+}
+
 // The pool holds the copies of one head: with every step another head's take their place, while the
 // step before may still read them.
 TEST_F(Exactness, CopiesMayTakeThePlaceOfOthersWithEveryStep) {
