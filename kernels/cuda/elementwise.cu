@@ -176,11 +176,11 @@ cudaError_t LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LoadElementwise() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(EmbedKernel));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(RmsNormKernel));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(SwiGluKernel));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(SoftCapKernel));
-  return LoadKernel(RopeTableKernel);
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(EmbedKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(RmsNormKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(SwiGluKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(SoftCapKernel));
+  return LoadDecodeKernel(RopeTableKernel);
 }
 
 cudaError_t LoadKernels() {

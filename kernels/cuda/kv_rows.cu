@@ -149,8 +149,8 @@ cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LoadKvRows() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(RopeAppendKernel));
-  return LoadKernel(CopyKvRowsKernel);
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(RopeAppendKernel));
+  return LoadDecodeKernel(CopyKvRowsKernel);
 }
 
 }  // namespace headroom::kernels::cuda

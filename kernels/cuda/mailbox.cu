@@ -157,9 +157,9 @@ cudaError_t LaunchMergePartials(const MergePartialsArgs& args, cudaStream_t stre
 }
 
 cudaError_t LoadMailbox() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(PostKernel));
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(AwaitKernel));
-  return LoadKernel(MergeKernel);
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(PostKernel));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(AwaitKernel));
+  return LoadDecodeKernel(MergeKernel);
 }
 
 }  // namespace headroom::kernels::cuda

@@ -270,6 +270,6 @@ cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   return LaunchOn(stream, SampleKernel, dim3(args.rows.count), kThreads, 0, args);
 }
 
-cudaError_t LoadSample() { return LoadKernel(SampleKernel); }
+cudaError_t LoadSample() { return LoadDecodeKernel(SampleKernel); }
 
 }  // namespace headroom::kernels::cuda

@@ -37,23 +37,27 @@ __device__ uint4 LoadOnce(const BFloat16* from) {
 }
 
 // Of gated products the upper 8 rows of a row tile are gates, the lower ones what they gate.
-template <int kRowTiles, int kColumnTiles, bool kGated>
+// kPerSm: blocks that a multiprocessor has at once, where it is up to us.
+template <int kRowTiles, int kColumnTiles, bool kGated, int kPerSm>
 struct Shape {
   static constexpr int kOutputs = kRowTiles * 16;
   static constexpr int kResults = kGated ? kOutputs / 2 : kOutputs;
   static constexpr int kRows = kColumnTiles * 8;
   static constexpr int kSharedBytes = kWarps * kOutputs * kRows * static_cast<int>(sizeof(float));
-  // Of a multiprocessor: 64 or 128 registers a thread.
-  static constexpr int kBlocks = kRowTiles * kColumnTiles == 1 ? 4 : 2;
-  static constexpr int kSlots = kColumnTiles <= 2 ? 4 : 2;
+  // 64, 80 or 128 registers a thread; of one row what they hold beside 32 is on its way.
+  static constexpr int kBlocks = kRowTiles * kColumnTiles == 1 ? kPerSm : 2;
+  static constexpr int kSlots = kRowTiles * kColumnTiles > 1 ? (kColumnTiles <= 2 ? 4 : 2)
+                                : kPerSm == 4               ? 4
+                                : kPerSm == 3               ? 6
+                                                            : 8;
 };
 
 // g.c has kResults outputs a block: with kGated as many as half of the weights' rows, and it is out of
 // act(gate) * up (kernels/swiglu.h).
-template <int kRowTiles, int kColumnTiles, bool kGated>
-__global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGated>::kBlocks)
+template <int kRowTiles, int kColumnTiles, bool kGated, int kPerSm>
+__global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGated, kPerSm>::kBlocks)
     SkinnyKernel(const __grid_constant__ GemmArgs g, GateActivation activation) {
-  using S = Shape<kRowTiles, kColumnTiles, kGated>;
+  using S = Shape<kRowTiles, kColumnTiles, kGated, kPerSm>;
   extern __shared__ __align__(16) float sums[];  // [warp][row][output]
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -161,35 +165,48 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
   }
 }
 
-template <int kRowTiles, int kColumnTiles, bool kGated>
+template <int kRowTiles, int kColumnTiles, bool kGated, int kPerSm>
 cudaError_t Launch(const GemmArgs& g, GateActivation activation, cudaStream_t stream) {
-  using S = Shape<kRowTiles, kColumnTiles, kGated>;
+  using S = Shape<kRowTiles, kColumnTiles, kGated, kPerSm>;
   const dim3 grid(static_cast<unsigned>(CeilDiv(kGated ? g.w.n / 2 : g.w.n, S::kResults)));
-  return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles, kGated>, grid, kThreads,
+  return LaunchDependentOn(stream, SkinnyKernel<kRowTiles, kColumnTiles, kGated, kPerSm>, grid, kThreads,
                            S::kSharedBytes, g, activation);
 }
 
-template <int kRowTiles, int kColumnTiles, bool kGated>
+template <int kRowTiles, int kColumnTiles, bool kGated, int kPerSm>
 cudaError_t Load() {
-  return LoadKernel(SkinnyKernel<kRowTiles, kColumnTiles, kGated>,
-                    Shape<kRowTiles, kColumnTiles, kGated>::kSharedBytes);
+  return LoadDecodeKernel(SkinnyKernel<kRowTiles, kColumnTiles, kGated, kPerSm>,
+                          Shape<kRowTiles, kColumnTiles, kGated, kPerSm>::kSharedBytes);
+}
+
+// Of one row: no more blocks to a multiprocessor than there are for each. The first that is done with the
+// kernel before would take four of a few, and others get one: 14.5 us for 384 blocks on an H200, for 17.7.
+template <bool kGated>
+cudaError_t LaunchFew(const GemmArgs& g, GateActivation activation, cudaStream_t stream) {
+  const int64_t blocks = CeilDiv(kGated ? g.w.n / 2 : g.w.n, Shape<1, 1, kGated, 4>::kResults);
+  const int64_t multiprocessors = Multiprocessors();
+  if (blocks <= 2 * multiprocessors) return Launch<1, 1, kGated, 2>(g, activation, stream);
+  if (blocks <= 3 * multiprocessors) return Launch<1, 1, kGated, 3>(g, activation, stream);
+  return Launch<1, 1, kGated, 4>(g, activation, stream);
 }
 
 // Of more rows, more outputs a block: each reads all rows' activations.
 template <bool kGated>
 cudaError_t LaunchFor(const GemmArgs& args, GateActivation activation, cudaStream_t stream) {
-  if (args.m <= 8) return Launch<1, 1, kGated>(args, activation, stream);
-  if (args.m <= 16) return Launch<2, 2, kGated>(args, activation, stream);
-  if (args.m <= 32) return Launch<2, 4, kGated>(args, activation, stream);
-  return Launch<2, 8, kGated>(args, activation, stream);
+  if (args.m <= 8) return LaunchFew<kGated>(args, activation, stream);
+  if (args.m <= 16) return Launch<2, 2, kGated, 2>(args, activation, stream);
+  if (args.m <= 32) return Launch<2, 4, kGated, 2>(args, activation, stream);
+  return Launch<2, 8, kGated, 2>(args, activation, stream);
 }
 
 template <bool kGated>
 cudaError_t LoadAll() {
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1, kGated>()));
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2, kGated>()));
-  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4, kGated>()));
-  return Load<2, 8, kGated>();
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1, kGated, 2>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1, kGated, 3>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<1, 1, kGated, 4>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 2, kGated, 2>()));
+  HEADROOM_CUDA_RETURN_IF_ERROR((Load<2, 4, kGated, 2>()));
+  return Load<2, 8, kGated, 2>();
 }
 
 }  // namespace

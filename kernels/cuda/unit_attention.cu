@@ -1,7 +1,9 @@
 // Attention of few queries over many keys: a decode step's. Its time is that of reading the keys.
 //
-// Units of kUnitTokens keys are computed side by side into scratch, some by each block of threads, and
-// folded in order by a second kernel; attention.h states the fold. Each of the four warps takes one
+// Units of kUnitTokens keys are computed side by side into scratch, and folded in order by a second kernel;
+// attention.h states the fold. Blocks of threads take units by turns, so that those which are read at one
+// time lie side by side: 142 us of an H200 for 128K tokens of Llama-3-8B, where blocks of eight units in
+// a row took 145. Each of the four warps takes one
 // block of 64 keys alone (warp_block.cuh); U is the fold of the blocks, in order. (On the CPU blocks go
 // on from each other by online softmax: the same but for rounding.)
 #include "kernels/cuda/attention_parts.cuh"
@@ -13,26 +15,36 @@ namespace {
 
 using namespace unit;  // NOLINT: its other half
 
-// What the units [first, first + count) of every item leave in scratch, for FoldKernel: floats of
-// one query and unit, [o: d][m][l], at Slot().
+// What the units [first, first + count) of every item leave in scratch, for FoldKernel: o of each query
+// and unit, a query's units one behind the other, and then m and l of each, likewise.
 struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
-  int64_t per_block;   // consecutive ones that a block of threads computes
-  int64_t parts;       // blocks of threads that makes of the window
+  int64_t parts;       // blocks of threads that share the window: each takes every parts-th unit
   int64_t first_head;  // of each item
   int64_t heads;       // from that one on, of the item that has the most
   int64_t queries;     // likewise of the item that has the most
+  int64_t slots;       // of all items
   __device__ int64_t Slot(int64_t item, int64_t unit, int64_t head, int64_t query) const {
-    return ((item * count + unit) * heads + head) * queries + query;
+    return ((item * heads + head) * queries + query) * count + unit;
   }
+};
+
+// Where a slot's partial lies.
+template <int kD>
+struct Partial {
+  float* o;
+  float2* m_and_l;
+  __device__ Partial(const AttendArgs& a, const UnitWindow& window, int64_t slot)
+      : o(a.scratch + slot * kD),
+        m_and_l(reinterpret_cast<float2*>(a.scratch + window.slots * kD) + slot) {}
 };
 
 // U of one query and some columns: what an earlier launch has opened, if there is such, and then the
 // partials of the unit's blocks, in order. To `to`.
 template <int kD, int kColumns>
 __device__ void FoldPartials(const Partials<kD>& partials, int query, int column, const float* opened,
-                             float* to) {
+                             const Partial<kD>& to) {
   float m = opened != nullptr ? opened[kD] : -CUDART_INF_F;
   float l = opened != nullptr ? opened[kD + 1] : 0.0f;
   float o[kColumns];
@@ -48,11 +60,9 @@ __device__ void FoldPartials(const Partials<kD>& partials, int query, int column
   }
 #pragma unroll
   for (int i = 0; i < kColumns; i += 2) {
-    *reinterpret_cast<float2*>(to + column + i) = make_float2(o[i], o[i + 1]);
+    *reinterpret_cast<float2*>(to.o + column + i) = make_float2(o[i], o[i + 1]);
   }
-  if (column != 0) return;
-  to[kD] = m;
-  to[kD + 1] = l;
+  if (column == 0) *to.m_and_l = make_float2(m, l);
 }
 
 // Block (some units of the window, head and queries; item = blockIdx.y).
@@ -60,7 +70,7 @@ template <int kD>
 __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
     UnitKernel(const __grid_constant__ AttendArgs a, UnitWindow window) {
   extern __shared__ __align__(16) uint8_t memory[];
-  auto* const partials = reinterpret_cast<Partials<kD>*>(memory);  // two, by turns
+  auto& partials = *reinterpret_cast<Partials<kD>*>(memory);
   // The tables are copied to the device, which no kernel overtakes: read while the one before still runs.
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
@@ -76,9 +86,8 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   if (kv_head >= item.kv_head_end || first_query >= work.num_queries()) return;
   // Units count from that of the item's first key.
   const int64_t first_unit = begin_pos / kUnitTokens;
-  int64_t unit = window.first + int64_t{blockIdx.x % parts} * window.per_block;
-  int64_t end_unit = unit + window.per_block;
-  if (end_unit > window.first + window.count) end_unit = window.first + window.count;
+  int64_t unit = window.first + blockIdx.x % parts;
+  int64_t end_unit = window.first + window.count;
   const int64_t item_units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
   if (end_unit > item_units) end_unit = item_units;
   if (unit >= end_unit) return;
@@ -101,27 +110,21 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   const int query = static_cast<int>(threadIdx.x) * kQueries / kThreads;
   const int column = static_cast<int>(threadIdx.x) % (kThreads / kQueries) * kColumns;
 
-  WarpBlock<kD> block(work, kv_head, first_query);
+  WarpBlock<kD> block(work, kv_head, first_query, static_cast<int32_t>(parts * kUnitTokens));
   block.Start(begin_of(unit), end_of(unit));
-  for (int turn = 0; unit < end_unit; ++unit, turn = 1 - turn) {
-    block.Run(begin_of(unit + 1), end_of(unit + 1));
-    block.Store(partials[turn], warp);
+  for (; unit < end_unit; unit += parts) {
+    block.Run(begin_of(unit + parts), end_of(unit + parts));
+    __syncthreads();  // the unit before is folded
+    block.Store(partials, warp);
     __syncthreads();
     if (first_query + query >= last_query) continue;
     const bool opened = begin_pos > (first_unit + unit) * kUnitTokens && item.reset == 0;
     FoldPartials<kD, kColumns>(
-        partials[turn], query, column,
+        partials, query, column,
         opened ? work.state(kv_head, first_query + query) + kD + 2 : nullptr,
-        a.scratch + window.Slot(blockIdx.y, unit - window.first, head, first_query + query) *
-                        (kD + 2));
+        {a, window, window.Slot(blockIdx.y, unit - window.first, head, first_query + query)});
   }
 }
-
-// Units whose results are on their way at once, and those that are looked at together: a load takes as
-// long as some hundred additions.
-template <int kD>
-constexpr int kFoldAhead = kD < 128 ? kD : 128;
-constexpr int kFoldStage = 16;
 
 // Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
 // before it, or nothing in it, the one has weight 0 and the other 1.
@@ -131,17 +134,34 @@ struct __align__(16) UnitWeights {
   float l;
 };
 
+// Shared memory of a block that folds. Each warp fetches its own 32 columns: no warp waits for another's.
+// kLong: 24 KiB are on their way, what a multiprocessor that has one block wants; else a third of that, and
+// many sequences' blocks find room.
+template <int kD, bool kLong>
+struct FoldShared {
+  static constexpr int kStages = 4;
+  static constexpr int kStageUnits = (kLong ? 2048 : 1024) / kD;  // 8 or 4 KiB
+  static constexpr int kLooks = kLong ? 4 : 1;                    // units whose weights a thread finds
+  static constexpr int kRound = kLooks * kD;
+  float o[kStages][kStageUnits][kD];
+  UnitWeights weights[kRound];
+  float largest_of_warp[kD / kWarp];
+};
+
 // Block (query and head, item): folds the window's units in order. A thread for each column.
 //
-// 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights
-// of each unit) is found for kD units at once, so that only a multiplication and an addition a unit
-// remain one after the other.
-template <int kD>
+// 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights of
+// each unit) is found for all of them at once, so that only a multiplication and an addition a unit remain
+// one after the other.
+template <int kD, bool kLong>
 __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
                                                  UnitWindow window) {
-  constexpr int kAhead = kFoldAhead<kD>;
-  __shared__ UnitWeights weights[kD];
-  __shared__ float largest_of_warp[kD / kWarp];
+  using Shared = FoldShared<kD, kLong>;
+  constexpr int kStageUnits = Shared::kStageUnits, kStages = Shared::kStages;
+  constexpr int kLooks = Shared::kLooks, kRound = Shared::kRound;
+  static_assert(kRound % kStageUnits == 0);
+  extern __shared__ __align__(16) uint8_t memory[];
+  auto& shared = *reinterpret_cast<Shared*>(memory);
   const AttendItem item = a.items.device[blockIdx.y];
   const Work work(a, item);
   const int64_t begin_pos = work.begin_pos();
@@ -160,22 +180,37 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   const bool opens = last == units && units > 0 && end_pos % kUnitTokens != 0;
   // Whole units, counted from the window's first, and what the unit kernel left of each.
   const auto whole = static_cast<int>((opens ? last - 1 : last) - window.first);
-  const float* const parts = a.scratch + window.Slot(blockIdx.y, 0, head, query) * (kD + 2);
-  const auto stride = static_cast<uint32_t>(window.heads * window.queries * (kD + 2));
+  const Partial<kD> parts(a, window, window.Slot(blockIdx.y, 0, head, query));
 
   const int i = static_cast<int>(threadIdx.x);
-  // The thread's column of units, unit u in ahead[u % kAhead]; loaded in order, a stage at once.
-  float ahead[kAhead];
-  const float* from = parts + i;
-  const auto load = [&](int unit, float& to) {
-    to = unit < whole ? *from : 0.0f;
-    from += stride;
+  const int warp = i / kWarp;
+  const int lane = i % kWarp;
+  // The stage that begins with `unit`: eight lanes a row of the warp's columns. What is past the last unit
+  // is zero.
+  const auto fetch = [&](int unit) {
+    auto& stage = shared.o[unit / kStageUnits % kStages];
+    constexpr int kLanes = kWarp * static_cast<int>(sizeof(float)) / 16;
+    const int column = warp * kWarp + lane % kLanes * 4;
+#pragma unroll
+    for (int row = lane / kLanes; row < kStageUnits; row += kWarp / kLanes) {
+      const bool exists = unit + row < whole;
+      CopyAsync16(&stage[row][column], parts.o + (exists ? int64_t{unit + row} * kD : 0) + column,
+                  exists ? 16 : 0);
+    }
+    CommitCopies();
   };
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    if (k % kFoldStage == 0 && k >= whole) break;
-    load(k, ahead[k]);
-  }
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage * kStageUnits);
+  // The thread's units of a round.
+  float2 next[kLooks];
+  const auto look = [&](int begin) {
+#pragma unroll
+    for (int n = 0; n < kLooks; ++n) {
+      const int unit = begin + i * kLooks + n;
+      next[n] = unit < whole ? parts.m_and_l[unit] : make_float2(-CUDART_INF_F, 0);
+    }
+  };
+  look(0);
 
   float* const r = work.state(kv_head, query);
   float* const u = r + kD + 2;
@@ -183,66 +218,73 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   float o = empty ? 0.0f : r[i];
   float m = empty ? -CUDART_INF_F : r[kD];
   float l = empty ? 0.0f : r[kD + 1];
-  float next_m = -CUDART_INF_F, next_l = 0;  // of the round to come, unit i
-  const auto look = [&](int begin) {
-    const bool there = begin + i < whole;
-    const float* const its = parts + int64_t{begin + i} * stride + kD;
-    next_m = there ? its[0] : -CUDART_INF_F;
-    next_l = there ? its[1] : 0.0f;
-  };
-  look(0);
-  for (int begin = 0; begin < whole; begin += kD) {
-    const int count = whole - begin < kD ? whole - begin : kD;
-    const float round_m = next_m;
-    const float round_l = next_l;
-    look(begin + kD);
-    // The largest up to and with each unit.
-    float upto = round_m;
+  for (int begin = 0; begin < whole; begin += kRound) {
+    float2 its[kLooks];
+    float upto[kLooks];  // the largest of the thread's units up to and with each
+#pragma unroll
+    for (int n = 0; n < kLooks; ++n) {
+      its[n] = next[n];
+      upto[n] = n == 0 ? its[0].x : fmaxf(upto[n - 1], its[n].x);
+    }
+    look(begin + kRound);
+    float to_lane = upto[kLooks - 1];
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const float left = __shfl_up_sync(kFullMask, upto, offset);
-      if (i % kWarp >= offset) upto = fmaxf(upto, left);
+      const float left = __shfl_up_sync(kFullMask, to_lane, offset);
+      if (lane >= offset) to_lane = fmaxf(to_lane, left);
     }
     __syncthreads();  // the round before has read its weights
-    if (i % kWarp == kWarp - 1) largest_of_warp[i / kWarp] = upto;
-    float before = __shfl_up_sync(kFullMask, upto, 1);
-    if (i % kWarp == 0) before = -CUDART_INF_F;
+    if (lane == kWarp - 1) shared.largest_of_warp[warp] = to_lane;
+    float before = __shfl_up_sync(kFullMask, to_lane, 1);
+    if (lane == 0) before = -CUDART_INF_F;
     __syncthreads();
-    float earlier = m;
+    before = fmaxf(before, m);
 #pragma unroll
-    for (int warp = 0; warp < kD / kWarp; ++warp) {
-      if (warp < i / kWarp) earlier = fmaxf(earlier, largest_of_warp[warp]);
-      m = fmaxf(m, largest_of_warp[warp]);
+    for (int other = 0; other < kD / kWarp; ++other) {
+      const float largest = shared.largest_of_warp[other];
+      if (other < warp) before = fmaxf(before, largest);
+      m = fmaxf(m, largest);
     }
-    before = fmaxf(before, earlier);
-    upto = fmaxf(upto, earlier);
-    const bool nothing_before = before == -CUDART_INF_F;
-    UnitWeights its = {1, 0, round_l};
-    if (round_l != 0) {
-      its.before = nothing_before ? 0.0f : expf(__fsub_rn(before, upto));
-      its.unit = nothing_before ? 1.0f : expf(__fsub_rn(round_m, upto));
+#pragma unroll
+    for (int n = 0; n < kLooks; ++n) {
+      const float with = fmaxf(before, its[n].x);
+      const bool nothing_before = before == -CUDART_INF_F;
+      UnitWeights weights = {1, 0, its[n].y};
+      if (its[n].y != 0) {
+        weights.before = nothing_before ? 0.0f : expf(__fsub_rn(before, with));
+        weights.unit = nothing_before ? 1.0f : expf(__fsub_rn(its[n].x, with));
+      }
+      shared.weights[i * kLooks + n] = weights;
+      before = with;
     }
-    weights[i] = its;
     __syncthreads();
-    for (int first = 0; first < count; first += kAhead) {
+    const int count = whole - begin < kRound ? whole - begin : kRound;
+    for (int first = 0; first < count; first += kStageUnits) {
+      __syncwarp();  // its lanes have read the stage that is fetched now
+      fetch(begin + first + (kStages - 1) * kStageUnits);
+      AwaitCopies<kStages - 1>();
+      __syncwarp();
+      const auto& stage = shared.o[(begin + first) / kStageUnits % kStages];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {  // what is past the last unit is nothing
-        const int n = first + k;
-        if (k % kFoldStage == 0 && n >= count) break;
-        const UnitWeights weight = weights[n];
-        o = __fmaf_rn(ahead[k], weight.unit, __fmul_rn(o, weight.before));
-        l = __fmaf_rn(weight.l, weight.unit, __fmul_rn(l, weight.before));
-        load(begin + n + kAhead, ahead[k]);
+      for (int k = 0; k < kStageUnits; ++k) {
+        if (k % 4 == 0 && first + k >= count) break;
+        const UnitWeights weights = shared.weights[first + k];
+        o = __fmaf_rn(stage[k][i], weights.unit, __fmul_rn(o, weights.before));
+        l = __fmaf_rn(weights.l, weights.unit, __fmul_rn(l, weights.before));
       }
     }
   }
+  AwaitCopies<0>();
   // What was open went into the first unit's partial, if there is one.
   float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;
-  if (opens || (units == 0 && item.reset == 0)) {
-    const float* const part = opens ? parts + whole * stride : u;
-    open_o = part[i];
-    open_m = part[kD];
-    open_l = part[kD + 1];
+  if (opens) {
+    open_o = parts.o[int64_t{whole} * kD + i];
+    open_m = parts.m_and_l[whole].x;
+    open_l = parts.m_and_l[whole].y;
+  } else if (units == 0 && item.reset == 0) {
+    open_o = u[i];
+    open_m = u[kD];
+    open_l = u[kD + 1];
   }
   if (last == units && item.finish != 0) {
     const FoldWeights fold(m, l, open_m, open_l);
@@ -263,11 +305,10 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
   u[kD + 1] = open_l;
 }
 
-// Blocks of threads of a long launch: two waves of what 132 multiprocessors hold. With one wave those
-// that end early stay idle: 234 us at 128K, against 228.
-constexpr int64_t kFullGrid = 528;
-template <int kD>
-constexpr int kShared = 2 * static_cast<int>(sizeof(Partials<kD>));
+// Blocks of threads of a long launch: what 132 multiprocessors hold at once.
+constexpr int64_t kFullGrid = 264;
+// A sequence's units up to which its fold is a short one.
+constexpr int64_t kFewUnits = 64;
 
 // The largest of each over the items that go by units.
 struct Extents {
@@ -303,16 +344,21 @@ cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, int64_t units,
   window.count = fit < units ? fit : units;
   if (window.count == 0) window.count = 1;
   const int64_t tasks = window.heads * CeilDiv(window.queries, kQueries);
-  window.per_block = CeilDiv(window.count * tasks * items, kFullGrid);
-  window.parts = CeilDiv(window.count, window.per_block);
+  window.parts = CeilDiv(window.count, CeilDiv(window.count * tasks * items, kFullGrid));
+  window.slots = items * window.heads * window.queries * window.count;
   const dim3 blocks(static_cast<unsigned>(window.parts * tasks), static_cast<unsigned>(items));
   const dim3 folds(static_cast<unsigned>(window.heads * window.queries),
                    static_cast<unsigned>(items));
   do {
     HEADROOM_CUDA_RETURN_IF_ERROR(
-        LaunchDependentOn(stream, UnitKernel<kD>, blocks, kThreads, kShared<kD>, a, window));
-    HEADROOM_CUDA_RETURN_IF_ERROR(
-        LaunchDependentOn(stream, FoldKernel<kD>, folds, kD, 0, a, window));
+        LaunchDependentOn(stream, UnitKernel<kD>, blocks, kThreads, sizeof(Partials<kD>), a, window));
+    const cudaError_t folded =
+        window.count > kFewUnits
+            ? LaunchDependentOn(stream, FoldKernel<kD, true>, folds, kD, sizeof(FoldShared<kD, true>), a,
+                                window)
+            : LaunchDependentOn(stream, FoldKernel<kD, false>, folds, kD,
+                                sizeof(FoldShared<kD, false>), a, window);
+    HEADROOM_CUDA_RETURN_IF_ERROR(folded);
     window.first += window.count;
   } while (window.first < units);
   return cudaSuccess;
@@ -344,8 +390,9 @@ cudaError_t Launch(AttendArgs a, cudaStream_t stream) {
 
 template <int kD>
 cudaError_t Load() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadKernel(UnitKernel<kD>, kShared<kD>));
-  return LoadKernel(FoldKernel<kD>);
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(UnitKernel<kD>, sizeof(Partials<kD>)));
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(FoldKernel<kD, true>, sizeof(FoldShared<kD, true>)));
+  return LoadDecodeKernel(FoldKernel<kD, false>, sizeof(FoldShared<kD, false>));
 }
 
 }  // namespace

@@ -66,10 +66,12 @@ struct Partials {
 template <int kD>
 class WarpBlock {
  public:
-  __device__ WarpBlock(const Work& work, int32_t kv_head, int64_t first)
+  // The warp goes on `stride` keys further on.
+  __device__ WarpBlock(const Work& work, int32_t kv_head, int64_t first, int32_t stride)
       : work_(work),
         kv_head_(kv_head),
         first_(first),
+        stride_(stride),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         quad_(lane_ / 4),
         pair_(lane_ % 4) {
@@ -155,11 +157,11 @@ class WarpBlock {
     int32_t count = 0;
   };
 
-  // A unit further on they mostly lie in the same span.
+  // A stride further on they may lie in the same span.
   __device__ Keys Next(int32_t begin, int32_t end) {
-    constexpr int kUnit = static_cast<int>(kUnitTokens);
-    if (begin != next_.pos + kUnit || end > in_a_row_to_ || begin >= end) return Find(begin, end);
-    return {next_.rows + kUnit * kRowBytes, next_.value_rows + kUnit * kRowBytes, begin, end - begin};
+    if (begin != next_.pos + stride_ || end > in_a_row_to_ || begin >= end) return Find(begin, end);
+    const int64_t bytes = int64_t{stride_} * kRowBytes;
+    return {next_.rows + bytes, next_.value_rows + bytes, begin, end - begin};
   }
 
   // Where keys [begin, end) lie; nowhere if there are none. The lanes look at a span each: a long context
@@ -334,6 +336,7 @@ class WarpBlock {
   const Work& work_;
   const int32_t kv_head_;
   const int64_t first_;
+  const int32_t stride_;
   const int lane_, quad_, pair_;
   int32_t pos_[2];  // of the lane's queries
   int32_t all_see_from_, all_see_to_;  // positions of keys
