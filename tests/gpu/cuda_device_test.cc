@@ -610,7 +610,7 @@ TEST_F(CudaDeviceTest, EventsHaveTheTimeThatTheHostSawThemFire) {
     absl::SleepFor(absl::Milliseconds(10));
   }
   EXPECT_GT(moved, 100);
-  EXPECT_TRUE(clock.Refresh() || clock.MoveAnchor());
+  clock.Refresh();
   for (const Fired& one : fired) {
     int64_t at_ns = 0;
     ASSERT_TRUE(clock.TimeOf(one.event.get(), &at_ns));

@@ -44,10 +44,8 @@ absl::Status EventClock::Init() {
   return absl::OkStatus();
 }
 
-bool EventClock::Refresh() {
-  if (SteadyNs() - tried_ns_ < kMoveEveryNs) return false;
-  MoveAnchor();
-  return true;
+void EventClock::Refresh() {
+  if (SteadyNs() - tried_ns_ >= kMoveEveryNs) MoveAnchor();
 }
 
 bool EventClock::MoveAnchor() {

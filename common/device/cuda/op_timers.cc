@@ -8,6 +8,7 @@
 #include "common/device/cuda/cuda_status.h"
 #include "common/log.h"
 #include "common/status.h"
+#include "common/steady_time.h"
 
 namespace headroom {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 // Operations in flight: of a decode step some hundreds, with many tiles thousands, two steps deep in two
 // contexts.
 constexpr int kTracePairs = 16384;
+constexpr int64_t kSayEveryNs = 1'000'000'000;
 
 }  // namespace
 
@@ -106,10 +108,7 @@ void OpTimers::End(cudaStream_t stream, Pair* pair) {
 
 void OpTimers::Collect() {
   MutexLock lock(&mutex_);
-  if (tracing_ == Tracing::kReady && TraceOn() && clock_.Refresh() && untraced_ > 0) {
-    LogWarning(absl::StrCat("trace: ", std::exchange(untraced_, 0),
-                            " operations of the GPU are left out"));
-  }
+  if (TraceOn() && tracing_ == Tracing::kReady) RefreshClock();
   // A stream's pairs fire in order: after the first that has not, its others need not be asked.
   std::array<cudaStream_t, 16> behind;
   size_t num_behind = 0;
@@ -131,6 +130,14 @@ void OpTimers::Collect() {
     pair->home->push_back(pair);
   }
   running_.resize(kept);
+}
+
+void OpTimers::RefreshClock() {
+  clock_.Refresh();
+  if (untraced_ == 0 || SteadyNs() - untraced_said_ns_ < kSayEveryNs) return;
+  LogWarning(absl::StrCat("trace: ", std::exchange(untraced_, 0),
+                          " operations of the GPU are left out"));
+  untraced_said_ns_ = SteadyNs();
 }
 
 void OpTimers::Read(const Pair& pair) {

@@ -64,6 +64,7 @@ class OpTimers {
 
   static absl::Status MakePairs(int count, std::unique_ptr<Pair[]>* pairs, PairList* free);
   Pair* Take(cudaStream_t stream, OpAccount* account, const char* op, int64_t bytes);
+  void RefreshClock() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool MayTrace() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status StartTracing() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Row* RowOf(cudaStream_t stream) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -83,6 +84,7 @@ class OpTimers {
   EventClock clock_ ABSL_GUARDED_BY(mutex_);
   std::vector<Row> rows_ ABSL_GUARDED_BY(mutex_);
   int64_t untraced_ ABSL_GUARDED_BY(mutex_) = 0;  // for want of a pair, since it was last said
+  int64_t untraced_said_ns_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace headroom
