@@ -558,7 +558,7 @@ TEST_F(CudaDeviceTest, ATraceShowsEachStreamsOperationsAtTheirTimes) {
   ASSERT_EQ(names, (std::vector<std::string>{"SwiGlu", "AwaitPartials", "Wait", "SwiGlu", "Replay"}));
   EXPECT_LE(computed[0].end_ns, begin_ns + kClocksNs);
   EXPECT_GE(computed[1].end_ns, answered_ns - kClocksNs);
-  EXPECT_LE(computed[1].end_ns, answered_ns + 1'000'000);
+  EXPECT_LE(computed[1].end_ns, answered_ns + 5'000'000);
   EXPECT_EQ(computed[1].arg, -1);
   EXPECT_GT(computed[1].end_ns - computed[1].begin_ns, 15'000'000);
   EXPECT_EQ(waited.timed_ops.load(), 1);
