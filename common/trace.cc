@@ -8,8 +8,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <map>
-#include <memory>
+#include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,6 +32,8 @@ namespace {
 constexpr size_t kMaxEvents = size_t{1} << 16;
 constexpr absl::Duration kInterval = absl::Milliseconds(250);
 constexpr int64_t kInstant = -1;
+// Tracks are written as threads whose ids no thread has: Linux goes up to 2^22.
+constexpr int32_t kFirstTrack = int32_t{1} << 30;
 
 struct Event {
   const char* name;
@@ -39,7 +41,7 @@ struct Event {
   int64_t arg;
   int64_t begin_ns;
   int64_t duration_ns;  // kInstant
-  pid_t thread;
+  int32_t row;          // id of a thread, or a TraceTrack
 };
 
 pid_t ThreadId() {
@@ -73,8 +75,14 @@ class Tracer {
                           getpid(), process);
     Write(text);
     flock(fd_.get(), LOCK_UN);
-    events_.reserve(kMaxEvents);
     writing_.reserve(kMaxEvents);
+    named_.clear();
+    {
+      MutexLock lock(&mutex_);
+      events_.clear();  // what came too late for an earlier trace
+      events_.reserve(kMaxEvents);
+      stop_ = false;
+    }
     trace_internal::on.store(true);
     thread_ = std::thread([this] { Loop(); });
     return absl::OkStatus();
@@ -89,6 +97,13 @@ class Tracer {
     }
     trace_internal::on.store(false);
     thread_.join();
+    fd_.Reset();
+  }
+
+  TraceTrack MakeTrack(absl::string_view name) {
+    MutexLock lock(&mutex_);
+    tracks_.emplace_back(name);
+    return TraceTrack{kFirstTrack + static_cast<int32_t>(tracks_.size()) - 1};
   }
 
   void Add(const Event& event) {
@@ -118,17 +133,23 @@ class Tracer {
     }
   }
 
+  std::string RowName(int32_t row) {
+    if (row < kFirstTrack) return ThreadName(row);
+    MutexLock lock(&mutex_);
+    return tracks_[static_cast<size_t>(row - kFirstTrack)];
+  }
+
   std::string Text() {
     std::string text;
     for (const Event& event : writing_) {
-      if (names_.try_emplace(event.thread, true).second) {
+      if (named_.insert(event.row).second) {
         absl::StrAppendFormat(&text,
                               "{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":%d,\"tid\":%d,"
                               "\"args\":{\"name\":\"%s\"}},\n",
-                              getpid(), event.thread, ThreadName(event.thread));
+                              getpid(), event.row, RowName(event.row));
       }
       absl::StrAppendFormat(&text, "{\"name\":\"%s\",\"pid\":%d,\"tid\":%d,\"ts\":%d.%03d",
-                            event.name, getpid(), event.thread, event.begin_ns / 1000,
+                            event.name, getpid(), event.row, event.begin_ns / 1000,
                             event.begin_ns % 1000);
       if (event.duration_ns == kInstant) {
         text += ",\"ph\":\"i\",\"s\":\"t\"";
@@ -155,12 +176,13 @@ class Tracer {
 
   Fd fd_;
   std::vector<Event> writing_;
-  std::map<pid_t, bool> names_;  // threads whose names have been written
+  std::set<int32_t> named_;  // rows whose names have been written
   Mutex mutex_;
   CondVar wake_;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   int64_t dropped_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Event> events_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::string> tracks_ ABSL_GUARDED_BY(mutex_);  // their names
   std::thread thread_;
 };
 
@@ -184,6 +206,15 @@ void TraceSlice(const char* name, int64_t begin_ns, int64_t end_ns, const char* 
                 int64_t arg) {
   if (!TraceOn()) return;
   TheTracer().Add({name, arg_name, arg, begin_ns, end_ns - begin_ns, ThreadId()});
+}
+
+TraceTrack MakeTraceTrack(absl::string_view name) { return TheTracer().MakeTrack(name); }
+
+void TraceSliceOn(TraceTrack track, const char* name, int64_t begin_ns, int64_t end_ns,
+                  const char* arg_name, int64_t arg) {
+  if (!TraceOn()) return;
+  TheTracer().Add(
+      {name, arg_name, arg, begin_ns, end_ns - begin_ns, static_cast<int32_t>(track)});
 }
 
 void TraceInstant(const char* name, const char* arg_name, int64_t arg) {

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "common/steady_time.h"
 
 namespace headroom {
@@ -21,7 +22,8 @@ extern std::atomic<bool> on;
 
 inline bool TraceOn() { return trace_internal::on.load(std::memory_order_relaxed); }
 
-// Begins to append to `path`, which is made if it is not there. Once, before anything is traced.
+// Begins to append to `path`, which is made if it is not there. Before anything is traced; not while
+// a trace is being written.
 absl::Status StartTrace(const std::string& path, const std::string& process);
 // Writes what there is and closes the file.
 void StopTrace();
@@ -30,6 +32,13 @@ void StopTrace();
 // `arg_name` are literals; arg_name null: no argument. Thread-safe, allocates nothing.
 void TraceSlice(const char* name, int64_t begin_ns, int64_t end_ns, const char* arg_name = nullptr,
                 int64_t arg = 0);
+// A row of this process that is none of its threads: a stream of a GPU. `name` is plain text without
+// quotes; two rows may have the same. Thread-safe; allocates, to be called at start, traced or not.
+enum class TraceTrack : int32_t {};
+TraceTrack MakeTraceTrack(absl::string_view name);
+// TraceSlice() on that row. Who draws slices that overlap there has them shown as one in the other.
+void TraceSliceOn(TraceTrack track, const char* name, int64_t begin_ns, int64_t end_ns,
+                  const char* arg_name = nullptr, int64_t arg = 0);
 // Something that happened on the calling thread.
 void TraceInstant(const char* name, const char* arg_name = nullptr, int64_t arg = 0);
 

@@ -26,6 +26,7 @@
 #include "common/log.h"
 #include "common/mutex.h"
 #include "common/status.h"
+#include "common/trace.h"
 #include "kernels/cuda/kernels.h"
 
 namespace headroom {
@@ -167,10 +168,11 @@ class CudaDevice : public Device {
   }
 
   // ---- Streams and events.
-  absl::StatusOr<StreamId> CreateStream(absl::string_view) override {
+  absl::StatusOr<StreamId> CreateStream(absl::string_view name) override {
     MutexLock lock(&mutex_);
     if (num_streams_ == kMaxStreams) return absl::ResourceExhaustedError("too many streams");
     HEADROOM_ASSIGN_OR_RETURN(streams_[num_streams_], NewStream());
+    timers_.AddStream(streams_[num_streams_].get(), name);
     return StreamId{num_streams_++};
   }
   absl::StatusOr<EventId> CreateEvent() override {
@@ -210,7 +212,7 @@ class CudaDevice : public Device {
     }
     HEADROOM_RETURN_IF_ERROR(CheckNotCaptured(events_[id.index]));
     const cudaStream_t on = streams_[stream.index].get();
-    const int timer = timers_.Begin(on, account);
+    OpTimers::Pair* const timer = timers_.Begin(on, account, "Wait");
     const cudaError_t error = cudaStreamWaitEvent(on, events_[id.index].handle.get(), 0);
     timers_.End(on, timer);
     return Note(HEADROOM_CUDA_STATUS(error));
@@ -292,7 +294,7 @@ class CudaDevice : public Device {
       return Launch<&kernels::cuda::LaunchGemm>(s, "Gemm", a);
     }
     HEADROOM_RETURN_IF_ERROR(CheckArenaRanges("Gemm", a));
-    return Note(wide_gemm_->Run(a, streams_[s.index].get()));
+    return Enqueue(s, "Gemm", nullptr, 0, [&](cudaStream_t on) { return wide_gemm_->Run(a, on); });
   }
   absl::Status GatedGemm(StreamId s, const kernels::GatedGemmArgs& a) override {
     if (!kernels::cuda::IsSkinny(a.gemm) || a.gemm.w.n != 2 * a.swiglu.width) {
@@ -393,8 +395,9 @@ class CudaDevice : public Device {
       }
       recording = recordings_[id.index].get();
     }
-    HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
-        cudaGraphLaunch(recording->graph.get(), streams_[stream.index].get()))));
+    HEADROOM_RETURN_IF_ERROR(Enqueue(stream, "Replay", nullptr, 0, [&](cudaStream_t on) {
+      return HEADROOM_CUDA_STATUS(cudaGraphLaunch(recording->graph.get(), on));
+    }));
     for (const auto& [account, bytes] : recording->accounts) account->bytes += bytes;
     return absl::OkStatus();
   }
@@ -476,12 +479,13 @@ class CudaDevice : public Device {
   }
 
   template <typename F>
-  absl::Status Enqueue(StreamId stream, absl::string_view op, OpAccount* account, int64_t bytes,
+  absl::Status Enqueue(StreamId stream, const char* op, OpAccount* account, int64_t bytes,
                        F&& enqueue, int timed_of = 1) {
     const cudaStream_t on = streams_[stream.index].get();
     Recording* const recording = active_[stream.index];
     const bool timed = account != nullptr && account->ops.fetch_add(1) % timed_of == 0;
-    const int timer = recording == nullptr && timed ? timers_.Begin(on, account) : -1;
+    OpTimers::Pair* const timer =
+        recording == nullptr ? timers_.Begin(on, timed ? account : nullptr, op, bytes) : nullptr;
     absl::Status status = StatusOf(enqueue(on), op);
     timers_.End(on, timer);
     if (!status.ok()) return Note(std::move(status));
@@ -502,18 +506,18 @@ class CudaDevice : public Device {
   }
 
   template <auto kLaunch, typename Args>
-  absl::Status Launch(StreamId stream, absl::string_view op, const Args& args,
+  absl::Status Launch(StreamId stream, const char* op, const Args& args,
                       OpAccount* account = nullptr, bool host_too = false) {
     return Launch(stream, op, args, account, host_too,
                   [&](cudaStream_t on) { return kLaunch(args, on); });
   }
   template <typename Args, typename F>
-  absl::Status Launch(StreamId stream, absl::string_view op, const Args& args, OpAccount* account,
+  absl::Status Launch(StreamId stream, const char* op, const Args& args, OpAccount* account,
                       bool host_too, F&& enqueue, int timed_of = 1) {
     HEADROOM_RETURN_IF_ERROR(CheckArenaRanges(op, args, host_too));
     int64_t bytes = 0;
     if constexpr (requires { KvBytesRead(args); }) {
-      if (account != nullptr) bytes = KvBytesRead(args);
+      if (account != nullptr || TraceOn()) bytes = KvBytesRead(args);
     }
     return Enqueue(stream, op, account, bytes, enqueue, timed_of);
   }

@@ -8,6 +8,10 @@
 // operation that is enqueued while all pairs are in use, or recorded, counts its bytes only; of Attend
 // every eighth is timed (OpAccount::EstimatedBusyNs()).
 //
+// While a trace is written (common/trace.h) every operation is put between events, and what a stream
+// does is a row of the trace with the stream's name: Copy, CopyKvRows and Attend with their bytes, a
+// replay as one. The events keep kernels from overlapping, so that a traced step takes longer.
+//
 // Host memory is registered in pieces that end at multiples of kRegistrationBytes from its
 // beginning; no operation may name a range that crosses such a border.
 #ifndef HEADROOM_COMMON_DEVICE_CUDA_CUDA_DEVICE_H_
