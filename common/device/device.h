@@ -189,6 +189,9 @@ class Device {
     return absl::UnavailableError("this device computes all items alike");
   }
   virtual WideAttendUse wide_attend_use() const { return {}; }
+  // Plans that libraries made so far, for products and for attention. Start-up makes all: one that is
+  // made while steps run stalls them, by up to a second.
+  virtual int64_t plans_built() const { return 0; }
   virtual absl::Status CopyKvRows(StreamId stream, const kernels::CopyKvRowsArgs& args,
                                   OpAccount* account = nullptr) = 0;
   virtual absl::Status SoftCap(StreamId stream, const kernels::SoftCapArgs& args) = 0;

@@ -42,16 +42,20 @@ absl::Status CallWithDeadline(std::chrono::milliseconds deadline, Call&& call) {
 }
 
 // Asks the peer of `stub` by `call`, a method of an empty request, each time that it is called.
+// `on_answer`, if given, gets what it says.
 template <typename Stub, typename Request, typename Response>
 std::function<absl::Status()> MakePing(
     std::shared_ptr<Stub> stub,
     grpc::Status (Stub::*call)(grpc::ClientContext*, const Request&, Response*),
-    std::chrono::milliseconds deadline) {
-  return [stub = std::move(stub), call, deadline] {
-    return CallWithDeadline(deadline, [&](grpc::ClientContext* context) {
-      Response response;
+    std::chrono::milliseconds deadline,
+    std::function<void(const Response&)> on_answer = nullptr) {
+  return [stub = std::move(stub), call, deadline, on_answer = std::move(on_answer)] {
+    Response response;
+    const absl::Status status = CallWithDeadline(deadline, [&](grpc::ClientContext* context) {
       return ((*stub).*call)(context, Request(), &response);
     });
+    if (status.ok() && on_answer != nullptr) on_answer(response);
+    return status;
   };
 }
 

@@ -120,7 +120,9 @@ absl::Status Server::Start() {
   }
   scheduler_->Start();
   heartbeat_ = std::make_unique<Heartbeat>(
-      MakeWorkerPing(options_.worker_address, peer_credentials, kPingDeadline),
+      MakeWorkerPing(
+          options_.worker_address, peer_credentials, kPingDeadline,
+          [this](const v1::GetWorkerInfoResponse& worker) { scheduler_->NoteWorker(worker); }),
       MakeStorePing(options_.store_address, peer_credentials, kPingDeadline),
       [this](bool alive) { SetHealth(&Server::alive_, alive); });
   LogInfo(absl::StrCat("coordinator serves ", model_->name(), " on ", listen_address_));

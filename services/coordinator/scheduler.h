@@ -91,6 +91,8 @@ class Scheduler {
   bool Flush(std::function<void(int32_t)> answer);
   // Refuses new requests from now on; answers when none is left.
   bool Drain(std::function<void()> answer);
+  // What the worker says of itself between connections and steps: shown by GetStatus().
+  void NoteWorker(const v1::GetWorkerInfoResponse& worker);
   // Everything but version, model and addresses.
   bool GetStatus(std::function<void(v1::GetStatusResponse)> answer);
 
@@ -228,6 +230,8 @@ class Scheduler {
   std::vector<std::function<void()>> drained_;
   v1::GetStatusResponse totals_;  // counters since the start
   v1::DeviceMemory device_memory_;
+  int64_t plans_built_ = 0;  // the worker's
+  int64_t plans_at_start_ = 0;
 
   TaskThread thread_;
   std::unique_ptr<Peers> peers_;

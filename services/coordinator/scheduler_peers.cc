@@ -57,7 +57,10 @@ void Scheduler::OnConnected(PeersFound found) {
   capacity_.draw_state_bytes = worker.memory().draw_state_bytes_per_sequence();
   capacity_.max_sequences = std::min(worker.max_sequences(), worker.max_decode_rows());
   pipeline_.set_limits({worker.max_chunk_tokens(), worker.max_decode_rows(), worker.max_results()});
+  // Asked for before the store was attached; what is registered since then NoteWorker() has told.
+  const int64_t registered = device_memory_.registered_host_bytes();
   device_memory_ = worker.memory();
+  device_memory_.set_registered_host_bytes(registered);
   LaneCosts costs = FromProto(found.lane_costs);
   if (found.store.attend_threads() == 0) costs.seconds_per_byte[static_cast<int>(Lane::kInPlace)] = 0;
   step_model_.Reset(costs);

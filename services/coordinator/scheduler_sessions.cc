@@ -136,6 +136,16 @@ bool Scheduler::GetStatus(std::function<void(v1::GetStatusResponse)> answer) {
   return thread_.Post([this, answer = std::move(answer)] { answer(DescribeStatus()); });
 }
 
+void Scheduler::NoteWorker(const v1::GetWorkerInfoResponse& worker) {
+  thread_.Post([this, registered = worker.memory().registered_host_bytes(),
+                built = worker.plans_built(), at_start = worker.plans_at_start()] {
+    // The rest of the memory comes with each step, and a step may have passed this.
+    device_memory_.set_registered_host_bytes(registered);
+    plans_built_ = built;
+    plans_at_start_ = at_start;
+  });
+}
+
 v1::GetStatusResponse Scheduler::DescribeStatus() const {
   v1::GetStatusResponse status = totals_;
   const std::shared_ptr<const PeerFacts> found = facts();
@@ -162,6 +172,8 @@ v1::GetStatusResponse Scheduler::DescribeStatus() const {
   status.set_sessions(static_cast<int32_t>(sessions_.size()));
   if (plan_.ready_version != 0) *status.mutable_plan() = ToProto(plan_.placement, plan_.version);
   status.set_steps(pipeline_.steps_returned());
+  status.set_plans_built(plans_built_);
+  status.set_plans_at_start(plans_at_start_);
   return status;
 }
 

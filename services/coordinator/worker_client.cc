@@ -180,10 +180,10 @@ std::unique_ptr<WorkerClient> MakeWorkerClient(
 
 std::function<absl::Status()> MakeWorkerPing(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
-    absl::Duration deadline) {
+    absl::Duration deadline, std::function<void(const v1::GetWorkerInfoResponse&)> on_info) {
   using Stub = v1::WorkerService::Stub;
   return MakePing(std::make_shared<Stub>(MakePeerChannel(address, credentials)), &Stub::GetWorkerInfo,
-                  absl::ToChronoMilliseconds(deadline));
+                  absl::ToChronoMilliseconds(deadline), std::move(on_info));
 }
 
 }  // namespace headroom::coordinator

@@ -51,10 +51,11 @@ class WorkerClient {
 std::unique_ptr<WorkerClient> MakeWorkerClient(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials);
 
-// Whether the worker answers within `deadline`; on a channel of its own.
+// Whether the worker answers within `deadline`; on a channel of its own. `on_info` gets what it says of
+// itself, on the thread that pings.
 std::function<absl::Status()> MakeWorkerPing(
     const std::string& address, const std::shared_ptr<grpc::ChannelCredentials>& credentials,
-    absl::Duration deadline);
+    absl::Duration deadline, std::function<void(const v1::GetWorkerInfoResponse&)> on_info);
 
 }  // namespace headroom::coordinator
 

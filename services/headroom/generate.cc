@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "common/status.h"
 #include "services/headroom/call_canceller.h"
 #include "services/headroom/exit_code.h"
@@ -52,14 +54,18 @@ absl::Status GenerateAndPrint(const Endpoint& server, const v1::GenerateRequest&
                               const GenerateCommandOptions& options, CallCanceller* canceller) {
   const GenerateOptions& generate = options.generate;
   const bool several = request.n() > 1;
-  const auto on_text = [&](absl::string_view text) {
-    if (!generate.json && !several) Write(text, stdout);
+  TokenTimes times;
+  const absl::Time begun = absl::Now();
+  const auto on_delta = [&](const v1::Delta& delta) {
+    if (!generate.json && !several && !delta.text().empty()) Write(delta.text(), stdout);
+    times[delta.index()].insert(times[delta.index()].end(), static_cast<size_t>(delta.tokens_size()),
+                                absl::Now() - begun);
   };
   HEADROOM_ASSIGN_OR_RETURN(
       const v1::GenerateOnceResponse response,
-      GenerateClient(server).Generate(request, options.timeout, canceller, on_text));
+      GenerateClient(server).Generate(request, options.timeout, canceller, on_delta));
   if (generate.json) {
-    const Json json = GenerateAsJson(response, generate.prompt_logprobs != 0,
+    const Json json = GenerateAsJson(response, times, generate.prompt_logprobs != 0,
                                      generate.logprobs.has_value());
     Write(json.Dump() + "\n", stdout);
   } else if (several) {

@@ -39,7 +39,7 @@ void Append(v1::Delta& delta, Text& out) {
 
 absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
     const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
-    const std::function<void(absl::string_view)>& on_text) {
+    const std::function<void(const v1::Delta&)>& on_delta) {
   HEADROOM_ASSIGN_OR_RETURN(const auto channel, MakeChannel(endpoint_));
   const auto stub = v1::InferenceService::NewStub(channel);
   grpc::ClientContext context;
@@ -62,12 +62,12 @@ absl::StatusOr<v1::GenerateOnceResponse> GenerateClient::Generate(
         *whole.mutable_prompt_token_ids() = event.accepted().prompt_token_ids();
         break;
       case v1::GenerateResponse::kDelta:
+        on_delta(event.delta());
         if (n <= 1) {
           Append(*event.mutable_delta(), whole);
         } else if (v1::Answer* const one = answer(event.delta().index())) {
           Append(*event.mutable_delta(), *one);
         }
-        if (on_text != nullptr && !event.delta().text().empty()) on_text(event.delta().text());
         break;
       case v1::GenerateResponse::kFinished:
         if (n <= 1) {

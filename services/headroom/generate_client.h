@@ -6,7 +6,6 @@
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "headroom/v1/inference.pb.h"
 #include "services/headroom/call_canceller.h"
@@ -18,12 +17,12 @@ class GenerateClient {
  public:
   explicit GenerateClient(Endpoint endpoint) : endpoint_(std::move(endpoint)) {}
 
-  // Blocks until all answers have ended; `on_text` gets each piece as it comes, of any of them.
+  // Blocks until all answers have ended; `on_delta` gets each delta as it comes, of any of them.
   // Returns the same as GenerateOnce would. Errors are the server's with their details; one about a
   // message's size names the flag that sets it.
   absl::StatusOr<v1::GenerateOnceResponse> Generate(
       const v1::GenerateRequest& request, absl::Duration timeout, CallCanceller* canceller,
-      const std::function<void(absl::string_view)>& on_text);
+      const std::function<void(const v1::Delta&)>& on_delta);
 
  private:
   const Endpoint endpoint_;

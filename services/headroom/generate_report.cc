@@ -96,8 +96,18 @@ void AddPrompt(const v1::GenerateOnceResponse& response, const v1::Finished& fin
   object.emplace_back("prompt_logprobs", std::move(scores));
 }
 
-void AddRest(const TokenRecords& records, const v1::Finished& finished, bool logprobs,
-             Json::Object& object) {
+Json::Array TimesAsJson(const TokenTimes& times, int32_t index) {
+  Json::Array array;
+  const auto at = times.find(index);
+  if (at == times.end()) return array;
+  for (const absl::Duration time : at->second) {
+    array.emplace_back(static_cast<double>(absl::ToInt64Microseconds(time)) / 1e3);
+  }
+  return array;
+}
+
+void AddRest(const TokenRecords& records, const v1::Finished& finished, Json::Array token_ms,
+             bool logprobs, Json::Object& object) {
   const v1::Explanation& explanation = finished.explanation();
   if (logprobs) {
     Json::Array tokens;
@@ -115,6 +125,7 @@ void AddRest(const TokenRecords& records, const v1::Finished& finished, bool log
                                               {"ttft_ms", Ms(timings.ttft_ns())},
                                               {"decode_ms", Ms(timings.decode_ns())},
                                               {"tpot_ms", Ms(timings.tpot_ns())}});
+  object.emplace_back("token_ms", std::move(token_ms));
   const LaneUses& lanes = explanation.decode_lanes_size() > 0 ? explanation.decode_lanes()
                                                               : explanation.prefill_lanes();
   object.emplace_back(
@@ -126,21 +137,22 @@ void AddRest(const TokenRecords& records, const v1::Finished& finished, bool log
 
 }  // namespace
 
-Json GenerateAsJson(const v1::GenerateOnceResponse& response, bool prompt_logprobs,
-                    bool logprobs) {
+Json GenerateAsJson(const v1::GenerateOnceResponse& response, const TokenTimes& times,
+                    bool prompt_logprobs, bool logprobs) {
   Json::Object object;
   if (response.answers_size() == 0) {
     AddText(response.text(), response.tokens(), object);
     AddPrompt(response, response.finished(), prompt_logprobs, object);
-    AddRest(response.tokens(), response.finished(), logprobs, object);
+    AddRest(response.tokens(), response.finished(), TimesAsJson(times, 0), logprobs, object);
     return object;
   }
   AddPrompt(response, response.answers(0).finished(), prompt_logprobs, object);
   Json::Array answers;
-  for (const v1::Answer& answer : response.answers()) {
+  for (int i = 0; i < response.answers_size(); ++i) {
+    const v1::Answer& answer = response.answers(i);
     Json::Object one;
     AddText(answer.text(), answer.tokens(), one);
-    AddRest(answer.tokens(), answer.finished(), logprobs, one);
+    AddRest(answer.tokens(), answer.finished(), TimesAsJson(times, i), logprobs, one);
     answers.emplace_back(std::move(one));
   }
   object.emplace_back("answers", std::move(answers));

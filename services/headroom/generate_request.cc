@@ -218,7 +218,8 @@ void AddGenerateFlags(Flags& flags, GenerateOptions* options) {
                "share of the bytes; device memory; timings.");
   flags.Switch("json", &options->json,
                "One JSON object in place of the text. placement.lanes are those of the decode "
-               "steps; of the prefill if there was no decode step.");
+               "steps; of the prefill if there was no decode step. timings are the server's; "
+               "token_ms says when each of token_ids came here, in ms since the call began.");
 }
 
 absl::StatusOr<v1::GenerateRequest> BuildRequest(const GenerateOptions& options) {

@@ -59,7 +59,8 @@ Json StatusAsJson(const v1::GetStatusResponse& status) {
                     {"kv_pool_bytes", memory.kv_pool_bytes()},
                     {"tail_bytes_per_sequence", memory.tail_bytes_per_sequence()},
                     {"kv_pool_high_water_bytes", memory.kv_pool_high_water_bytes()},
-                    {"high_water_bytes", memory.high_water_bytes()}}},
+                    {"high_water_bytes", memory.high_water_bytes()},
+                    {"registered_host_bytes", memory.registered_host_bytes()}}},
       {"host_capacity_bytes", static_cast<int64_t>(status.host_capacity_bytes())},
       {"host_used_bytes", static_cast<int64_t>(status.host_used_bytes())},
       {"running_requests", status.running_requests()},
@@ -71,6 +72,8 @@ Json StatusAsJson(const v1::GetStatusResponse& status) {
       {"prompt_tokens", status.prompt_tokens()},
       {"generated_tokens", status.generated_tokens()},
       {"retried_steps", status.retried_steps()},
+      {"plans_built", status.plans_built()},
+      {"plans_at_start", status.plans_at_start()},
       {"in_place",
        Json::Object{{"posts", static_cast<int64_t>(in_place.posts())},
                     {"refused", static_cast<int64_t>(in_place.refused())},
@@ -99,9 +102,10 @@ std::string StatusAsText(const v1::GetStatusResponse& status) {
                         FormatBytes(memory.kv_pool_bytes()),
                         FormatBytes(memory.kv_pool_high_water_bytes()),
                         FormatBytes(memory.tail_bytes_per_sequence()));
-  absl::StrAppendFormat(&text, "host memory    %s of %s in use\n",
+  absl::StrAppendFormat(&text, "host memory    %s of %s in use; registered with the device: %s\n",
                         FormatUnsigned(status.host_used_bytes()),
-                        FormatUnsigned(status.host_capacity_bytes()));
+                        FormatUnsigned(status.host_capacity_bytes()),
+                        FormatBytes(memory.registered_host_bytes()));
   absl::StrAppendFormat(&text, "since the start: %d steps, %d tokens of prompts, %d of answers\n",
                         status.steps(), status.prompt_tokens(), status.generated_tokens());
   for (const v1::LaneUse& use : status.lanes()) {
@@ -117,6 +121,8 @@ std::string StatusAsText(const v1::GetStatusResponse& status) {
                         "again: %d\n",
                         in_place.posts(), in_place.refused(), in_place.late_partials(),
                         status.retried_steps());
+  absl::StrAppendFormat(&text, "libraries' plans: %d built at start, %d since\n",
+                        status.plans_at_start(), status.plans_built() - status.plans_at_start());
   return text;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/log.h"
 #include "common/segment_format.h"
 #include "common/status.h"
@@ -40,11 +41,6 @@ RegisteredSegment::~RegisteredSegment() {
   }
 }
 
-int64_t RegisteredSegment::registered_bytes() const {
-  MutexLock lock(&mutex_);
-  return registered_bytes_;
-}
-
 absl::StatusOr<bool> RegisteredSegment::RegisterNext() {
   const int64_t bytes = std::min(kRegistrationBytes, segment_->data_bytes() - registered_bytes_);
   if (bytes <= 0 || segment_->ready_bytes() < registered_bytes_ + bytes) return false;
@@ -54,6 +50,7 @@ absl::StatusOr<bool> RegisteredSegment::RegisterNext() {
 }
 
 absl::Status RegisteredSegment::Require(int64_t end) {
+  if (registered_bytes_ >= end) return absl::OkStatus();
   MutexLock lock(&mutex_);
   while (registered_bytes_ < end) {
     HEADROOM_ASSIGN_OR_RETURN(const bool more, RegisterNext());
@@ -61,7 +58,7 @@ absl::Status RegisteredSegment::Require(int64_t end) {
     return absl::FailedPreconditionError(absl::StrCat(
         "an extent ends at byte ", end, " of the segment; the store has memory for ",
         segment_->ready_bytes(), " of ", segment_->data_bytes(), " bytes, in whole pieces ",
-        registered_bytes_));
+        registered_bytes()));
   }
   return absl::OkStatus();
 }
@@ -71,13 +68,17 @@ void RegisteredSegment::BackgroundLoop() {
   while (!stop_ && registered_bytes_ < segment_->data_bytes()) {
     const absl::StatusOr<bool> more = RegisterNext();
     if (!more.ok()) {
-      LogError(absl::StrCat("registering the segment's bytes from ", registered_bytes_, " on: ",
+      LogError(absl::StrCat("registering the segment's bytes from ", registered_bytes(), " on: ",
                             more.status().message()));
       return;
     }
     // Between two pieces Require() gets its turn.
     stop_condition_.WaitFor(&mutex_, *more ? absl::Microseconds(100) : kReadyInterval);
   }
+  if (registered_bytes_ < segment_->data_bytes()) return;
+  LogInfo(absl::StrFormat(
+      "all %d MiB of the segment are registered with the device, after %s", segment_->data_bytes() >> 20,
+      absl::FormatDuration(absl::Trunc(absl::Now() - begun_, absl::Milliseconds(1)))));
 }
 
 }  // namespace headroom

@@ -47,6 +47,10 @@ absl::Status CheckOptions(const WorkerOptions& options) {
   return range("--max-sequences", options.max_sequences, 1, Decoder::kMaxSequences);
 }
 
+std::string Since(absl::Time begun) {
+  return absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1)));
+}
+
 // One line for each tenth of the weights, if it takes long.
 class LoadProgress {
  public:
@@ -98,8 +102,11 @@ absl::Status Worker::Init(const WorkerOptions& options) {
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
                             device_->arena_use().free_bytes(), options.max_chunk_tokens, context,
                             device_->product_type()));
+  const absl::Time loading = absl::Now();
   HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_,
                                                   LoadProgress(budget_.weights_bytes)));
+  LogInfo(absl::StrFormat("loaded %d MiB of weights in %s, with %d plans for their products",
+                          budget_.weights_bytes / kMiB, Since(loading), plans_built()));
   StepExecutorOptions executor;
   executor.max_sequences = max_sequences_;
   executor.in_place_deadline = options.in_place_deadline;
@@ -108,18 +115,27 @@ absl::Status Worker::Init(const WorkerOptions& options) {
                                       [this](std::unique_ptr<Step> step) {
                                         OnDone(std::move(step));
                                       }));
+  plans_at_start_ = plans_built();
   LogInfo(absl::StrFormat(
       "%s on %s in %s: %d MiB of device memory (weights %d, ring %d, activations %d, KV %d), chunks "
-      "of %d tokens",
-      config_.architecture, std::string(device_->name()),
-      absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1))),
+      "of %d tokens, %d plans built",
+      config_.architecture, std::string(device_->name()), Since(begun),
       budget_.budget_bytes / kMiB, budget_.weights_bytes / kMiB, budget_.ring_bytes / kMiB,
-      budget_.activation_bytes / kMiB, budget_.kv_pool_bytes / kMiB, budget_.max_chunk_tokens));
+      budget_.activation_bytes / kMiB, budget_.kv_pool_bytes / kMiB, budget_.max_chunk_tokens,
+      plans_at_start_));
   return absl::OkStatus();
 }
 
 Worker::~Worker() {
+  if (executor_ == nullptr) return;  // it never began
   executor_.reset();  // waits for what is in flight; then nothing names the segment
+  LogInfo(absl::StrFormat("plans built: %d at start, %d since", plans_at_start_,
+                          plans_built() - plans_at_start_));
+}
+
+int64_t Worker::registered_host_bytes() const {
+  MutexLock lock(&mutex_);
+  return segment_ == nullptr ? 0 : segment_->registered_bytes();
 }
 
 absl::StatusOr<int64_t> Worker::AttachStore(const std::string& segment_dir, uint64_t generation) {
@@ -217,8 +233,7 @@ absl::StatusOr<LaneCosts> Worker::MeasureLanes() {
       "long (measured in %s)",
       1e3 * costs->base_seconds, rate(Lane::kResident), rate(Lane::kFetched),
       rate(Lane::kInPlace), 1e3 * costs->in_place_seconds, 100 * costs->hidden_base,
-      costs->fetched_slowdown, costs->in_place_slowdown,
-      absl::FormatDuration(absl::Trunc(absl::Now() - begun, absl::Milliseconds(1)))));
+      costs->fetched_slowdown, costs->in_place_slowdown, Since(begun)));
   return *costs;
 }
 

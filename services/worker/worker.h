@@ -46,7 +46,14 @@ class Worker {
   int32_t max_sequences() const { return max_sequences_; }
   uint64_t incarnation() const { return incarnation_; }
 
+  // Plans of libraries when all was ready for steps; more than these stall some step.
+  int64_t plans_at_start() const { return plans_at_start_; }
+
+  // Thread-safe.
   StepExecutor::Memory memory() const { return executor_->memory(); }
+  int64_t plans_built() const { return device_->plans_built(); }
+  // Of the attached segment, bytes that the device may name by now.
+  int64_t registered_host_bytes() const;
 
   // Maps the segment of a store and registers what is ready of it with the device, the rest in the
   // background. Nothing to do if this generation is attached. All sequences are closed. Returns the
@@ -89,6 +96,7 @@ class Worker {
   DeviceBudget budget_;
   int32_t max_sequences_ = 0;
   uint64_t incarnation_ = 0;
+  int64_t plans_at_start_ = 0;
   std::function<void(const absl::Status&)> on_device_lost_;
 
   mutable Mutex mutex_;

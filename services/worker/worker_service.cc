@@ -40,6 +40,7 @@ void MemoryToProto(const Worker& worker, v1::DeviceMemory* out) {
   // The arena is carved once; of the pool, what was never in use does not count.
   out->set_high_water_bytes(memory.arena.high_water_bytes - memory.kv_pool_bytes +
                             memory.kv_pool_high_water_bytes);
+  out->set_registered_host_bytes(worker.registered_host_bytes());
 }
 
 }  // namespace
@@ -70,6 +71,8 @@ grpc::ServerUnaryReactor* WorkerService::GetWorkerInfo(grpc::CallbackServerConte
   response->set_max_sequences(worker_->max_sequences());
   response->set_incarnation(worker_->incarnation());
   response->set_max_results(static_cast<int32_t>(kMaxResults));
+  response->set_plans_built(worker_->plans_built());
+  response->set_plans_at_start(worker_->plans_at_start());
   return Answer(context, absl::OkStatus());
 }
 

@@ -89,6 +89,7 @@ class ForwardingDevice : public Device {
     return device_->PrepareWideAttend(shape, scratch, scratch_floats);
   }
   WideAttendUse wide_attend_use() const override { return device_->wide_attend_use(); }
+  int64_t plans_built() const override { return device_->plans_built(); }
   absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,
                       OpAccount* account) override {
     return device_->Attend(stream, args, account);

@@ -242,7 +242,8 @@ TEST_F(Serve, GenerateJsonKeepsItsContract) {
   ASSERT_TRUE(answer.is_object());
   EXPECT_EQ(KeysOf(answer),
             (std::set<std::string>{"text", "token_ids", "prompt_token_ids", "prompt_logprobs",
-                                   "logprobs", "finish_reason", "usage", "timings", "placement"}));
+                                   "logprobs", "finish_reason", "usage", "timings", "token_ms",
+                                   "placement"}));
   EXPECT_TRUE(answer["text"].is_string());
   EXPECT_EQ(answer["prompt_token_ids"].get<std::vector<int32_t>>(), prompt);
   ASSERT_EQ(answer["token_ids"].size(), 20u);
@@ -270,6 +271,12 @@ TEST_F(Serve, GenerateJsonKeepsItsContract) {
   EXPECT_EQ(KeysOf(answer["timings"]), (std::set<std::string>{"queue_ms", "prefill_ms", "ttft_ms",
                                                               "decode_ms", "tpot_ms"}));
   for (const auto& [key, value] : answer["timings"].items()) EXPECT_GE(value.get<double>(), 0);
+  // The client's own, each token when it came: the last not before the server had drawn it.
+  const auto token_ms = answer["token_ms"].get<std::vector<double>>();
+  ASSERT_EQ(token_ms.size(), 20u);
+  EXPECT_TRUE(std::is_sorted(token_ms.begin(), token_ms.end()));
+  EXPECT_GE(token_ms.back(), answer["timings"]["ttft_ms"].get<double>() +
+                                 answer["timings"]["decode_ms"].get<double>());
 
   const json& placement = answer["placement"];
   EXPECT_EQ(KeysOf(placement), (std::set<std::string>{"lanes", "gpu_memory"}));

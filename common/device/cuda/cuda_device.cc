@@ -334,6 +334,9 @@ class CudaDevice : public Device {
     MutexLock lock(&wide_mutex_);
     return wide_.use();
   }
+  int64_t plans_built() const override {
+    return wide_.plans_built() + (wide_gemm_ == nullptr ? 0 : wide_gemm_->plans());
+  }
   absl::Status CopyKvRows(StreamId s, const kernels::CopyKvRowsArgs& a,
                           OpAccount* account) override {
     HEADROOM_RETURN_IF_ERROR(DelayCopy(s));

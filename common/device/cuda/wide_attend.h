@@ -13,6 +13,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -35,6 +36,8 @@ class WideAttend {
   absl::Status Attend(const kernels::AttendArgs& args, cudaStream_t stream);
 
   WideAttendUse use() const;
+  // Thread-safe, so that who only counts does not wait for an Attend.
+  int64_t plans_built() const { return plans_built_; }
 
  private:
   struct Plans {
@@ -78,6 +81,7 @@ class WideAttend {
   std::unique_ptr<CudnnSdpa> cudnn_;
   std::vector<std::unique_ptr<Prepared>> prepared_;
   int64_t calls_ = 0;
+  std::atomic<int64_t> plans_built_{0};
 };
 
 }  // namespace headroom

@@ -440,6 +440,25 @@ TEST_F(CoordinatorServerTest, SaysWhatItServesAndHowItIs) {
   }
 }
 
+TEST_F(CoordinatorServerTest, StatusTellsWhatTheWorkerDoesBetweenSteps) {
+  machine_->registered_host_bytes = 1 << 20;
+  machine_->plans_built = machine_->plans_at_start = 40;
+  Start();
+  v1::GetStatusResponse status;
+  const auto says = [&](int64_t registered, int64_t built) {
+    return Eventually([&] {
+      return admin_->GetStatus(Context().get(), v1::GetStatusRequest(), &status).ok() &&
+             status.device_memory().registered_host_bytes() == registered &&
+             status.plans_built() == built && status.plans_at_start() == 40;
+    });
+  };
+  EXPECT_TRUE(says(1 << 20, 40)) << status.DebugString();
+  machine_->registered_host_bytes = 3 << 20;
+  machine_->plans_built = 41;
+  EXPECT_TRUE(says(3 << 20, 41)) << status.DebugString();
+  EXPECT_EQ(status.steps(), 0);
+}
+
 TEST_F(CoordinatorServerTest, ServesOnlyWhileWorkerAndStoreAreThere) {
   StartServer();
   v1::GenerateOnceResponse response;

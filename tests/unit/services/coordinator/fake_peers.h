@@ -10,6 +10,7 @@
 #define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -62,6 +63,9 @@ class FakeMachine {
   int32_t max_decode_rows = 8;
   int32_t max_sequences = 8;
   int32_t max_results = 64;
+  std::atomic<int64_t> registered_host_bytes = 0;  // may grow while it serves, as may plans_built
+  std::atomic<int64_t> plans_built = 0;
+  int64_t plans_at_start = 0;
 
   void Violation(std::string what) {
     MutexLock lock(&mutex);
@@ -648,6 +652,9 @@ class FakeWorkerClient : public WorkerClient {
     const int64_t token_bytes = machine_->geometry.BytesPerToken();
     info.mutable_memory()->set_kv_pool_bytes(machine_->pool_tokens * token_bytes);
     info.mutable_memory()->set_tail_bytes_per_sequence(kTailTokens * token_bytes);
+    info.mutable_memory()->set_registered_host_bytes(machine_->registered_host_bytes);
+    info.set_plans_built(machine_->plans_built);
+    info.set_plans_at_start(machine_->plans_at_start);
     return info;
   }
   absl::Status AttachStore(const std::string&, uint64_t) override {

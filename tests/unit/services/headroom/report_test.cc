@@ -60,7 +60,8 @@ v1::GenerateOnceResponse Response() {
 }
 
 TEST(GenerateJson, IsTheContract) {
-  EXPECT_EQ(GenerateAsJson(Response(), true, true).Dump(),
+  const TokenTimes times = {{0, {absl::Microseconds(4250), absl::Nanoseconds(7'001'900)}}};
+  EXPECT_EQ(GenerateAsJson(Response(), times, true, true).Dump(),
             R"({"text":"Paris \"é\"\n","token_ids":[7,8],"prompt_token_ids":[1,2,3],)"
             R"("prompt_logprobs":[null,-1.5,-2.0],)"
             R"("logprobs":[{"token_id":7,"logprob":-0.5,"top":[{"token_id":7,"logprob":-0.5}]},)"
@@ -69,6 +70,7 @@ TEST(GenerateJson, IsTheContract) {
             R"("usage":{"prompt_tokens":3,"cached_tokens":1,"completion_tokens":2},)"
             R"("timings":{"queue_ms":1.0,"prefill_ms":2.5,"ttft_ms":4.0,"decode_ms":6.0,)"
             R"("tpot_ms":3.0},)"
+            R"("token_ms":[4.25,7.001],)"
             R"("placement":{"lanes":{)"
             R"("resident":{"kv_heads":0.75,"bytes":1024,"ms":2.0,"share":0.25},)"
             R"("fetched":{"kv_heads":2.25,"bytes":3072,"ms":1.5,"share":0.75},)"
@@ -77,16 +79,29 @@ TEST(GenerateJson, IsTheContract) {
 }
 
 TEST(GenerateJson, HasLogprobsOnlyIfAskedFor) {
-  const Json json = GenerateAsJson(Response(), false, false);
+  const Json json = GenerateAsJson(Response(), {}, false, false);
   EXPECT_EQ(json.Find("prompt_logprobs"), nullptr);
   EXPECT_EQ(json.Find("logprobs"), nullptr);
   EXPECT_NE(json.Find("usage"), nullptr);
 }
 
+TEST(GenerateJson, TimesTheTokensOfEachAnswer) {
+  v1::GenerateOnceResponse response;
+  for (int i = 0; i < 2; ++i) response.add_answers()->add_tokens()->set_token_id(i);
+  const Json json = GenerateAsJson(
+      response, {{0, {absl::Milliseconds(2)}}, {1, {absl::Milliseconds(3)}}}, false, false);
+  for (size_t i = 0; i < 2; ++i) {
+    const Json& answer = json.Find("answers")->as_array().at(i);
+    const Json::Array& times = answer.Find("token_ms")->as_array();
+    ASSERT_EQ(times.size(), 1u);
+    EXPECT_EQ(times[0].as_number(), 2.0 + static_cast<double>(i));
+  }
+}
+
 TEST(GenerateJson, ShowsThePrefillsLanesWithoutADecodeStep) {
   v1::GenerateOnceResponse response = Response();
   response.mutable_finished()->mutable_explanation()->clear_decode_lanes();
-  const Json json = GenerateAsJson(response, false, false);
+  const Json json = GenerateAsJson(response, {}, false, false);
   const Json* const fetched = json.Find("placement")->Find("lanes")->Find("fetched");
   EXPECT_EQ(fetched->Find("bytes")->as_int(), 512);
   EXPECT_EQ(fetched->Find("share")->as_number(), 1);
@@ -109,7 +124,7 @@ TEST(GenerateJson, EveryFloatComesBackBitForBit) {
     response.mutable_finished()->add_prompt_logprobs()->set_logprob(value);
   }
   const absl::StatusOr<Json> json =
-      Json::Parse(GenerateAsJson(response, true, false).Dump(), 1 << 20);
+      Json::Parse(GenerateAsJson(response, {}, true, false).Dump(), 1 << 20);
   ASSERT_TRUE(json.ok()) << json.status();
   const Json::Array& read = json->Find("prompt_logprobs")->as_array();
   ASSERT_EQ(read.size(), written.size() + 1);
@@ -140,9 +155,17 @@ TEST(Status, ShowsWhoIsNotConnectedAndWhy) {
   worker->set_message("connection refused");
   worker->set_life(UINT64_MAX);
   AddLane(v1::LANE_FETCHED, 0, int64_t{3} << 30, 1'500'000'000, status.add_lanes());
+  status.mutable_device_memory()->set_registered_host_bytes(int64_t{5} << 30);
+  status.set_plans_at_start(40);
+  status.set_plans_built(42);
   EXPECT_THAT(StatusAsText(status), HasSubstr("NOT CONNECTED unix:/w: connection refused"));
   EXPECT_THAT(StatusAsText(status), HasSubstr("3.0 GiB in 1.50 s"));
+  EXPECT_THAT(StatusAsText(status), HasSubstr("registered with the device: 5.0 GiB"));
+  EXPECT_THAT(StatusAsText(status), HasSubstr("40 built at start, 2 since"));
   const Json json = StatusAsJson(status);
+  EXPECT_EQ(json.Find("device_memory")->Find("registered_host_bytes")->as_int(), int64_t{5} << 30);
+  EXPECT_EQ(json.Find("plans_at_start")->as_int(), 40);
+  EXPECT_EQ(json.Find("plans_built")->as_int(), 42);
   EXPECT_EQ(json.Find("processes")->as_array().at(0).Find("life")->as_string(), "ffffffffffffffff");
   EXPECT_EQ(json.Find("lanes")->Find("fetched")->Find("bytes")->as_int(), int64_t{3} << 30);
 }
