@@ -259,7 +259,7 @@ class CudaDevice : public Device {
       bytes += copy.width_bytes * copy.height;
     }
     HEADROOM_RETURN_IF_ERROR(DelayCopy(stream));
-    return Enqueue(stream, "CopyEach", account, bytes,
+    return Enqueue(stream, "Copy", account, bytes,
                    [&](cudaStream_t on) { return EnqueueCopies(copies, on); });
   }
   absl::Status PostQueries(StreamId stream, const kernels::PostQueriesArgs& args) override {
