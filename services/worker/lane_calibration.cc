@@ -116,16 +116,20 @@ class Calibration {
     DecodeTimes times = {};
   };
 
-  // All probes in turn, once more while there is time: what else the machine does makes steps slower,
-  // never faster, and what lasts for a while does not meet the same probe twice.
+  // All probes in turn, once more while there is time and it finds something: what else the machine does
+  // makes steps slower, never faster, and what lasts for a while does not meet the same probe twice.
   absl::Status Measure(const std::vector<Probe*>& probes) {
-    for (int round = 0; round < kMostRounds; ++round) {
+    constexpr double kSame = 0.98;
+    bool found = true;
+    for (int round = 0; round < kMostRounds && found; ++round) {
+      found = round == 0;
       for (Probe* const probe : probes) {
         if (round > 0 && deadline_ - absl::Now() < options_.time_limit / 4) return absl::OkStatus();
         HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes times, MeasureOnce(*probe));
-        if (round == 0 || times.median_step_seconds < probe->times.median_step_seconds) {
-          probe->times = times;
-        }
+        const double best = probe->times.median_step_seconds;
+        if (round > 0 && times.median_step_seconds >= best) continue;
+        found = found || times.median_step_seconds < kSame * best;
+        probe->times = times;
       }
     }
     return absl::OkStatus();

@@ -102,19 +102,21 @@ absl::Status Worker::Init(const WorkerOptions& options) {
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
                             device_->arena_use().free_bytes(), options.max_chunk_tokens, context,
                             device_->product_type()));
-  const absl::Time loading = absl::Now();
-  HEADROOM_ASSIGN_OR_RETURN(weights_, LoadWeights(options.model_dir, config_, *device_,
-                                                  LoadProgress(budget_.weights_bytes)));
-  LogInfo(absl::StrFormat("loaded %d MiB of weights in %s, with %d plans for their products",
-                          budget_.weights_bytes / kMiB, Since(loading), plans_built()));
-  StepExecutorOptions executor;
-  executor.max_sequences = max_sequences_;
-  executor.in_place_deadline = options.in_place_deadline;
-  HEADROOM_ASSIGN_OR_RETURN(
-      executor_, StepExecutor::Create(*device_, config_, weights_, budget_, executor,
-                                      [this](std::unique_ptr<Step> step) {
-                                        OnDone(std::move(step));
-                                      }));
+  // Weights come while the device plans its products and attention.
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoading> loading,
+                            WeightLoading::Begin(options.model_dir, config_, *device_));
+  weights_ = loading->weights();
+  absl::StatusOr<std::array<uint8_t, 16>> fingerprint;
+  std::thread filling([&] {
+    const absl::Time from = absl::Now();
+    fingerprint = loading->Fill(LoadProgress(budget_.weights_bytes));
+    LogInfo(absl::StrFormat("loaded %d MiB of weights in %s", budget_.weights_bytes / kMiB, Since(from)));
+  });
+  const absl::Status prepared = PrepareSteps(options, *loading);
+  filling.join();
+  HEADROOM_RETURN_IF_ERROR(fingerprint.status());
+  HEADROOM_RETURN_IF_ERROR(prepared);
+  weights_.fingerprint = *fingerprint;
   plans_at_start_ = plans_built();
   LogInfo(absl::StrFormat(
       "%s on %s in %s: %d MiB of device memory (weights %d, ring %d, activations %d, KV %d), chunks "
@@ -123,6 +125,19 @@ absl::Status Worker::Init(const WorkerOptions& options) {
       budget_.budget_bytes / kMiB, budget_.weights_bytes / kMiB, budget_.ring_bytes / kMiB,
       budget_.activation_bytes / kMiB, budget_.kv_pool_bytes / kMiB, budget_.max_chunk_tokens,
       plans_at_start_));
+  return absl::OkStatus();
+}
+
+absl::Status Worker::PrepareSteps(const WorkerOptions& options, WeightLoading& loading) {
+  HEADROOM_RETURN_IF_ERROR(loading.PrepareProducts());
+  StepExecutorOptions executor;
+  executor.max_sequences = max_sequences_;
+  executor.in_place_deadline = options.in_place_deadline;
+  HEADROOM_ASSIGN_OR_RETURN(
+      executor_, StepExecutor::Create(*device_, config_, weights_, budget_, executor,
+                                      [this](std::unique_ptr<Step> step) {
+                                        OnDone(std::move(step));
+                                      }));
   return absl::OkStatus();
 }
 

@@ -86,6 +86,7 @@ class Worker {
  private:
   Worker() = default;
   absl::Status Init(const WorkerOptions& options);
+  absl::Status PrepareSteps(const WorkerOptions& options, WeightLoading& loading);
   void OnDone(std::unique_ptr<Step> step);
   absl::StatusOr<std::unique_ptr<Step>> TakeMeasured();
 

@@ -86,6 +86,7 @@ class CudaDevice : public Device {
 
   absl::Status Init() {
     HEADROOM_ASSIGN_OR_RETURN(setup_stream_, NewStream());
+    HEADROOM_ASSIGN_OR_RETURN(upload_stream_, NewStream());
     HEADROOM_RETURN_IF_ERROR(timers_.Init(kTimerPairs));
     HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
         cudaMemsetAsync(arena_.base(), 0, static_cast<size_t>(arena_.capacity_bytes()),
@@ -160,11 +161,11 @@ class CudaDevice : public Device {
   absl::Status Upload(uint8_t* dst, const void* src, int64_t bytes) override {
     if (!arena_.Contains(dst, bytes)) return ForeignAddressError("Upload", dst);
     if (bytes == 0) return absl::OkStatus();
-    MutexLock lock(&setup_mutex_);
+    MutexLock lock(&upload_mutex_);
     HEADROOM_RETURN_IF_ERROR(Note(HEADROOM_CUDA_STATUS(
         cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                        setup_stream_.get()))));
-    return AwaitSetup();
+                        upload_stream_.get()))));
+    return Await(upload_stream_);
   }
 
   // ---- Streams and events.
@@ -258,6 +259,7 @@ class CudaDevice : public Device {
       HEADROOM_RETURN_IF_ERROR(CheckCopyOn(stream, copy));
       bytes += copy.width_bytes * copy.height;
     }
+    if (bytes == 0) return absl::OkStatus();
     HEADROOM_RETURN_IF_ERROR(DelayCopy(stream));
     return Enqueue(stream, "Copy", account, bytes,
                    [&](cudaStream_t on) { return EnqueueCopies(copies, on); });
@@ -433,9 +435,10 @@ class CudaDevice : public Device {
   }
 
   // A copy from plain memory may return before the GPU has it.
-  absl::Status AwaitSetup() {
+  absl::Status AwaitSetup() { return Await(setup_stream_); }
+  absl::Status Await(const CudaStream& stream) {
     const cudaError_t state = PollUntil(absl::Now() + kSetupTimeout,
-                                        [&] { return cudaStreamQuery(setup_stream_.get()); });
+                                        [&] { return cudaStreamQuery(stream.get()); });
     if (state == cudaErrorNotReady) return absl::DeadlineExceededError("the GPU does not respond");
     return Note(CudaStatus(state, "cudaStreamQuery", __FILE__, __LINE__));
   }
@@ -539,8 +542,10 @@ class CudaDevice : public Device {
   std::atomic<bool> failed_{false};
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 
-  Mutex setup_mutex_;  // one upload at a time
+  Mutex setup_mutex_;  // one preparation at a time
   CudaStream setup_stream_;
+  Mutex upload_mutex_;  // one upload at a time, beside preparations
+  CudaStream upload_stream_;
 
   mutable Mutex wide_mutex_;  // taken after setup_mutex_
   WideAttend wide_ ABSL_GUARDED_BY(wide_mutex_);

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <memory>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/json.h"
 #include "common/status.h"
+#include "services/worker/model/read_ahead.h"
 #include "services/worker/model/safetensors.h"
 
 namespace headroom {
@@ -19,23 +21,21 @@ using kernels::BFloat16;
 using kernels::PackedWeight;
 
 constexpr int64_t kPieceBytes = 8 << 20;
+constexpr int64_t kBuffers = 8;
+constexpr int kMostReaders = 4;
 
-// Loads tensors one after the other, hashing what passes.
-class Loader {
+}  // namespace
+
+// Finds the tensors and makes room for them, one after the other; then fills it, hashing what passes.
+class WeightLoading::Loader {
  public:
-  Loader(const SafetensorsReader& reader, Device& device, int64_t total_bytes,
-         const std::function<void(double)>& progress)
-      : reader_(reader),
+  Loader(std::unique_ptr<SafetensorsReader> reader, Device& device, int64_t total_bytes)
+      : reader_(std::move(reader)),
         device_(device),
         total_bytes_(total_bytes),
-        progress_(progress),
-        piece_(kPieceBytes / sizeof(BFloat16)),
         hash_(XXH3_createState(), &XXH3_freeState) {
     XXH3_128bits_reset(hash_.get());
   }
-
-  // What else keys and values hang on.
-  void HashNumber(double value) { XXH3_128bits_update(hash_.get(), &value, sizeof(value)); }
 
   // One matrix made of several tensors, one below the other.
   absl::StatusOr<PackedWeight> Matrix(
@@ -43,25 +43,22 @@ class Loader {
       int64_t k) {
     int64_t n = 0;
     for (const auto& [name, rows] : parts) {  // before memory is taken for what may not be there
-      HEADROOM_RETURN_IF_ERROR(reader_.Expect(name, "BF16", {rows, k}).status());
+      HEADROOM_RETURN_IF_ERROR(reader_->Expect(name, "BF16", {rows, k}).status());
       n += rows;
     }
     HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
                               device_.Allocate(device_.PackedBytes(n, k), what));
-    HEADROOM_RETURN_IF_ERROR(device_.PrepareGemm(n, k));
+    products_.insert({n, k});
     int64_t row = 0;
     for (const auto& [name, rows] : parts) {
       HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_.Expect(name, "BF16", {rows, k}));
-      HashName(name, *tensor);
+                                reader_->Expect(name, "BF16", {rows, k}));
       const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
       const int64_t rows_a_piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
-      if (rows_a_piece * k > static_cast<int64_t>(piece_.size())) piece_.resize(rows_a_piece * k);
       for (int64_t done = 0; done < rows; done += rows_a_piece) {
         const int64_t count = std::min(rows_a_piece, rows - done);
-        HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, done * row_bytes, count * row_bytes));
-        HEADROOM_RETURN_IF_ERROR(
-            device_.LoadWeightRows(piece_.data(), row + done, count, n, k, packed));
+        Add({tensor, done * row_bytes, count * row_bytes},
+            {done == 0 ? name : "", packed, row + done, count, n, k});
       }
       row += rows;
     }
@@ -74,17 +71,15 @@ class Loader {
     int64_t bytes = 0;
     for (const auto& [name, size] : parts) {  // before memory is taken for what may not be there
       HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_.Expect(name, "BF16", {size}));
+                                reader_->Expect(name, "BF16", {size}));
       bytes += tensor->size_bytes;
     }
     HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, parts[0].first));
     int64_t at = 0;
     for (const auto& [name, size] : parts) {
       HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_.Expect(name, "BF16", {size}));
-      HashName(name, *tensor);
-      HEADROOM_RETURN_IF_ERROR(ReadPiece(*tensor, 0, tensor->size_bytes));
-      HEADROOM_RETURN_IF_ERROR(device_.Upload(data + at, piece_.data(), tensor->size_bytes));
+                                reader_->Expect(name, "BF16", {size}));
+      Add({tensor, 0, tensor->size_bytes}, {name, data + at, 0, 0, 0, 0});
       at += tensor->size_bytes;
     }
     return reinterpret_cast<const BFloat16*>(data);
@@ -93,20 +88,40 @@ class Loader {
     return Vector({{name, size}});
   }
 
-  // A tensor that was not loaded: a wrong guess about the architecture must not pass silently. A
+  // A tensor that was not asked for: a wrong guess about the architecture must not pass silently. A
   // copy of a tied embedding and stored frequencies, which older files have, say nothing new.
   absl::Status CheckNoneLeftOver(const ModelConfig& config) const {
-    for (const auto& [name, tensor] : reader_.tensors()) {
+    for (const auto& [name, tensor] : reader_->tensors()) {
       if (used_.contains(&tensor) || name.ends_with(".rotary_emb.inv_freq") ||
           (config.tied_embeddings && name == "lm_head.weight")) {
         continue;
       }
       return absl::InvalidArgumentError(
-          absl::StrCat(reader_.file_name(tensor), ": tensor '", BriefText(name), "' is no part of a ",
+          absl::StrCat(reader_->file_name(tensor), ": tensor '", BriefText(name), "' is no part of a ",
                        config.architecture, " with ", config.num_layers, " layers"));
     }
     return absl::OkStatus();
   }
+
+  absl::Status PrepareProducts() {
+    for (const auto& [n, k] : products_) HEADROOM_RETURN_IF_ERROR(device_.PrepareGemm(n, k));
+    return absl::OkStatus();
+  }
+
+  absl::Status Fill(const std::function<void(double)>& progress) {
+    int64_t piece_bytes = 1;
+    for (const TensorPiece& piece : pieces_) piece_bytes = std::max(piece_bytes, piece.size_bytes);
+    const int64_t buffers_bytes = kBuffers * piece_bytes;
+    const auto buffers = std::make_unique<uint8_t[]>(static_cast<size_t>(buffers_bytes));
+    // A GPU copies from registered memory at its link's rate, from other memory at a fifth of it.
+    HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(buffers.get(), buffers_bytes));
+    const absl::Status filled = FillFrom(buffers.get(), piece_bytes, progress);
+    const absl::Status released = device_.UnregisterHost(buffers.get());
+    return filled.ok() ? released : filled;
+  }
+
+  // What else keys and values hang on.
+  void HashNumber(double value) { XXH3_128bits_update(hash_.get(), &value, sizeof(value)); }
 
   std::array<uint8_t, 16> Fingerprint() const {
     XXH128_canonical_t canonical;
@@ -117,36 +132,61 @@ class Loader {
   }
 
  private:
+  // Where a piece goes: rows of an [n, k] matrix, or plain bytes where `rows` is 0.
+  struct Target {
+    std::string begins;  // the tensor's name, of its first piece
+    uint8_t* data;
+    int64_t row_begin, rows, n, k;
+  };
+
+  void Add(const TensorPiece& piece, Target target) {
+    used_.insert(piece.tensor);
+    pieces_.push_back(piece);
+    targets_.push_back(std::move(target));
+  }
+
+  absl::Status FillFrom(uint8_t* buffers, int64_t buffer_bytes,
+                        const std::function<void(double)>& progress) {
+    const int readers =
+        std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostReaders);
+    ReadAhead ahead(*reader_, pieces_, buffers, buffer_bytes, kBuffers, readers);
+    int64_t done_bytes = 0;
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      const TensorPiece& piece = pieces_[i];
+      const Target& to = targets_[i];
+      HEADROOM_ASSIGN_OR_RETURN(const uint8_t* const bytes, ahead.Next());
+      if (!to.begins.empty()) HashName(to.begins, *piece.tensor);
+      XXH3_128bits_update(hash_.get(), bytes, static_cast<size_t>(piece.size_bytes));
+      HEADROOM_RETURN_IF_ERROR(
+          to.rows == 0
+              ? device_.Upload(to.data, bytes, piece.size_bytes)
+              : device_.LoadWeightRows(reinterpret_cast<const BFloat16*>(bytes), to.row_begin,
+                                       to.rows, to.n, to.k, to.data));
+      done_bytes += piece.size_bytes;
+      // The total counts padding: the last piece ends short of 1.
+      const double share = static_cast<double>(done_bytes) / static_cast<double>(total_bytes_);
+      if (progress) progress(std::min(1.0, share));
+    }
+    return absl::OkStatus();
+  }
+
   void HashName(const std::string& name, const TensorInfo& tensor) {
-    used_.insert(&tensor);
     XXH3_128bits_update(hash_.get(), name.data(), name.size());
     XXH3_128bits_update(hash_.get(), tensor.shape.data(), tensor.shape.size() * sizeof(int64_t));
   }
 
-  absl::Status ReadPiece(const TensorInfo& tensor, int64_t offset, int64_t bytes) {
-    if (bytes > static_cast<int64_t>(piece_.size() * sizeof(BFloat16))) {
-      piece_.resize(static_cast<size_t>(bytes) / sizeof(BFloat16));
-    }
-    HEADROOM_RETURN_IF_ERROR(reader_.Read(tensor, offset, bytes, piece_.data()));
-    XXH3_128bits_update(hash_.get(), piece_.data(), static_cast<size_t>(bytes));
-    done_bytes_ += bytes;
-    // The total counts padding: the last piece ends short of 1.
-    const double share = static_cast<double>(done_bytes_) / static_cast<double>(total_bytes_);
-    if (progress_) progress_(std::min(1.0, share));
-    return absl::OkStatus();
-  }
-
-  const SafetensorsReader& reader_;
+  const std::unique_ptr<SafetensorsReader> reader_;
   Device& device_;
   const int64_t total_bytes_;
-  const std::function<void(double)>& progress_;
-  std::vector<BFloat16> piece_;
-  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_;
-  int64_t done_bytes_ = 0;
+  std::vector<TensorPiece> pieces_;
+  std::vector<Target> targets_;  // of each piece
   std::set<const TensorInfo*> used_;
+  std::set<std::pair<int64_t, int64_t>> products_;  // n and k of all matrices
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_;
 };
 
-absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config, int32_t layer) {
+absl::StatusOr<LayerWeights> WeightLoading::FindLayer(Loader& loader, const ModelConfig& config,
+                                                      int32_t layer) {
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
@@ -199,8 +239,6 @@ absl::StatusOr<LayerWeights> LoadLayer(Loader& loader, const ModelConfig& config
   return weights;
 }
 
-}  // namespace
-
 int64_t WeightBytes(const ModelConfig& config, const Device& device) {
   return WeightBytes(config, [&](int64_t n, int64_t k) { return device.PackedBytes(n, k); });
 }
@@ -226,38 +264,66 @@ int64_t WeightBytes(const ModelConfig& config,
          aligned(config.head_dim / 2 * static_cast<int64_t>(sizeof(float)));
 }
 
+WeightLoading::WeightLoading(ModelConfig config, Device& device)
+    : config_(std::move(config)), device_(device) {}
+WeightLoading::~WeightLoading() = default;
+
+absl::StatusOr<std::unique_ptr<WeightLoading>> WeightLoading::Begin(const std::string& model_dir,
+                                                                    const ModelConfig& config,
+                                                                    Device& device) {
+  auto loading = std::unique_ptr<WeightLoading>(new WeightLoading(config, device));
+  HEADROOM_RETURN_IF_ERROR(loading->FindAll(model_dir));
+  return loading;
+}
+
+absl::Status WeightLoading::FindAll(const std::string& model_dir) {
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsReader> reader,
+                            SafetensorsReader::Open(model_dir));
+  loader_ = std::make_unique<Loader>(std::move(reader), device_, WeightBytes(config_, device_));
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights_.embedding,
+      loader_->Matrix("weights", {{"model.embed_tokens.weight", config_.vocab}}, config_.hidden));
+  for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
+    HEADROOM_ASSIGN_OR_RETURN(LayerWeights layer_weights, FindLayer(*loader_, config_, layer));
+    weights_.layers.push_back(layer_weights);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(weights_.final_norm,
+                            loader_->Vector("model.norm.weight", config_.hidden));
+  if (config_.tied_embeddings) {
+    weights_.lm_head = weights_.embedding;
+  } else {
+    HEADROOM_ASSIGN_OR_RETURN(
+        weights_.lm_head,
+        loader_->Matrix("weights", {{"lm_head.weight", config_.vocab}}, config_.hidden));
+  }
+  HEADROOM_RETURN_IF_ERROR(loader_->CheckNoneLeftOver(config_));
+  const std::vector<float> frequencies = config_.InverseFrequencies();
+  const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
+  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, "weights"));
+  HEADROOM_RETURN_IF_ERROR(device_.Upload(data, frequencies.data(), bytes));
+  weights_.inverse_frequency = reinterpret_cast<const float*>(data);
+  return absl::OkStatus();
+}
+
+absl::Status WeightLoading::PrepareProducts() { return loader_->PrepareProducts(); }
+
+absl::StatusOr<std::array<uint8_t, 16>> WeightLoading::Fill(
+    const std::function<void(double)>& progress) {
+  HEADROOM_RETURN_IF_ERROR(loader_->Fill(progress));
+  for (const float frequency : config_.InverseFrequencies()) loader_->HashNumber(frequency);
+  for (const double option : config_.NumbersBehindKeys()) loader_->HashNumber(option);
+  if (progress) progress(1);
+  return loader_->Fingerprint();
+}
+
 absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const ModelConfig& config,
                                          Device& device,
                                          const std::function<void(double)>& progress) {
-  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsReader> reader,
-                            SafetensorsReader::Open(model_dir));
-  Loader loader(*reader, device, WeightBytes(config, device), progress);
-  ModelWeights weights;
-  HEADROOM_ASSIGN_OR_RETURN(
-      weights.embedding,
-      loader.Matrix("weights", {{"model.embed_tokens.weight", config.vocab}}, config.hidden));
-  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
-    HEADROOM_ASSIGN_OR_RETURN(LayerWeights layer_weights, LoadLayer(loader, config, layer));
-    weights.layers.push_back(layer_weights);
-  }
-  HEADROOM_ASSIGN_OR_RETURN(weights.final_norm, loader.Vector("model.norm.weight", config.hidden));
-  if (config.tied_embeddings) {
-    weights.lm_head = weights.embedding;
-  } else {
-    HEADROOM_ASSIGN_OR_RETURN(
-        weights.lm_head,
-        loader.Matrix("weights", {{"lm_head.weight", config.vocab}}, config.hidden));
-  }
-  HEADROOM_RETURN_IF_ERROR(loader.CheckNoneLeftOver(config));
-  const std::vector<float> frequencies = config.InverseFrequencies();
-  for (const float frequency : frequencies) loader.HashNumber(frequency);
-  for (const double option : config.NumbersBehindKeys()) loader.HashNumber(option);
-  const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
-  HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device.Allocate(bytes, "weights"));
-  HEADROOM_RETURN_IF_ERROR(device.Upload(data, frequencies.data(), bytes));
-  weights.inverse_frequency = reinterpret_cast<const float*>(data);
-  weights.fingerprint = loader.Fingerprint();
-  if (progress) progress(1);
+  HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoading> loading,
+                            WeightLoading::Begin(model_dir, config, device));
+  HEADROOM_RETURN_IF_ERROR(loading->PrepareProducts());
+  ModelWeights weights = loading->weights();
+  HEADROOM_ASSIGN_OR_RETURN(weights.fingerprint, loading->Fill(progress));
   return weights;
 }
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -46,9 +47,44 @@ int64_t WeightBytes(const ModelConfig& config,
                     const std::function<int64_t(int64_t n, int64_t k)>& packed_bytes);
 int64_t WeightBytes(const ModelConfig& config, const Device& device);
 
-// Reads the safetensors of `model_dir` piece by piece into the arena (at most 8 MiB of host memory
-// at a time). `progress` gets the share done, never falling, at the end 1. Errors (NOT_FOUND,
-// INVALID_ARGUMENT, DATA_LOSS) name file and tensor, be it wrong, missing or one too many.
+// Weights on their way from the safetensors of a folder into a device's arena, in two parts, so that all
+// that wants to know where they will lie can be made meanwhile: cuDNN takes 3.5 s to plan attention, as
+// long as 16 GB may take to come.
+class WeightLoading {
+ public:
+  // Finds all tensors and makes room for them. Errors (NOT_FOUND, INVALID_ARGUMENT) name file and tensor, be
+  // it wrong, missing or one too many; RESOURCE_EXHAUSTED: the arena is too small.
+  static absl::StatusOr<std::unique_ptr<WeightLoading>> Begin(const std::string& model_dir,
+                                                              const ModelConfig& config,
+                                                              Device& device);
+  ~WeightLoading();
+
+  // All but the fingerprint; to be read when Fill() is done.
+  const ModelWeights& weights() const { return weights_; }
+
+  // Device::PrepareGemm() for all matrices. May run beside Fill().
+  absl::Status PrepareProducts();
+
+  // Reads them, once, piece by piece (with 64 MiB of host memory, more where one row of a matrix is longer
+  // than 8 MiB), by threads of its own; returns the fingerprint. `progress` gets the share done, never
+  // falling, at the end 1. DATA_LOSS names the file.
+  absl::StatusOr<std::array<uint8_t, 16>> Fill(const std::function<void(double)>& progress);
+
+ private:
+  class Loader;
+
+  WeightLoading(ModelConfig config, Device& device);
+  absl::Status FindAll(const std::string& model_dir);
+  static absl::StatusOr<LayerWeights> FindLayer(Loader& loader, const ModelConfig& config,
+                                                int32_t layer);
+
+  const ModelConfig config_;
+  Device& device_;
+  ModelWeights weights_;
+  std::unique_ptr<Loader> loader_;
+};
+
+// All of it, one after the other.
 absl::StatusOr<ModelWeights> LoadWeights(const std::string& model_dir, const ModelConfig& config,
                                          Device& device,
                                          const std::function<void(double)>& progress);
