@@ -170,7 +170,7 @@ inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out
                           int64_t stride = kBlock, int quads = 4) {
   for (int r = 0; r < 16; ++r) {
     uint32_t words[16];
-    std::memcpy(words, rows[r] + column, sizeof(words));
+    std::memcpy(words, rows[r] + column, 4 * quads * sizeof(uint32_t));
     for (int w = 0; w < 4 * quads; ++w) out[w * stride + r] = words[w];
   }
 }
