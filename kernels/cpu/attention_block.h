@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/cpu/simd.h"
 
@@ -169,17 +170,50 @@ inline void TransposeTile(const BFloat16* const* rows, int column, uint32_t* out
                           int64_t stride = kBlock, int quads = 4) {
   for (int r = 0; r < 16; ++r) {
     uint32_t words[16];
-    std::memcpy(words, rows[r] + column, sizeof(words));
+    std::memcpy(words, rows[r] + column, 4 * quads * sizeof(uint32_t));
     for (int w = 0; w < 4 * quads; ++w) out[w * stride + r] = words[w];
   }
 }
 #endif
 
-// The rows of keys [begin, begin + kCount), zeros for those past the count.
-template <int kCount>
-inline void KeyRows(const BlockRows& rows, int32_t d, int begin, const BFloat16* (&at)[kCount]) {
+// Eight columns of 16 rows that lie `d` elements apart to 4 words of two columns: out[w][row]. In 256-bit halves:
+// a Zen 4 takes 963 cycles for the scores of 3 queries and 64 keys of head_dim 64 with them, 1,063 where each
+// 128 bits go into a whole vector.
+#if defined(__AVX512F__)
+inline __m256i Load2x128(const BFloat16* low, const BFloat16* high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(Load128(low)), Load128(high), 1);
+}
+template <typename Dim>
+inline void TransposeEight(const BFloat16* rows, Dim d, uint32_t (&out)[4][kLanes]) {
+  __m512i r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const BFloat16* const at = rows + i * d;
+    r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(Load2x128(at, at + 4 * d)),
+                              Load2x128(at + 8 * d, at + 12 * d), 1);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]);
+  const __m512i b = _mm512_unpacklo_epi32(r[2], r[3]);
+  const __m512i c = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i e = _mm512_unpackhi_epi32(r[2], r[3]);
+  _mm512_store_si512(out[0], _mm512_unpacklo_epi64(a, b));
+  _mm512_store_si512(out[1], _mm512_unpackhi_epi64(a, b));
+  _mm512_store_si512(out[2], _mm512_unpacklo_epi64(c, e));
+  _mm512_store_si512(out[3], _mm512_unpackhi_epi64(c, e));
+}
+#else
+template <typename Dim>
+inline void TransposeEight(const BFloat16* rows, Dim d, uint32_t (&out)[4][kLanes]) {
+  const BFloat16* at[kLanes];
+  for (int r = 0; r < kLanes; ++r) at[r] = rows + r * d;
+  TransposeTile(at, /*column=*/0, out[0], /*stride=*/kLanes, /*quads=*/1);
+}
+#endif
+
+// The rows of keys [begin, begin + 16), zeros for those past the count.
+inline void KeyRows(const BlockRows& rows, int32_t d, int begin, const BFloat16* (&at)[kLanes]) {
   alignas(64) static constexpr BFloat16 kZeroRow[kMaxHeadDim] = {};
-  for (int r = 0; r < kCount; ++r) {
+  for (int r = 0; r < kLanes; ++r) {
     at[r] = begin + r < rows.count ? rows.keys + (begin + r) * d : kZeroRow;
   }
 }
@@ -189,7 +223,7 @@ inline void KeyRows(const BlockRows& rows, int32_t d, int begin, const BFloat16*
 template <typename Between>
 inline void TransposeKeys(const BlockRows& rows, int32_t d, uint32_t* words, Between&& between) {
   for (int begin = 0; begin < kBlock; begin += 16) {
-    const BFloat16* at[16];
+    const BFloat16* at[kLanes];
     KeyRows(rows, d, begin, at);
     for (int column = 0; column < d; column += 32) {
       TransposeTile(at, column, words + column / 2 * kBlock + begin);
@@ -260,7 +294,7 @@ class NarrowBlock : public RowsBlock {
       next_line_ += next_line_ < 2 * of_keys;
     }
   }
-  void TouchValue(int, int32_t) const {}
+  void ReadAhead(int, int32_t) const {}
 
  private:
   // d lines over the d / 8 tiles of a block.
@@ -271,24 +305,42 @@ class NarrowBlock : public RowsBlock {
 };
 
 // For processors that read ahead by themselves, far and fast, where lines are touched in the order they
-// lie, and whose miss buffers are too few to ask for them all. Nothing is asked for; keys and values are
-// read in order, as much as can be between multiply-adds. A Zen 4's core reads 15.4 GB/s for 3 queries of
-// head_dim 64 where NarrowBlock, with its prefetches or without, reads 9.8; of head_dim 128 15 for one
-// query, not 12, and 10.6 for 4, not 9 to 10 (headroom bench --threads 1 --work decode:7168). Queries of
-// several groups would transpose the keys several times.
+// lie, and whose miss buffers are too few to ask for them all (doing so, without touching, halves the rate).
+// Keys are touched in order 32 at a time, values as they are taken; while scores are computed, which touches
+// nothing, the values are asked for, and with the values 4 KiB of the next keys. In turns of 0.4 ms with plain
+// reads, where these gave two cores of a Zen 4 38 GB/s, 3 queries of head_dim 64 read 28, and 24 without asking.
+// Queries of several groups would transpose the keys several times.
 class StreamedBlock : public RowsBlock {
  public:
   void Set(const BlockRows& rows, int32_t d) {
     rows_ = rows;
     d_ = d;
   }
+  // The keys [begin, begin + 16) one after the other: where they lie, or in `padded` with zeros for those past
+  // the count.
+  const BFloat16* Keys(int begin, uint8_t* padded) const {
+    const int present = std::clamp(rows_.count - begin, 0, kLanes);
+    const BFloat16* const keys = rows_.keys + begin * d_;
+    if (present == kLanes) return keys;
+    const size_t row_bytes = d_ * sizeof(BFloat16);
+    std::memcpy(padded, keys, present * row_bytes);
+    std::memset(padded + present * row_bytes, 0, (kLanes - present) * row_bytes);
+    return reinterpret_cast<const BFloat16*>(padded);
+  }
   // Reads from each line of the keys [begin, end) that exist: transposing takes them out of order.
   void TouchKeys(int begin, int end) const {
     end = std::min(end, rows_.count);
     if (begin < end) Touch(rows_.keys + begin * d_, (end - begin) * d_);
   }
-  // Reads from each line of value j from `column` on, of which other columns are taken first.
-  void TouchValue(int j, int32_t column) const {
+  // Asks for 4 of the 2 d lines of values: once for each of d / 2 tiles of 16 keys x 8 dimensions.
+  void PrefetchValues(int tile) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(rows_.values + (4 * tile + i) * kLine);
+  }
+  // With value j, whose columns below `column` are taken: reads from its other lines and asks for line j of the
+  // next block's keys.
+  void ReadAhead(int j, int32_t column) const {
+    __builtin_prefetch(rows_.keys + kBlock * d_ + j * kLine);
     Touch(rows_.values + int64_t{j} * d_ + column, d_ - column);
   }
   void Prefetch(int) const {}
@@ -333,7 +385,7 @@ class WideBlock {
     for (int v = 0; v < kCount; ++v) value[v] = Load(values_ + j * d_ + column + v * kLanes);
   }
   void Prefetch(int) const {}
-  void TouchValue(int, int32_t) const {}
+  void ReadAhead(int, int32_t) const {}
   template <int kCount>
   static void ToLanes(F32x16 (&)[kCount]) {}
   template <int kCount>
@@ -390,15 +442,20 @@ inline void Scores(const Query* queries, const Block& block, int32_t d, Group gr
   }
 }
 
-// The same, of keys that are transposed on the way, kVectors x 16 at a time: the chains are the same, so
-// the bits are.
-template <int kN, int kVectors>
-inline void StreamedScores(const Query* queries, const StreamedBlock& block, int32_t d,
+// The same, of keys that are transposed on the way, kVectors x 16 side by side: the chains are the same, so
+// the bits are. With d a constant, rows have fixed distances, so that no register is spent on addresses.
+template <int kN, int kVectors, typename Dim>
+inline void StreamedScores(const Query* queries, const StreamedBlock& block, Dim d,
                            float (*scores)[kBlock]) {
+  // Bytes: BFloat16 would be cleared at every block, which takes as long as half of the scores.
+  alignas(64) uint8_t padded[kVectors][kLanes * kMaxHeadDim * sizeof(BFloat16)];
+  const float* q[kN];
+  for (int n = 0; n < kN; ++n) q[n] = queries[n].q;
   for (int begin = 0; begin < kBlock; begin += kVectors * kLanes) {
-    const BFloat16* rows[kVectors * kLanes];
-    KeyRows(block.rows(), d, begin, rows);
     block.TouchKeys(begin, begin + kVectors * kLanes);
+    const BFloat16* rows[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) rows[v] = block.Keys(begin + v * kLanes, padded[v]);
     F32x16 acc[kN][kVectors];
 #pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
@@ -406,23 +463,21 @@ inline void StreamedScores(const Query* queries, const StreamedBlock& block, int
       for (int v = 0; v < kVectors; ++v) acc[n][v] = Zero();
     }
     for (int32_t column = 0; column < d; column += 8) {
-      alignas(64) uint32_t words[kVectors][4][kLanes];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        TransposeTile(rows + v * kLanes, column, words[v][0], /*stride=*/kLanes, /*quads=*/1);
-      }
+        // One query of head_dim 128 is done with a tile too soon for it: 24 GB/s instead of 27.
+        if (kN > 1 || d <= 64) block.PrefetchValues(begin / kLanes * (d / 8) + column / 8 * kVectors + v);
+        alignas(64) uint32_t words[4][kLanes];
+        TransposeEight(rows[v] + column, d, words);
+        // Nothing moves past this: each multiply-add takes its own broadcast from memory, which costs no
+        // instruction (963 cycles for 3 queries, not 1,256), and one vector's run while the other's
+        // are transposed.
+        asm volatile("" ::: "memory");
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        F32x16 k[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          k[v] = i % 2 == 0 ? LowBf16(words[v][i / 2]) : HighBf16(words[v][i / 2]);
-        }
+        for (int i = 0; i < 8; ++i) {
+          const F32x16 k = i % 2 == 0 ? LowBf16(words[i / 2]) : HighBf16(words[i / 2]);
 #pragma GCC unroll 8
-        for (int n = 0; n < kN; ++n) {
-          const F32x16 q = Broadcast(queries[n].q[column + i]);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) acc[n][v] = Fma(q, k[v], acc[n][v]);
+          for (int n = 0; n < kN; ++n) acc[n][v] = Fma(Broadcast(q[n][column + i]), k, acc[n][v]);
         }
       }
     }
@@ -434,12 +489,13 @@ inline void StreamedScores(const Query* queries, const StreamedBlock& block, int
   }
 }
 
-// As many keys at a time as lie in 4 KiB: touching more would keep the multiply-adds waiting.
 template <int kN>
 inline void Scores(const Query* queries, const StreamedBlock& block, int32_t d, Group,
                    float (*scores)[kBlock]) {
   if (d == 64) {
-    StreamedScores<kN, 2>(queries, block, d, scores);
+    StreamedScores<kN, 2>(queries, block, std::integral_constant<int32_t, 64>(), scores);
+  } else if (d == 128) {
+    StreamedScores<kN, 2>(queries, block, std::integral_constant<int32_t, 128>(), scores);
   } else {
     StreamedScores<kN, 1>(queries, block, d, scores);
   }
@@ -515,7 +571,7 @@ inline void AddValues(const Query* queries, const Seen* seen, const Block& block
       F32x16 value[kPass];
       if (j % group.count == group.index) block.Prefetch(kLines);
       block.Value(j, column, value);
-      if (column == 0) block.TouchValue(j, kPass * kLanes);
+      if (column == 0) block.ReadAhead(j, kPass * kLanes);
 #pragma GCC unroll 8
       for (int n = 0; n < kN; ++n) {
         if (!sees(n)) continue;

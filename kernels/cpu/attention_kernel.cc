@@ -131,6 +131,7 @@ void AttendUnitBlocks(const Launch& launch, const UnitWork& work, int64_t unit,
 template <typename OneGroup>
 struct Float32Units {
   static constexpr int64_t kTokens = kUnitTokens;
+  static constexpr bool kShortRuns = true;  // nothing is kept from unit to unit
   void operator()(const Launch& launch, const UnitWork& work, int64_t unit, int64_t end) const;
   void End() const {}
 };

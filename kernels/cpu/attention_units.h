@@ -147,7 +147,8 @@ inline void FoldUnits(const Launch& launch, const UnitWork& work, int64_t query)
 // Collects works until the scratch is full, then runs them: units in any order, folds after them.
 // Units has kTokens, the positions of a unit, and `void operator()(const Launch&, const UnitWork&,
 // int64_t unit, int64_t end)`, which computes one unit for all queries; those up to `end` follow; and
-// End(). Each run of units has one of its own.
+// End(). Each run of units has one of its own. With kShortRuns a member's units are one stream in many runs
+// (ForEachStream), else few long ones.
 template <typename Units>
 class UnitPass {
  public:
@@ -175,13 +176,19 @@ class UnitPass {
 
   void Run() {
     // Units in a row, because each prefetches for the next.
-    ForEachRun(team_, units_before_[num_works_], [&](int64_t begin, int64_t end) {
+    const auto compute = [&](int64_t begin, int64_t end) {
       Units units;
       Walk(units_before_, begin, end, [&](const UnitWork& work, int64_t unit, int64_t count) {
         units(launch_, work, work.first_unit + unit, work.first_unit + unit + count);
       });
       units.End();
-    });
+    };
+    if constexpr (Units::kShortRuns) {
+      ForEachStream(team_, units_before_[num_works_],
+                    [&](int64_t begin, int64_t end, int64_t) { compute(begin, end); });
+    } else {
+      ForEachRun(team_, units_before_[num_works_], compute);
+    }
     // Query by query: many queries' folds are as much work as their units.
     ForEachRun(team_, queries_before_[num_works_], [&](int64_t begin, int64_t end) {
       Walk(queries_before_, begin, end, [&](const UnitWork& work, int64_t query, int64_t) {

@@ -130,12 +130,13 @@ void Gemm(const GemmArgs& g, CpuTeam& team) {
   const int64_t rows = RowsABlock(g);
   const int64_t panels = (g.w.n + kPanelOutputs - 1) / kPanelOutputs;
   // Panels in a row, because each prefetches for the next.
-  ForEachRun(team, (g.m + rows - 1) / rows * panels, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = (g.m + rows - 1) / rows * panels;
+  ForEachStream(team, tasks, [&](int64_t begin, int64_t end, int64_t left_end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_begin = task / panels * rows;
       const int64_t panel = task % panels;
-      // The last line that this run reads before it turns to other rows.
-      const int64_t last_panel = std::min(panels, panel + end - task);
+      // The last line that is read before other rows' turn.
+      const int64_t last_panel = std::min(panels, panel + left_end - task);
       Panel(g, row_begin, std::min(g.m, row_begin + rows), panel,
             g.w.data + (last_panel * g.w.k - 1) * kPanelOutputs);
     }

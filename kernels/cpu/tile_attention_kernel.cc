@@ -120,6 +120,7 @@ class Ahead {
 class TileUnits {
  public:
   static constexpr int64_t kTokens = kPieceTokens;
+  static constexpr bool kShortRuns = false;  // a run reads ahead of itself and drains at its end
 
   void operator()(const Launch& launch, const UnitWork& work, int64_t piece, int64_t end) {
     const AttendItem& item = *work.item;

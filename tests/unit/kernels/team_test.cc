@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <numeric>
 #include <set>
@@ -13,6 +14,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/attention.h"
+#include "kernels/cpu/runs.h"
 #include "kernels/gemm.h"
 #include "tests/unit/kernels/kernel_test_util.h"
 
@@ -153,6 +155,53 @@ TEST(CpuTeam, MayEndWithoutARunAndAsleep) {
 }
 
 // ---- Kernels: members write disjoint parts -------------------------------------------------------
+
+// Of the tasks [0, total), how often each came; fn(begin, end, left_end) is called for each part besides.
+template <typename Fn>
+std::vector<int> StreamedTasks(CpuTeam& team, int64_t total, Fn&& fn) {
+  std::vector<int> calls(total, 0);
+  const auto count = [&](int64_t begin, int64_t end, int64_t left_end) {
+    for (int64_t task = begin; task < end; ++task) ++calls[task];
+    fn(begin, end, left_end);
+  };
+  cpu::HEADROOM_ISA_NAMESPACE::ForEachStream(team, total, count);
+  return calls;
+}
+
+TEST(ForEachStream, TakesEveryTaskOnce) {
+  for (const int size : {1, 2, 3, 8, 70}) {
+    CpuTeam team(size);
+    for (const int64_t total : {0, 1, 2, 3, 7, 18, 96, 1536}) {
+      for (int run = 0; run < 20; ++run) {
+        const auto check = [&](int64_t begin, int64_t end, int64_t left_end) {
+          EXPECT_LT(begin, end);
+          EXPECT_LE(end, left_end);
+          EXPECT_LE(left_end, total);
+        };
+        EXPECT_EQ(StreamedTasks(team, total, check), std::vector<int>(total, 1));
+      }
+    }
+  }
+}
+
+TEST(ForEachStream, OthersTakeWhatAMemberDoesNotGetTo) {
+  CpuTeam team(2);
+  const int64_t total = 64;
+  std::vector<std::thread::id> by(total);
+  std::atomic<int> done{0};
+  const auto calls = StreamedTasks(team, total, [&](int64_t begin, int64_t end, int64_t) {
+    std::fill(by.begin() + begin, by.begin() + end, std::this_thread::get_id());
+    done += static_cast<int>(end - begin);
+    // The first task's member is held up until the other has done all but this part, if there is another.
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (begin == 0 && done < total && std::chrono::steady_clock::now() < until) {
+      std::this_thread::yield();
+    }
+  });
+  EXPECT_EQ(calls, std::vector<int>(total, 1));
+  // A part is a quarter of what is left of the share of 32.
+  EXPECT_EQ(std::count(by.begin(), by.end(), by[0]), 8);
+}
 
 TEST(CpuTeam, GemmMembersDoNotRace) {
   CpuTeam team(3), one(1);
