@@ -32,6 +32,14 @@ struct Beside {
 
 }  // namespace
 
+LaneCosts Slower(LaneCosts costs, double factor) {
+  costs.base_seconds *= factor;
+  costs.in_place_seconds *= factor;
+  for (double& seconds : costs.seconds_per_byte) seconds *= factor;
+  for (double& seconds : costs.busy_seconds_per_byte) seconds *= factor;
+  return costs;
+}
+
 double StepSeconds(const LaneCosts& costs, const LaneValues& bytes) {
   return costs.base_seconds + bytes[kResidentLane] * costs.seconds_per_byte[kResidentLane] +
          Beside(costs, bytes).seconds();

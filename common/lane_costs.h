@@ -28,6 +28,9 @@ struct LaneCosts {
   bool known() const { return base_seconds > 0; }
 };
 
+// Of a machine on which everything takes `factor` times as long.
+LaneCosts Slower(LaneCosts costs, double factor);
+
 // Of a step that has `bytes` of keys and values in the lanes.
 double StepSeconds(const LaneCosts& costs, const LaneValues& bytes);
 // How long each lane is busy in it.

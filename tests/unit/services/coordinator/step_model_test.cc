@@ -62,6 +62,19 @@ TEST(BusySeconds, AreThoseOfEachAndWhatTheyLoseToEachOther) {
   EXPECT_DOUBLE_EQ(StepSeconds(costs, {6, 20, 4}), 10 + 3 + 3 + (12 + 5));
 }
 
+TEST(Slower, EverythingTakesLonger) {
+  LaneCosts costs = Costs(10, 1, 2, 0.5, 2, 1.25);
+  costs.in_place_seconds = 3;
+  const LaneCosts slower = Slower(costs, 1.5);
+  for (const LaneValues& bytes : {LaneValues{6, 20, 4}, LaneValues{0, 3, 0}, LaneValues{1, 0, 7}}) {
+    EXPECT_DOUBLE_EQ(StepSeconds(slower, bytes), 1.5 * StepSeconds(costs, bytes));
+    const LaneValues before = BusySeconds(costs, bytes), after = BusySeconds(slower, bytes);
+    for (size_t lane = 0; lane < before.size(); ++lane) {
+      EXPECT_NEAR(after[lane], 1.5 * before[lane], 1e-12) << lane;
+    }
+  }
+}
+
 TEST(BestFetchedShare, IsTheBalanceWhereBothRunSideBySide) {
   // f KV / B_fetch = (1 - f) KV / B_in_place + E, with KV 100, rates 1 and 2, E 10: 100 f = 50 - 50 f + 10.
   EXPECT_DOUBLE_EQ(BestFetchedShare(Costs(10, 1, 0.5, 1, 1, 1), 100), 0.4);
