@@ -110,6 +110,7 @@ absl::Status Worker::Init(const WorkerOptions& options) {
   std::thread filling([&] {
     const absl::Time from = absl::Now();
     fingerprint = loading->Fill(LoadProgress(budget_.weights_bytes));
+    if (!fingerprint.ok()) return;
     LogInfo(absl::StrFormat("loaded %d MiB of weights in %s", budget_.weights_bytes / kMiB, Since(from)));
   });
   const absl::Status prepared = PrepareSteps(options, *loading);
