@@ -2,6 +2,7 @@
 // CPU device, which computes in float32.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -21,6 +22,18 @@ constexpr uint64_t kMixed = 3;
 constexpr uint64_t kInPlace = 4;
 constexpr uint64_t kThreeLanes = 5;
 
+// For WorkerHarnessOptions::wrap_device: the GPU instead of what the harness has made.
+std::function<std::unique_ptr<Device>(std::unique_ptr<Device>)> GpuOf(int64_t memory_bytes) {
+  return [memory_bytes](std::unique_ptr<Device>) -> std::unique_ptr<Device> {
+    DeviceOptions options;
+    options.kind = "cuda";
+    options.memory_bytes = memory_bytes;
+    auto made = CreateDevice(options);
+    EXPECT_TRUE(made.ok()) << made.status();
+    return made.ok() ? *std::move(made) : nullptr;
+  };
+}
+
 class WorkerOnGpu : public ::testing::Test {
  protected:
   void Start(const RandomModelSpec& spec) {
@@ -30,14 +43,7 @@ class WorkerOnGpu : public ::testing::Test {
     WorkerHarnessOptions options;
     options.attend_threads = 4;
     options.in_place_deadline = absl::Milliseconds(500);
-    options.wrap_device = [&](std::unique_ptr<Device>) {
-      DeviceOptions device;
-      device.kind = "cuda";
-      device.memory_bytes = options.budget_bytes;
-      auto made = CreateDevice(device);
-      EXPECT_TRUE(made.ok()) << made.status();
-      return made.ok() ? *std::move(made) : nullptr;
-    };
+    options.wrap_device = GpuOf(options.budget_bytes);
     gpu_ = Make(options);
     options.wrap_device = nullptr;
     cpu_ = Make(options);
@@ -239,14 +245,7 @@ TEST(WorkerOnGpuAtLength, ResidentIsFetchedIsMixed) {
   options.chunk_limit_tokens = 8192;
   options.max_context_tokens = 131'072;
   options.segment_bytes = int64_t{5} << 29;
-  options.wrap_device = [&](std::unique_ptr<Device>) {
-    DeviceOptions device;
-    device.kind = "cuda";
-    device.memory_bytes = options.budget_bytes;
-    auto made = CreateDevice(device);
-    EXPECT_TRUE(made.ok()) << made.status();
-    return made.ok() ? *std::move(made) : nullptr;
-  };
+  options.wrap_device = GpuOf(options.budget_bytes);
   auto harness = WorkerHarness::Create((*folder)->path(), options);
   ASSERT_TRUE(harness.ok()) << harness.status();
   const KvGeometry geometry = (*harness)->geometry();

@@ -62,11 +62,10 @@ cudaError_t EnqueueCopy(const CopyArgs& a, cudaStream_t stream) {
 cudaError_t EnqueueCopies(absl::Span<const CopyArgs> copies, cudaStream_t stream) {
   Batch batch(stream);
   for (const CopyArgs& a : copies) {
-    if (a.width_bytes == 0) continue;
-    const bool dense = IsDense(a);
-    const int64_t bytes = dense ? a.width_bytes * a.height : a.width_bytes;
-    for (int64_t row = 0; row < (dense ? 1 : a.height); ++row) {
-      if (bytes == 0) break;
+    if (a.width_bytes == 0 || a.height == 0) continue;
+    const int64_t rows = IsDense(a) ? 1 : a.height;
+    const int64_t bytes = a.width_bytes * (a.height / rows);
+    for (int64_t row = 0; row < rows; ++row) {
       const cudaError_t error = batch.Add(static_cast<uint8_t*>(a.dst) + row * a.dst_pitch_bytes,
                                           static_cast<const uint8_t*>(a.src) + row * a.src_pitch_bytes,
                                           bytes);

@@ -113,7 +113,7 @@ class WeightLoading::Loader {
     for (const TensorPiece& piece : pieces_) piece_bytes = std::max(piece_bytes, piece.size_bytes);
     const int64_t buffers_bytes = kBuffers * piece_bytes;
     const auto buffers = std::make_unique<uint8_t[]>(static_cast<size_t>(buffers_bytes));
-    // A GPU copies from registered memory at its link's rate, from other memory at a fifth of it.
+    // A GPU copies from registered memory by itself, from other memory by way of the driver's.
     HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(buffers.get(), buffers_bytes));
     const absl::Status filled = FillFrom(buffers.get(), piece_bytes, progress);
     const absl::Status released = device_.UnregisterHost(buffers.get());

@@ -48,8 +48,8 @@ int64_t WeightBytes(const ModelConfig& config,
 int64_t WeightBytes(const ModelConfig& config, const Device& device);
 
 // Weights on their way from the safetensors of a folder into a device's arena, in two parts, so that all
-// that wants to know where they will lie can be made meanwhile: cuDNN takes 3.5 s to plan attention, as
-// long as 16 GB may take to come.
+// that wants to know where they will lie can be made meanwhile: plans of attention took 3.5 s, where 16 GB
+// come in two.
 class WeightLoading {
  public:
   // Finds all tensors and makes room for them. Errors (NOT_FOUND, INVALID_ARGUMENT) name file and tensor, be

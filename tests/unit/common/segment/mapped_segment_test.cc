@@ -2,14 +2,14 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <random>
 #include <string>
+
+#include "tests/common/handmade_segment.h"
 
 namespace headroom {
 namespace {
@@ -17,44 +17,8 @@ namespace {
 constexpr int64_t kDataBytes = 1 << 20;
 constexpr uint64_t kSegmentGeneration = 41;
 
-// A segment's files, written here as docs/segment.md says and not by a store.
 class MappedSegmentTest : public testing::Test {
  protected:
-  MappedSegmentTest() {
-    std::string name = "/dev/shm/headroom-test-XXXXXX";
-    dir_ = mkdtemp(name.data());
-    const int data = open((dir_ + "/data").c_str(), O_RDWR | O_CREAT, 0600);
-    EXPECT_EQ(ftruncate(data, kDataBytes), 0);
-    struct stat stat = {};
-    fstat(data, &stat);
-    close(data);
-    header_.magic = kIndexMagic;
-    header_.format_version = kSegmentFormatVersion;
-    header_.header_bytes = 4096;
-    header_.descriptor_bytes = 64;
-    header_.max_extents = 10;
-    header_.data_bytes = kDataBytes;
-    header_.data_inode = stat.st_ino;
-    header_.encoding = 1;
-    header_.num_layers = 2;
-    header_.num_kv_heads = 3;
-    header_.head_dim = 64;
-    header_.fingerprint.fill(9);
-    header_.checksum = ChecksumOf(header_);
-    header_.generation = kSegmentGeneration;
-    header_.ready_bytes = kDataBytes / 2;
-    expected_.geometry = {2, 3, 64};
-    expected_.fingerprint.fill(9);
-    WriteIndex();
-  }
-  ~MappedSegmentTest() override { std::filesystem::remove_all(dir_); }
-
-  void WriteIndex() {
-    const int fd = open((dir_ + "/index").c_str(), O_RDWR | O_CREAT, 0600);
-    EXPECT_EQ(ftruncate(fd, IndexBytes(10)), 0);
-    EXPECT_EQ(pwrite(fd, &header_, sizeof(header_), 0), 4096);
-    close(fd);
-  }
   absl::Status Open() { return MappedSegment::Open(dir_, expected_, kSegmentGeneration).status(); }
   // Open() after a change to the header that its checksum agrees with.
   template <typename Change>
@@ -69,9 +33,12 @@ class MappedSegmentTest : public testing::Test {
     return status;
   }
 
-  std::string dir_;
-  IndexHeader header_ = {};
-  SegmentBinding expected_;
+  void WriteIndex() { files_.WriteIndex(); }
+
+  HandmadeSegment files_{kDataBytes, /*ready_bytes=*/kDataBytes / 2, kSegmentGeneration};
+  const std::string& dir_ = files_.dir();
+  IndexHeader& header_ = files_.header;
+  SegmentBinding expected_ = HandmadeSegment::Binding();
 };
 
 TEST_F(MappedSegmentTest, WhatIsWrittenIsInTheFile) {

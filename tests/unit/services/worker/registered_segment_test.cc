@@ -2,16 +2,11 @@
 // driver some 0.3 s a piece.
 #include "services/worker/registered_segment.h"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include <cstdlib>
-#include <filesystem>
+#include <chrono>
 #include <future>
 #include <memory>
-#include <string>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -21,6 +16,7 @@
 #include "common/segment/mapped_segment.h"
 #include "common/segment_format.h"
 #include "tests/common/forwarding_device.h"
+#include "tests/common/handmade_segment.h"
 
 namespace headroom {
 namespace {
@@ -62,52 +58,15 @@ class SlowDriver : public ForwardingDevice {
 constexpr int64_t kDataBytes = kRegistrationBytes + (1 << 20);  // two pieces, without memory
 constexpr uint64_t kGeneration = 7;
 
-// A segment's files as docs/segment.md has them, with all of the data said to be ready.
-class RegisteredSegmentTest : public testing::Test {
- protected:
-  RegisteredSegmentTest() {
-    std::string name = "/dev/shm/headroom-test-XXXXXX";
-    dir_ = mkdtemp(name.data());
-    const int data = open((dir_ + "/data").c_str(), O_RDWR | O_CREAT, 0600);
-    EXPECT_EQ(ftruncate(data, kDataBytes), 0);
-    struct stat stat = {};
-    fstat(data, &stat);
-    close(data);
-    IndexHeader header = {};
-    header.magic = kIndexMagic;
-    header.format_version = kSegmentFormatVersion;
-    header.header_bytes = 4096;
-    header.descriptor_bytes = 64;
-    header.max_extents = 10;
-    header.data_bytes = kDataBytes;
-    header.data_inode = stat.st_ino;
-    header.encoding = 1;
-    header.num_layers = 2;
-    header.num_kv_heads = 3;
-    header.head_dim = 64;
-    header.checksum = ChecksumOf(header);
-    header.generation = kGeneration;
-    header.ready_bytes = kDataBytes;
-    const int index = open((dir_ + "/index").c_str(), O_RDWR | O_CREAT, 0600);
-    EXPECT_EQ(ftruncate(index, IndexBytes(10)), 0);
-    EXPECT_EQ(pwrite(index, &header, sizeof(header), 0), 4096);
-    close(index);
-  }
-  ~RegisteredSegmentTest() override { std::filesystem::remove_all(dir_); }
-
-  std::string dir_;
-};
-
-TEST_F(RegisteredSegmentTest, WhatIsRegisteredIsNamedWhileTheNextPieceIsRegistered) {
+TEST(RegisteredSegmentTest, WhatIsRegisteredIsNamedWhileTheNextPieceIsRegistered) {
+  const HandmadeSegment files(kDataBytes, /*ready_bytes=*/kDataBytes, kGeneration);
   CpuDeviceOptions options;
   options.arena_bytes = 1 << 20;
   absl::StatusOr<std::unique_ptr<Device>> cpu = CreateCpuDevice(options);
   ASSERT_TRUE(cpu.ok()) << cpu.status();
   SlowDriver device(*std::move(cpu));
-  SegmentBinding binding;
-  binding.geometry = {2, 3, 64};
   absl::StatusOr<std::unique_ptr<MappedSegment>> mapped =
-      MappedSegment::Open(dir_, binding, kGeneration);
+      MappedSegment::Open(files.dir(), HandmadeSegment::Binding(), kGeneration);
   ASSERT_TRUE(mapped.ok()) << mapped.status();
   absl::StatusOr<std::unique_ptr<RegisteredSegment>> segment =
       RegisteredSegment::Create(device, *std::move(mapped));
