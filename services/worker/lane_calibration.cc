@@ -20,11 +20,14 @@ constexpr int kInPlaceIndex = static_cast<int>(Lane::kInPlace);
 constexpr int kWarmSteps = 2;
 constexpr int kMeasuredSteps = 7;
 constexpr int kMostRounds = 3;
+// Time limits that the first round may take beside its own.
+constexpr int kMostOver = 3;
 constexpr int64_t kFewTokens = 64;
-// So many that what a lane costs however few its keys are (a GPU's 0.1 ms a layer in place, short
-// extents) does not count: a GPU is ten times as fast.
 constexpr int64_t kManyTokens = 4096;
-constexpr int64_t kManyTokensOnGpu = 32768;
+// A GPU is ten times as fast. 32,768 tokens of Llama-3-8B are 128 MiB of a layer, as are 8,192 of Llama-2-7B,
+// of which 32,768 would take all the time there is.
+constexpr int64_t kMostTokens = 32768;
+constexpr int64_t kManyBytesOfALayer = int64_t{128} << 20;
 
 // Every head in `lane`.
 Plan PlanOf(uint64_t version, const KvGeometry& geometry, Lane lane) {
@@ -64,7 +67,7 @@ class Calibration {
         geometry_(config.kv_geometry()),
         options_(options),
         port_(port),
-        many_tokens_(ManyTokens(options.budget)),
+        many_tokens_(CalibrationTokens(geometry_, options.budget)),
         deadline_(absl::Now() + options.time_limit) {}
 
   absl::StatusOr<LaneCosts> Find() {
@@ -101,14 +104,6 @@ class Calibration {
   }
 
  private:
-  // Within what the executor's tables hold.
-  static int64_t ManyTokens(const DeviceBudget& budget) {
-    int64_t tokens = budget.product_type == kernels::ElementType::kFloat32 ? kManyTokens
-                                                                           : kManyTokensOnGpu;
-    while (tokens > kManyTokens && tokens + kBlockTokens > budget.max_context_tokens) tokens /= 2;
-    return tokens;
-  }
-
   // Steps of one kind and the best that came of them.
   struct Probe {
     Lane lane;
@@ -153,7 +148,12 @@ class Calibration {
   }
 
   absl::StatusOr<DecodeTimes> MeasureOnce(const Probe& probe) {
-    if (absl::Now() > deadline_) return absl::DeadlineExceededError("the calibration takes too long");
+    const absl::Duration left = deadline_ - absl::Now();
+    if (left < -kMostOver * options_.time_limit) {
+      return absl::DeadlineExceededError("the calibration takes too long");
+    }
+    // Where steps are that slow, the others of the first round are few.
+    const bool hurry = left < options_.time_limit / 2;
     const uint64_t version =
         kFirstPlan + static_cast<uint64_t>(probe.lane) + (probe.both ? kNumLanes : 0);
     HEADROOM_RETURN_IF_ERROR(executor_.PreparePlan(
@@ -162,8 +162,8 @@ class Calibration {
     DecodeWork work;
     work.plan_version = version;
     work.context_tokens = probe.tokens;
-    work.warm_steps = kWarmSteps;
-    work.measured_steps = kMeasuredSteps;
+    work.warm_steps = hurry ? 1 : kWarmSteps;
+    work.measured_steps = hurry ? 3 : kMeasuredSteps;
     work.sequences.push_back(Layout(probe.tokens));
     absl::StatusOr<DecodeTimes> times = MeasureDecode(work, port_);
     HEADROOM_RETURN_IF_ERROR(executor_.CloseAll());
@@ -292,6 +292,16 @@ class Calibration {
 };
 
 }  // namespace
+
+int64_t CalibrationTokens(const KvGeometry& geometry, const DeviceBudget& budget) {
+  if (budget.product_type == kernels::ElementType::kFloat32) return kManyTokens;
+  int64_t tokens = kMostTokens;
+  while (tokens > kManyTokens && (tokens * geometry.BytesPerTokenPerLayer() > kManyBytesOfALayer ||
+                                  tokens + kBlockTokens > budget.max_context_tokens)) {
+    tokens /= 2;
+  }
+  return tokens;
+}
 
 absl::StatusOr<LaneCosts> CalibrateLanes(StepExecutor& executor, const ModelConfig& config,
                                          const CalibrationOptions& options, const StepPort& port) {

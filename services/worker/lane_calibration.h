@@ -19,11 +19,17 @@ namespace headroom {
 struct CalibrationOptions {
   int64_t segment_bytes = 0;  // of the segment, from its begin on, may be read
   DeviceBudget budget;        // the executor's
+  // No round but the first begins after three quarters of it; that one is cut short after a half.
   absl::Duration time_limit = absl::Seconds(4);
 };
 
+// The context of steps over many keys: so many that what a lane costs however few its keys are (a GPU's
+// 0.1 ms a layer in place, short extents) does not count, within what the executor's tables hold.
+int64_t CalibrationTokens(const KvGeometry& geometry, const DeviceBudget& budget);
+
 // Runs steps on `executor`, which must have no sequence and nobody else's step; leaves it without one.
-// In place costs are those of fetching where no store attends. Errors are the steps'.
+// In place costs are those of fetching where no store attends. Errors are the steps', and DEADLINE_EXCEEDED
+// where the first round takes four times the time limit.
 absl::StatusOr<LaneCosts> CalibrateLanes(StepExecutor& executor, const ModelConfig& config,
                                          const CalibrationOptions& options, const StepPort& port);
 

@@ -75,6 +75,28 @@ TEST_P(CalibrationTest, FindsCostsAndLeavesNothingBehind) {
 
 INSTANTIATE_TEST_SUITE_P(AttendThreads, CalibrationTest, ::testing::Values(0, 1));
 
+TEST(Calibration, StepsReadAsMuchOfALayerWhateverAToken) {
+  DeviceBudget budget;
+  budget.product_type = kernels::ElementType::kBFloat16;
+  budget.max_context_tokens = int64_t{1} << 20;
+  const auto tokens = [&](int32_t kv_heads, int32_t head_dim) {
+    KvGeometry geometry;
+    geometry.num_layers = 32;
+    geometry.num_kv_heads = kv_heads;
+    geometry.head_dim = head_dim;
+    return CalibrationTokens(geometry, budget);
+  };
+  EXPECT_EQ(tokens(8, 128), 32768);   // Llama-3-8B
+  EXPECT_EQ(tokens(32, 128), 8192);   // Llama-2-7B
+  EXPECT_EQ(tokens(8, 256), 16384);   // Gemma-2-9B
+  EXPECT_EQ(tokens(4, 128), 32768);   // Qwen2-7B: not more
+  EXPECT_EQ(tokens(128, 256), 4096);  // nor less than this
+  budget.max_context_tokens = 32768;  // of which a block is computed
+  EXPECT_EQ(tokens(8, 128), 16384);
+  budget.product_type = kernels::ElementType::kFloat32;
+  EXPECT_EQ(tokens(8, 128), 4096);
+}
+
 TEST(Calibration, GivesUpInTime) {
   RandomModelSpec spec;
   spec.num_layers = 2;
