@@ -54,27 +54,46 @@ struct Row {
   uint64_t* shared64;  // [kWarp] each
   float* shared32;
 
+  // f(logit, id) of the thread's part of the row. One multiprocessor reads it: as far ahead as it can.
+  template <typename F>
+  __device__ void ForEachLogit(F f) const {
+    if (vocab % 4 == 0) {
+#pragma unroll 4
+      for (int64_t i = threadIdx.x; i < vocab / 4; i += kThreads) {
+        const float4 four = reinterpret_cast<const float4*>(logits)[i];
+        f(four.x, 4 * i);
+        f(four.y, 4 * i + 1);
+        f(four.z, 4 * i + 2);
+        f(four.w, 4 * i + 3);
+      }
+      return;
+    }
+    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) f(logits[id], id);
+  }
+
   // The largest key over logits below `below`; 0 if there is none.
   __device__ uint64_t Next(uint64_t below) const {
     uint64_t best = 0;
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
-      const uint64_t key = Key(logits[id], id);
+    ForEachLogit([&](float logit, int64_t id) {
+      const uint64_t key = Key(logit, id);
       if (key < below && key > best) best = key;
-    }
+    });
     return BlockReduce(best, uint64_t{0}, Largest(), shared64);
   }
-
-  __device__ bool NotFinite() const {
-    uint64_t found = 0;
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
-      if (!isfinite(logits[id])) found = 1;
-    }
-    return BlockReduce(found, uint64_t{0}, Largest(), shared64) != 0;
+  // The largest key of all; kNotFinite if a logit is.
+  static constexpr uint64_t kNotFinite = ~uint64_t{0};
+  __device__ uint64_t First() const {
+    uint64_t best = 0;
+    ForEachLogit([&](float logit, int64_t id) {
+      const uint64_t key = isfinite(logit) ? Key(logit, id) : kNotFinite;
+      if (key > best) best = key;
+    });
+    return BlockReduce(best, uint64_t{0}, Largest(), shared64);
   }
 
   __device__ float LogSumExp(float maximum) const {
     float sum = 0;
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) sum += expf(logits[id] - maximum);
+    ForEachLogit([&](float logit, int64_t) { sum += expf(logit - maximum); });
     return logf(BlockReduce(sum, 0.0f, Sum(), shared32));
   }
 
@@ -218,14 +237,14 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
   SampleResult& result = a.results[what.result_index];
   const bool writes = threadIdx.x == 0;
   int32_t token = 0;
-  if (row.NotFinite()) {
+  uint64_t key = row.First();
+  if (key == Row::kNotFinite) {
     if (writes) {
       result.logprob = 0;
       result.non_finite = 1;
       result.num_top = 0;
     }
   } else {
-    uint64_t key = row.Next(~uint64_t{0});
     token = IdOf(key);
     const float maximum = row.logits[token];
     Row drawn_by = row;

@@ -3,9 +3,9 @@
 // Units of kUnitTokens keys are computed side by side into scratch, and folded in order by a second kernel;
 // attention.h states the fold. Blocks of threads take units by turns, so that those which are read at one
 // time lie side by side: 142 us of an H200 for 128K tokens of Llama-3-8B, where blocks of eight units in
-// a row took 145. Each of the four warps takes one
-// block of 64 keys alone (warp_block.cuh); U is the fold of the blocks, in order. (On the CPU blocks go
-// on from each other by online softmax: the same but for rounding.)
+// a row took 145. Each of the four warps takes one block of 64 keys alone (warp_block.cuh); U is the fold
+// of the blocks, in order. (On the CPU blocks go on from each other by online softmax: the same but for
+// rounding.)
 #include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/warp_block.cuh"
@@ -76,21 +76,21 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   const Work work(a, item);
   const int64_t begin_pos = work.begin_pos();
   const int64_t end_pos = work.end_pos();
-  BeginDependent();
-  if (!GoesByUnits(item, work.group)) return;
   const auto parts = static_cast<unsigned>(window.parts);
   const auto heads = static_cast<unsigned>(window.heads);
   const int64_t head = blockIdx.x / parts % heads;
   const int64_t first_query = int64_t{blockIdx.x / parts / heads} * kQueries;
   const auto kv_head = static_cast<int32_t>(item.kv_head_begin + window.first_head + head);
-  if (kv_head >= item.kv_head_end || first_query >= work.num_queries()) return;
   // Units count from that of the item's first key.
   const int64_t first_unit = begin_pos / kUnitTokens;
   int64_t unit = window.first + blockIdx.x % parts;
   int64_t end_unit = window.first + window.count;
   const int64_t item_units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
   if (end_unit > item_units) end_unit = item_units;
-  if (unit >= end_unit) return;
+  if (!GoesByUnits(item, work.group) || kv_head >= item.kv_head_end ||
+      first_query >= work.num_queries() || unit >= end_unit) {
+    return BeginDependent();
+  }
 
   const int64_t last_query = first_query + kQueries < work.num_queries() ? first_query + kQueries
                                                                          : work.num_queries();
@@ -111,7 +111,13 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   const int column = static_cast<int>(threadIdx.x) % (kThreads / kQueries) * kColumns;
 
   WarpBlock<kD> block(work, kv_head, first_query, static_cast<int32_t>(parts * kUnitTokens));
-  block.Start(begin_of(unit), end_of(unit));
+  // Keys of earlier steps, which no kernel of this one writes, are on their way before it is waited for those
+  // that append its own.
+  const bool early = end_of(unit) <= item.first_pos;
+  if (!early) BeginDependent();
+  block.StartKeys(begin_of(unit), end_of(unit));
+  if (early) BeginDependent();
+  block.LoadQueries();
   for (; unit < end_unit; unit += parts) {
     block.Run(begin_of(unit + parts), end_of(unit + parts));
     __syncthreads();  // the unit before is folded

@@ -84,11 +84,30 @@ class WarpBlock {
 
   // Begins to load the item's keys in [begin, end): some of one block, from its beginning on, or none.
   // Positions are below 2^31.
-  __device__ void Start(int32_t begin, int32_t end) {
+  __device__ void StartKeys(int32_t begin, int32_t end) {
     next_ = Find(begin, end);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) LoadKeys(slots_[i], next_, i);
-    LoadQueries();
+  }
+
+  // The right operand of scores: of query `quad`, the dimensions that LoadKeys() gives a lane. To be called
+  // before Run().
+  __device__ void LoadQueries() {
+    const int64_t query = first_ + quad_;
+    const bool has = query < work_.num_queries();
+    const float* const q = work_.q(kv_head_, has ? query : first_) + pair_ * 8;
+#pragma unroll
+    for (int c = 0; c < kD / 32; ++c) {
+      float4 low = make_float4(0, 0, 0, 0), high = low;
+      if (has) {
+        low = *reinterpret_cast<const float4*>(q + c * 32);
+        high = *reinterpret_cast<const float4*>(q + c * 32 + 4);
+      }
+      Split(make_float2(low.x, low.y), q_hi_[c][0], q_lo_[c][0]);
+      Split(make_float2(low.z, low.w), q_hi_[c][1], q_lo_[c][1]);
+      Split(make_float2(high.x, high.y), q_hi_[c][2], q_lo_[c][2]);
+      Split(make_float2(high.z, high.w), q_hi_[c][3], q_lo_[c][3]);
+    }
   }
 
   // Takes the keys that were begun, and begins with [next_begin, next_end).
@@ -228,25 +247,6 @@ class WarpBlock {
     for (int n = 0; n < kPieces; ++n) {
       const bool exists = row(n % 4) + 2 * pair_ < keys.count;
       slot[n] = exists ? LoadOnce(from(n)) : make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  // The right operand of scores: of query `quad`, the dimensions that LoadKeys() gives a lane.
-  __device__ void LoadQueries() {
-    const int64_t query = first_ + quad_;
-    const bool has = query < work_.num_queries();
-    const float* const q = work_.q(kv_head_, has ? query : first_) + pair_ * 8;
-#pragma unroll
-    for (int c = 0; c < kD / 32; ++c) {
-      float4 low = make_float4(0, 0, 0, 0), high = low;
-      if (has) {
-        low = *reinterpret_cast<const float4*>(q + c * 32);
-        high = *reinterpret_cast<const float4*>(q + c * 32 + 4);
-      }
-      Split(make_float2(low.x, low.y), q_hi_[c][0], q_lo_[c][0]);
-      Split(make_float2(low.z, low.w), q_hi_[c][1], q_lo_[c][1]);
-      Split(make_float2(high.x, high.y), q_hi_[c][2], q_lo_[c][2]);
-      Split(make_float2(high.z, high.w), q_hi_[c][3], q_lo_[c][3]);
     }
   }
 

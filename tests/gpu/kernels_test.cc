@@ -1,6 +1,7 @@
 // Each CUDA kernel but attention against the plain reference, on odd shapes.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/kernel_table.h"
@@ -395,24 +396,25 @@ TEST_F(KernelTest, SoftCapAndGeluMatchTheReference) {
 
 TEST_F(KernelTest, RopeAppendAddsTheBiasAndNormalisesEachHead) {
   Random random(8);
-  for (const int32_t d : {64, 128, 256}) {
+  // Few positions, of which a block has some heads, and many.
+  for (const auto& [d, rows] : {std::pair<int32_t, int32_t>{64, 5}, {128, 5}, {256, 5}, {64, 300}}) {
     for (const bool has_bias : {true, false}) {
       for (const bool has_norm : {true, false}) {
         RopeAppendArgs args;
         args.num_q_heads = 21;  // more heads than warps, and no multiple of them
         args.num_kv_heads = 3;
         args.head_dim = d;
-        args.rows = 5;
+        args.rows = rows;
         args.norm_epsilon = 1e-3f;
         const int64_t width = 27 * d;
         const std::vector<float> qkv = random.Floats(args.rows * width, 2);
         const std::vector<float> cos_sin = random.Floats(args.rows * d);
         const std::vector<BFloat16> bias = random.Bf16(width), q_norm = random.Bf16(d),
                                     k_norm = random.Bf16(d);
-        std::vector<uint8_t> memory(static_cast<size_t>(KvLayout{64, d}.BytesFor(3)), 0);
+        std::vector<uint8_t> memory(static_cast<size_t>(KvLayout{320, d}.BytesFor(3)), 0);
         uint8_t* const there = gpu_.Put(memory);
-        const auto items = [](uint8_t* base) {
-          return std::vector<AppendItem>{{0, {base, 64, 70, 5, 64, 0, 3}}};
+        const auto items = [count = rows](uint8_t* base) {
+          return std::vector<AppendItem>{{0, {base, 64, 70, count, 320, 0, 3}}};
         };
         std::vector<float> expected = qkv;
         const std::vector<AppendItem> host_items = items(memory.data());

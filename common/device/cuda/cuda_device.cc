@@ -39,7 +39,7 @@ constexpr int kMaxEvents = 4096;
 constexpr int kTimerPairs = 4096;
 // Of so many Attend operations of an account one is timed. Events around each of Llama-3-8B's 32 took 4%
 // of a decode step.
-constexpr int kTimedOf = 8;
+constexpr int kTimedOf = 16;
 // A test's delay of a copy: as long as copying 16 MiB takes.
 constexpr uint64_t kMostDelayUs = 300;
 // Start-up's copies, and what is still enqueued when the device is destroyed.
