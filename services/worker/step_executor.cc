@@ -69,6 +69,7 @@ absl::Status StepExecutor::Init(const ModelWeights& weights) {
                                 std::min(options_.max_sequences, Decoder::kMaxSequences),
                                 budget_.draw_state_bytes, config_.windows);
   in_place_ = std::make_unique<InPlaceLane>(device_, config_, options_.in_place_deadline);
+  layers_ = std::make_unique<StepLayers>(device_, config_, *decoder_, *in_place_, compute_, seal_);
   staging_bytes_ = kNumContexts * StepContext::StagingBytes(budget_);
   staging_ = std::make_unique<uint8_t[]>(staging_bytes_);
   HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(staging_.get(), staging_bytes_));
@@ -470,7 +471,7 @@ absl::Status StepExecutor::EnqueuePromotions() {
   return device_.Wait(compute_, promoted_);
 }
 
-// ---------------------------------------------------------------- the layers of a step
+// ---------------------------------------------------------------- one layer after the other
 
 // A chunk's layer takes long (27 ms on two CPU cores, 30 ms on a GPU at 128K): at most two are
 // enqueued, so that a decode step that arrives now runs after them.
@@ -492,103 +493,15 @@ void StepExecutor::EnqueueNextLayer(Context& context) {
 }
 
 absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
-  StepContext& state = *context.state;
-  const LayerWork& work = state.layer_work(layer);
-  const int parity = layer % 2;
-  if (layer >= 2 && state.seals()) {
-    HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, state.sealed[parity]));  // chunk buffer's reuse
-  }
-  HEADROOM_RETURN_IF_ERROR(Move(compute_, work.prelude, nullptr));
   HEADROOM_RETURN_IF_ERROR(
-      decoder_->AttentionInput(layer, state.x(), state.cos_sin(), state.rows(), work.append));
-  if (work.in_place()) {  // first, so that the store works beside all that follows
-    HEADROOM_RETURN_IF_ERROR(in_place_->Post(compute_, state.slot(),
-                                             *state.flight(context.active_flight).step, layer,
-                                             decoder_->Attention(layer, state.rows())));
-  }
-  HEADROOM_RETURN_IF_ERROR(EnqueueSealing(context, layer));
-  HEADROOM_RETURN_IF_ERROR(EnqueueAttention(context, layer));
-  HEADROOM_RETURN_IF_ERROR(Move(compute_, work.keep, nullptr));
-  HEADROOM_RETURN_IF_ERROR(decoder_->LayerOutput(layer, state.x(), state.rows()));
-  return device_.Record(compute_, context.layer_done[parity]);
-}
-
-absl::Status StepExecutor::Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
-                                OpAccount* account, int32_t max_blocks) {
-  if (items.count == 0) return absl::OkStatus();
-  kernels::CopyKvRowsArgs args;
-  args.items = items;
-  args.head_dim = config_.head_dim;
-  args.max_blocks = max_blocks;
-  return device_.CopyKvRows(stream, args, account);
-}
-
-// Finished blocks go to their extents, and to resident copies, on a stream of their own.
-absl::Status StepExecutor::EnqueueSealing(Context& context, int32_t layer) {
-  StepContext& state = *context.state;
-  const LayerWork& work = state.layer_work(layer);
-  if (work.seal.count == 0) return absl::OkStatus();
-  const int parity = layer % 2;
-  HEADROOM_RETURN_IF_ERROR(device_.Record(compute_, state.appended[parity]));
-  HEADROOM_RETURN_IF_ERROR(device_.Wait(seal_, state.appended[parity]));
-  HEADROOM_RETURN_IF_ERROR(
-      Move(seal_, work.seal, &state.flight(context.active_flight).sealed, kernels::kHostCopyBlocks));
-  HEADROOM_RETURN_IF_ERROR(Move(seal_, work.mirror, nullptr));
-  return device_.Record(seal_, state.sealed[parity]);
-}
-
-// Resident keys and the tail first, then tile by tile as copies arrive, then what follows the tiles:
-// for every head in ascending order of position. What the store has attended to in the meantime comes
-// last, and after it the tail of the heads that lie there as a whole.
-absl::Status StepExecutor::EnqueueAttention(Context& context, int32_t layer) {
-  StepContext& state = *context.state;
-  const LayerWork& work = state.layer_work(layer);
-  StepContext::Flight& flight = state.flight(context.active_flight);
-  OpAccount& resident = flight.accounts[static_cast<int>(Lane::kResident)];
-  const auto attend = [&](const AttendLaunch& launch, OpAccount* account) -> absl::Status {
-    if (launch.items.count == 0) return absl::OkStatus();
-    kernels::AttendArgs args = decoder_->Attention(layer, state.rows());
-    args.items = launch.items;
-    args.spans = launch.spans;
-    return device_.Attend(compute_, args, account);
-  };
-  HEADROOM_RETURN_IF_ERROR(attend(work.local, &resident));
-  for (int tile = work.tile_begin; tile < work.tile_end; ++tile) {
-    HEADROOM_RETURN_IF_ERROR(state.pipeline().BeginConsume(tile));
-    HEADROOM_RETURN_IF_ERROR(attend(state.tile_launch(tile), &flight.tile_reads));
-    HEADROOM_RETURN_IF_ERROR(state.pipeline().EndConsume(tile));
-  }
-  HEADROOM_RETURN_IF_ERROR(attend(work.last, &resident));
-  if (!work.in_place()) return absl::OkStatus();
-  HEADROOM_RETURN_IF_ERROR(in_place_->Await(compute_, state.slot(), *flight.step, layer,
-                                            flight.await_result, &flight.in_place_wait));
-  const kernels::AttendArgs as = decoder_->Attention(layer, state.rows());
-  kernels::MergePartialsArgs merge;
-  merge.partials = in_place_->partials(state.slot());
-  merge.state = as.state;
-  merge.out = as.out;
-  merge.rows = as.rows;
-  merge.items = work.merge;
-  merge.num_q_heads = as.num_q_heads;
-  merge.num_kv_heads = as.num_kv_heads;
-  merge.head_dim = as.head_dim;
-  HEADROOM_RETURN_IF_ERROR(device_.MergePartials(compute_, merge));
-  return attend(work.after, &resident);
+      layers_->Enqueue(*context.state, context.state->flight(context.active_flight), layer));
+  return device_.Record(compute_, context.layer_done[layer % 2]);
 }
 
 absl::Status StepExecutor::EnqueueEnd(Context& context) {
   StepContext& state = *context.state;
   StepContext::Flight& flight = state.flight(context.active_flight);
-  HEADROOM_RETURN_IF_ERROR(decoder_->Sample(state.x(), state.rows(), state.result_rows(),
-                                            state.sample_rows(), flight.results));
-  if (flight.num_results > 0) {
-    CopyArgs copy;
-    copy.dst = flight.host_results;
-    copy.src = flight.results;
-    copy.width_bytes = copy.dst_pitch_bytes = copy.src_pitch_bytes =
-        flight.num_results * static_cast<int64_t>(sizeof(kernels::SampleResult));
-    HEADROOM_RETURN_IF_ERROR(device_.Copy(compute_, copy));
-  }
+  HEADROOM_RETURN_IF_ERROR(layers_->EnqueueResults(state, flight));
   if (flight.seals) HEADROOM_RETURN_IF_ERROR(RecordSealed(context));
   state.Commit();
   return absl::OkStatus();

@@ -33,6 +33,7 @@
 #include "services/worker/model/weights.h"
 #include "services/worker/step.h"
 #include "services/worker/step_context.h"
+#include "services/worker/step_layers.h"
 
 namespace headroom {
 
@@ -122,10 +123,6 @@ class StepExecutor {
   // One layer of the context's step, and what comes before the first and after the last.
   void EnqueueNextLayer(Context& context);
   absl::Status EnqueueLayer(Context& context, int32_t layer);
-  absl::Status EnqueueAttention(Context& context, int32_t layer);
-  absl::Status EnqueueSealing(Context& context, int32_t layer);
-  absl::Status Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,
-                    OpAccount* account, int32_t max_blocks = 0);
   absl::Status EnqueueEnd(Context& context);
   absl::Status RecordSealed(Context& context);
   void Finish(Context& context, const absl::Status& status);
@@ -153,6 +150,7 @@ class StepExecutor {
   std::unique_ptr<GpuKv> kv_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<InPlaceLane> in_place_;
+  std::unique_ptr<StepLayers> layers_;
   std::unique_ptr<uint8_t[]> staging_;
   int64_t staging_bytes_ = 0;
   Context prefill_;

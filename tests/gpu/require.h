@@ -1,4 +1,4 @@
-// What the GPU benches do with an error: say it and end.
+// What programs that cannot go on without a GPU do with an error: say it and end.
 #ifndef HEADROOM_TESTS_GPU_REQUIRE_H_
 #define HEADROOM_TESTS_GPU_REQUIRE_H_
 

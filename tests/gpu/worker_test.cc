@@ -12,6 +12,7 @@
 #include "common/device/device_factory.h"
 #include "gtest/gtest.h"
 #include "tests/common/worker_harness.h"
+#include "tests/gpu/require.h"
 
 namespace headroom {
 namespace {
@@ -29,8 +30,8 @@ std::function<std::unique_ptr<Device>(std::unique_ptr<Device>)> GpuOf(int64_t me
     options.kind = "cuda";
     options.memory_bytes = memory_bytes;
     auto made = CreateDevice(options);
-    EXPECT_TRUE(made.ok()) << made.status();
-    return made.ok() ? *std::move(made) : nullptr;
+    Require(made.status());  // nothing here can go on without it
+    return *std::move(made);
   };
 }
 

@@ -1,5 +1,5 @@
 // The linear parts of a decoder-only transformer, enqueued on one stream: everything of a step but
-// attention, which is where keys lie (step_executor.cc).
+// attention, which is where keys lie (step_layers.cc).
 //
 // The workspace holds what lives within one layer of one step; contexts share it, because they take
 // turns on one stream. What outlives a layer is the caller's: the residual stream x.
