@@ -4,6 +4,7 @@
 #include <google/protobuf/descriptor.pb.h>
 #include <google/protobuf/text_format.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
 
 #include <algorithm>
 #include <memory>
@@ -11,6 +12,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "common/status.h"
 
 namespace headroom {
 namespace {
@@ -115,6 +117,23 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
     *listened = absl::StrCat(address.substr(0, colon), ":", port);
   }
   return server;
+}
+
+absl::Status PeerServer::Listen(grpc::Service* service, const std::string& address,
+                                const std::shared_ptr<grpc::ServerCredentials>& credentials,
+                                int64_t max_message_bytes) {
+  grpc::EnableDefaultHealthCheckService(true);
+  HEADROOM_ASSIGN_OR_RETURN(server_, ListenGrpc(service, address, credentials, max_message_bytes,
+                                                Reflection::kNo, &listen_address_));
+  server_->GetHealthCheckService()->SetServingStatus("", true);
+  server_->GetHealthCheckService()->SetServingStatus(name_, true);
+  return absl::OkStatus();
+}
+
+void PeerServer::Shutdown() {
+  if (shut_down_.exchange(true) || server_ == nullptr) return;
+  server_->GetHealthCheckService()->Shutdown();
+  server_->Shutdown(std::chrono::system_clock::now() + shutdown_grace_);
 }
 
 }  // namespace headroom

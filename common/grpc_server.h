@@ -4,9 +4,12 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -28,6 +31,33 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
     grpc::Service* service, const std::string& address,
     const std::shared_ptr<grpc::ServerCredentials>& credentials, int64_t max_message_bytes,
     Reflection reflection, std::string* listened);
+
+// A service that the coordinator calls, and its health. Thread-safe but for Listen().
+class PeerServer {
+ public:
+  // `name`: the service's full one. Calls that run at Shutdown() have so long.
+  PeerServer(std::string name, std::chrono::seconds shutdown_grace)
+      : name_(std::move(name)), shutdown_grace_(shutdown_grace) {}
+  ~PeerServer() { Shutdown(); }
+
+  // Serves on return; health of "" and of the name says so. Once; errors as ListenGrpc().
+  absl::Status Listen(grpc::Service* service, const std::string& address,
+                      const std::shared_ptr<grpc::ServerCredentials>& credentials,
+                      int64_t max_message_bytes);
+  // What the listen address came to, where a port was picked.
+  const std::string& listen_address() const { return listen_address_; }
+  // Ends calls and Wait().
+  void Shutdown();
+  // Returns after Shutdown(). REQUIRES: Listen() has.
+  void Wait() { server_->Wait(); }
+
+ private:
+  const std::string name_;
+  const std::chrono::seconds shutdown_grace_;
+  std::unique_ptr<grpc::Server> server_;
+  std::string listen_address_;
+  std::atomic<bool> shut_down_{false};
+};
 
 }  // namespace headroom
 

@@ -1,10 +1,6 @@
 #include "services/kvstore/kv_store_server.h"
 
-#include <grpcpp/grpcpp.h>
-#include <grpcpp/health_check_service_interface.h>
-
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <thread>
 #include <utility>
@@ -38,40 +34,26 @@ class Server : public KvStoreServer {
                                         attend_threads)),
         service_(store_.get(), pool_.get()),
         security_(std::move(security)) {}
-  ~Server() override { Shutdown(); }
 
-  absl::Status Listen(const KvStoreOptions& options);
-
-  std::string listen_address() const override { return listen_address_; }
-  uint64_t generation() const override { return store_->Facts().generation; }
-  void Shutdown() override {
-    if (shut_down_.exchange(true) || server_ == nullptr) return;
-    server_->GetHealthCheckService()->Shutdown();
-    server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+  absl::Status Listen(const KvStoreOptions& options) {
+    HEADROOM_RETURN_IF_ERROR(server_.Listen(&service_, options.listen_address,
+                                            security_->credentials(), options.max_message_bytes));
+    LogInfo(absl::StrCat("kvstore serves on ", listen_address()));
+    return absl::OkStatus();
   }
-  void Wait() override { server_->Wait(); }
+
+  std::string listen_address() const override { return server_.listen_address(); }
+  uint64_t generation() const override { return store_->Facts().generation; }
+  void Shutdown() override { server_.Shutdown(); }
+  void Wait() override { server_.Wait(); }
 
  private:
   const std::unique_ptr<KvStore> store_;
   const std::unique_ptr<AttendPool> pool_;
   KvStoreService service_;
   const std::unique_ptr<ServerSecurity> security_;
-  std::unique_ptr<grpc::Server> server_;
-  std::string listen_address_;
-  std::atomic<bool> shut_down_{false};
+  PeerServer server_{kServiceName, kShutdownGrace};  // last: its calls use the others
 };
-
-absl::Status Server::Listen(const KvStoreOptions& options) {
-  grpc::EnableDefaultHealthCheckService(true);
-  HEADROOM_ASSIGN_OR_RETURN(server_,
-                            ListenGrpc(&service_, options.listen_address, security_->credentials(),
-                                       options.max_message_bytes, Reflection::kNo,
-                                       &listen_address_));
-  server_->GetHealthCheckService()->SetServingStatus("", true);
-  server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
-  LogInfo(absl::StrCat("kvstore serves on ", listen_address_));
-  return absl::OkStatus();
-}
 
 absl::Status CheckOptions(const KvStoreOptions& options) {
   if (options.listen_address.empty()) {

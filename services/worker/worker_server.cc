@@ -1,9 +1,5 @@
 #include "services/worker/worker_server.h"
 
-#include <grpcpp/grpcpp.h>
-#include <grpcpp/health_check_service_interface.h>
-
-#include <atomic>
 #include <chrono>
 #include <utility>
 
@@ -31,38 +27,24 @@ class Server : public WorkerServer {
  public:
   Server(std::unique_ptr<Worker> worker, std::unique_ptr<ServerSecurity> security)
       : worker_(std::move(worker)), service_(worker_.get()), security_(std::move(security)) {}
-  ~Server() override { Shutdown(); }
 
-  absl::Status Listen(const WorkerOptions& options);
-
-  std::string listen_address() const override { return listen_address_; }
-  void Shutdown() override {
-    if (shut_down_.exchange(true) || server_ == nullptr) return;
-    server_->GetHealthCheckService()->Shutdown();
-    server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+  absl::Status Listen(const WorkerOptions& options) {
+    HEADROOM_RETURN_IF_ERROR(server_.Listen(&service_, options.listen_address,
+                                            security_->credentials(), options.max_message_bytes));
+    LogInfo(absl::StrCat("worker serves on ", listen_address()));
+    return absl::OkStatus();
   }
-  void Wait() override { server_->Wait(); }
+
+  std::string listen_address() const override { return server_.listen_address(); }
+  void Shutdown() override { server_.Shutdown(); }
+  void Wait() override { server_.Wait(); }
 
  private:
   const std::unique_ptr<Worker> worker_;
   WorkerService service_;
   const std::unique_ptr<ServerSecurity> security_;
-  std::unique_ptr<grpc::Server> server_;
-  std::string listen_address_;
-  std::atomic<bool> shut_down_{false};
+  PeerServer server_{kServiceName, kShutdownGrace};  // last: its calls use the others
 };
-
-absl::Status Server::Listen(const WorkerOptions& options) {
-  grpc::EnableDefaultHealthCheckService(true);
-  HEADROOM_ASSIGN_OR_RETURN(server_,
-                            ListenGrpc(&service_, options.listen_address, security_->credentials(),
-                                       options.max_message_bytes, Reflection::kNo,
-                                       &listen_address_));
-  server_->GetHealthCheckService()->SetServingStatus("", true);
-  server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
-  LogInfo(absl::StrCat("worker serves on ", listen_address_));
-  return absl::OkStatus();
-}
 
 }  // namespace
 

@@ -14,53 +14,24 @@
 namespace headroom {
 namespace {
 
-class Exactness : public ::testing::Test {
+class Exactness : public ExecutorTest {
  protected:
   void Start(const RandomModelSpec& spec, const WorkerHarnessOptions& options = {}) {
-    harness_.reset();
-    auto folder = RandomModelFolder::Create(spec);
-    ASSERT_TRUE(folder.ok()) << folder.status();
-    folder_ = *std::move(folder);
-    Restart(options);
+    StartHarness(spec, options);
+    PreparePlans();
   }
   void Restart(const WorkerHarnessOptions& options) {
-    harness_.reset();
-    auto harness = WorkerHarness::Create(folder_->path(), options);
-    ASSERT_TRUE(harness.ok()) << harness.status();
-    harness_ = *std::move(harness);
+    RestartHarness(options);
+    PreparePlans();
+  }
+  void PreparePlans() {
+    if (harness_ == nullptr) return;  // told
     Prepare(ResidentPlan(kResident, harness_->geometry()));
     Prepare(FetchedPlan(kFetched, harness_->geometry()));
     Prepare(WholeHeadPlan(kMixed, harness_->geometry(), [](int32_t layer, int32_t head) {
       return (layer + head) % 2 == 0 ? Lane::kResident : Lane::kFetched;
     }));
   }
-  void Prepare(Plan plan) {
-    const absl::Status status = harness_->executor().PreparePlan(std::move(plan));
-    ASSERT_TRUE(status.ok()) << status;
-  }
-
-  TestRequest Request(uint64_t seed, int64_t prompt_tokens, int num_draws) {
-    TestRequest request;
-    request.prompt = RandomTokens(seed, prompt_tokens, harness_->config().vocab);
-    request.num_draws = num_draws;
-    request.num_top_logprobs = 3;
-    return request;
-  }
-  TestOutput Run(const TestRequest& request, const RunOptions& options) {
-    harness_->set_segment_used(0);
-    auto output = harness_->RunOne(request, options);
-    EXPECT_TRUE(output.ok()) << output.status();
-    return output.ok() ? *std::move(output) : TestOutput();
-  }
-  TestOutput Run(const TestRequest& request, uint64_t plan, SealedRule sealed = {}) {
-    RunOptions options;
-    options.plan_version = plan;
-    options.sealed = sealed;
-    return Run(request, options);
-  }
-
-  std::unique_ptr<RandomModelFolder> folder_;
-  std::unique_ptr<WorkerHarness> harness_;
 };
 
 TEST_F(Exactness, ResidentIsFetched) {

@@ -1,9 +1,16 @@
-// What the executor's tests share: how much of a test a sanitizer gets, versions of plans.
+// What the executor's tests share: how much of a test a sanitizer gets, versions of plans, a worker that runs
+// requests one by one.
 #ifndef HEADROOM_TESTS_UNIT_SERVICES_WORKER_EXECUTOR_TEST_UTIL_H_
 #define HEADROOM_TESTS_UNIT_SERVICES_WORKER_EXECUTOR_TEST_UTIL_H_
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
+
+#include "tests/common/worker_harness.h"
 
 namespace headroom {
 
@@ -25,6 +32,50 @@ inline constexpr uint64_t kResident = 1;
 inline constexpr uint64_t kFetched = 2;
 inline constexpr uint64_t kMixed = 3;  // some heads in one lane, some in another
 inline constexpr uint64_t kAllInPlace = 4;
+
+class ExecutorTest : public ::testing::Test {
+ protected:
+  void StartHarness(const RandomModelSpec& spec, const WorkerHarnessOptions& options) {
+    harness_.reset();
+    auto folder = RandomModelFolder::Create(spec);
+    ASSERT_TRUE(folder.ok()) << folder.status();
+    folder_ = *std::move(folder);
+    RestartHarness(options);
+  }
+  void RestartHarness(const WorkerHarnessOptions& options) {
+    harness_.reset();
+    auto harness = WorkerHarness::Create(folder_->path(), options);
+    ASSERT_TRUE(harness.ok()) << harness.status();
+    harness_ = *std::move(harness);
+  }
+  void Prepare(Plan plan) {
+    const absl::Status status = harness_->executor().PreparePlan(std::move(plan));
+    ASSERT_TRUE(status.ok()) << status;
+  }
+
+  TestRequest Request(uint64_t seed, int64_t prompt_tokens, int num_draws) {
+    TestRequest request;
+    request.prompt = RandomTokens(seed, prompt_tokens, harness_->config().vocab);
+    request.num_draws = num_draws;
+    request.num_top_logprobs = 3;
+    return request;
+  }
+  TestOutput Run(const TestRequest& request, const RunOptions& options) {
+    harness_->set_segment_used(0);
+    auto output = harness_->RunOne(request, options);
+    EXPECT_TRUE(output.ok()) << output.status();
+    return output.ok() ? *std::move(output) : TestOutput();
+  }
+  TestOutput Run(const TestRequest& request, uint64_t plan, SealedRule sealed = {}) {
+    RunOptions options;
+    options.plan_version = plan;
+    options.sealed = sealed;
+    return Run(request, options);
+  }
+
+  std::unique_ptr<RandomModelFolder> folder_;
+  std::unique_ptr<WorkerHarness> harness_;
+};
 
 }  // namespace headroom
 

@@ -23,17 +23,12 @@ namespace {
 
 constexpr int kInPlace = static_cast<int>(Lane::kInPlace);
 
-class InPlace : public ::testing::Test {
+class InPlace : public ExecutorTest {
  protected:
   void Start(const RandomModelSpec& spec, WorkerHarnessOptions options = {}) {
     if (options.attend_threads == 0) options.attend_threads = 1;
-    harness_.reset();
-    auto folder = RandomModelFolder::Create(spec);
-    ASSERT_TRUE(folder.ok()) << folder.status();
-    folder_ = *std::move(folder);
-    auto harness = WorkerHarness::Create(folder_->path(), options);
-    ASSERT_TRUE(harness.ok()) << harness.status();
-    harness_ = *std::move(harness);
+    StartHarness(spec, options);
+    if (harness_ == nullptr) return;  // told
     const KvGeometry geometry = harness_->geometry();
     Prepare(ResidentPlan(kResident, geometry));
     Prepare(FetchedPlan(kFetched, geometry));
@@ -42,29 +37,10 @@ class InPlace : public ::testing::Test {
       return static_cast<Lane>((layer + head) % kNumLanes);
     }));
   }
-  void Prepare(Plan plan) {
-    const absl::Status status = harness_->executor().PreparePlan(std::move(plan));
-    ASSERT_TRUE(status.ok()) << status;
-  }
   TestRequest Request(uint64_t seed, int64_t prompt_tokens, int num_draws) {
-    TestRequest request;
-    request.prompt = RandomTokens(seed, prompt_tokens, harness_->config().vocab);
-    request.num_draws = num_draws;
-    request.num_top_logprobs = 3;
+    TestRequest request = ExecutorTest::Request(seed, prompt_tokens, num_draws);
     request.max_run_tokens = 128;
     return request;
-  }
-  TestOutput Run(const TestRequest& request, const RunOptions& options) {
-    harness_->set_segment_used(0);
-    auto output = harness_->RunOne(request, options);
-    EXPECT_TRUE(output.ok()) << output.status();
-    return output.ok() ? *std::move(output) : TestOutput();
-  }
-  TestOutput Run(const TestRequest& request, uint64_t plan, SealedRule sealed = {}) {
-    RunOptions options;
-    options.plan_version = plan;
-    options.sealed = sealed;
-    return Run(request, options);
   }
   // Of the latest run: how many bytes its steps have attended to in place.
   int64_t BytesInPlace() const {
@@ -72,9 +48,6 @@ class InPlace : public ::testing::Test {
     for (const StepRecord& step : harness_->steps()) bytes += step.result.lanes[kInPlace].bytes;
     return bytes;
   }
-
-  std::unique_ptr<RandomModelFolder> folder_;
-  std::unique_ptr<WorkerHarness> harness_;
 };
 
 TEST_F(InPlace, WholeHeadsAreResident) {
