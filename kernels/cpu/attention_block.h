@@ -304,11 +304,11 @@ class NarrowBlock : public RowsBlock {
   alignas(64) uint32_t words_[kMaxHeadDim / 2 * kBlock];
 };
 
-// For processors that read ahead by themselves, far and fast, where lines are touched in the order they
-// lie, and whose miss buffers are too few to ask for them all (doing so, without touching, halves the rate).
+// For processors that read ahead by themselves, far and fast, where lines are touched in the order they lie.
 // Keys are touched in order 32 at a time, values as they are taken; while scores are computed, which touches
-// nothing, the values are asked for, and with the values 4 KiB of the next keys. In turns of 0.4 ms with plain
-// reads, where these gave two cores of a Zen 4 38 GB/s, 3 queries of head_dim 64 read 28, and 24 without asking.
+// nothing, the values are asked for, and with the values the next block's keys. Into L2: L1 has too few miss
+// buffers for what is on its way, and is full of one block. Two cores of a Zen 4 with 34 GB/s of plain reads read
+// 27 for 4 queries of head_dim 128 (18 into L1 and with 4 KiB of the next keys), and 29 for 3 of 64, for 18 to 24.
 // Queries of several groups would transpose the keys several times.
 class StreamedBlock : public RowsBlock {
  public:
@@ -335,17 +335,20 @@ class StreamedBlock : public RowsBlock {
   // Asks for 4 of the 2 d lines of values: once for each of d / 2 tiles of 16 keys x 8 dimensions.
   void PrefetchValues(int tile) const {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(rows_.values + (4 * tile + i) * kLine);
+    for (int i = 0; i < 4; ++i) Ask(rows_.values + (4 * tile + i) * kLine);
   }
-  // With value j, whose columns below `column` are taken: reads from its other lines and asks for line j of the
-  // next block's keys.
+  // With value j, whose columns below `column` are taken: reads from its other lines and asks for key j of the
+  // next block.
   void ReadAhead(int j, int32_t column) const {
-    __builtin_prefetch(rows_.keys + kBlock * d_ + j * kLine);
+    const int32_t lines = d_ / kLine;
+    for (int32_t i = 0; i < lines; ++i) Ask(rows_.keys + kBlock * d_ + (lines * j + i) * kLine);
     Touch(rows_.values + int64_t{j} * d_ + column, d_ - column);
   }
   void Prefetch(int) const {}
 
  private:
+  // Into L2.
+  static void Ask(const BFloat16* line) { __builtin_prefetch(line, /*rw=*/0, /*locality=*/2); }
   static void Touch(const BFloat16* from, int32_t count) {
     for (int32_t i = 0; i < count; i += kLine) {
       static_cast<void>(*reinterpret_cast<const volatile uint16_t*>(from + i));
