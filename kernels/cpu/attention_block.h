@@ -308,7 +308,7 @@ class NarrowBlock : public RowsBlock {
 // Keys are touched in order 32 at a time, values as they are taken; while scores are computed, which touches
 // nothing, the values are asked for, and with the values the next block's keys. Into L2: L1 has too few miss
 // buffers for what is on its way, and is full of one block. Two cores of a Zen 4 with 34 GB/s of plain reads read
-// 27 for 4 queries of head_dim 128 (18 into L1 and with 4 KiB of the next keys), and 29 for 3 of 64, for 18 to 24.
+// 27 for 4 queries of head_dim 128 (18 into L1 and with 4 KiB of the next keys).
 // Queries of several groups would transpose the keys several times.
 class StreamedBlock : public RowsBlock {
  public:

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
   const int first_k = warp * kPair + pair * 8;  // of the lane
 
   // A lane's two rows of each tile; those that do not exist repeat the last. Counted in 16 bytes: addresses
-  // took registers that slices want (16 sequences of 4K on an H200: 7.44 ms a step, for 7.29).
+  // took registers that slices want (16 sequences of 4K: 7.44 ms a step on one H200, for 7.29 on another).
   uint32_t weights[kRowTiles][2];
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
