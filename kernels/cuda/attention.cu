@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(kThreads) WalkKernel(const __grid_constant__ A
 // ------------------------------------------------------------------------------------
 
 template <int kD>
-cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
+cudaError_t Launch(const AttendArgs& a, uint32_t* tickets, cudaStream_t stream) {
   constexpr int kRows = kRowsOf<kD>;
   const int32_t group = a.num_q_heads / a.num_kv_heads;
   int64_t most_heads = 0;  // over the items that are walked
@@ -484,7 +484,7 @@ cudaError_t Launch(const AttendArgs& a, cudaStream_t stream) {
     most_heads = most_heads < heads ? heads : most_heads;
     most_queries = most_queries < queries ? queries : most_queries;
   }
-  if (by_units) HEADROOM_CUDA_RETURN_IF_ERROR(LaunchUnitAttend(a, stream));
+  if (by_units) HEADROOM_CUDA_RETURN_IF_ERROR(LaunchUnitAttend(a, tickets, stream));
   const int64_t x = most_heads * CeilDiv(most_queries, Tile<kD, kRows>::kQueries);
   if (x == 0) return cudaSuccess;
   for (int64_t first = 0; first < a.items.count; first += kMaxGridY) {
@@ -503,9 +503,9 @@ cudaError_t Load() {
 
 }  // namespace
 
-cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream) {
+cudaError_t LaunchAttend(const AttendArgs& args, uint32_t* tickets, cudaStream_t stream) {
   if (args.items.count == 0 || args.rows == 0) return cudaSuccess;
-  return ForHeadDim(args.head_dim, [&](auto d) { return Launch<d()>(args, stream); });
+  return ForHeadDim(args.head_dim, [&](auto d) { return Launch<d()>(args, tickets, stream); });
 }
 
 cudaError_t LoadAttend() {

@@ -93,10 +93,10 @@ struct Work {
     return last.first_pos + last.count;
   }
   __device__ int64_t num_queries() const { return int64_t{item.row_count} * group; }
-  __device__ int64_t row(int64_t query) const { return item.row_begin + query / group; }
-  __device__ int64_t pos(int64_t query) const { return item.first_pos + query / group; }
+  __device__ int64_t row(int64_t query) const { return item.row_begin + RowOf(query); }
+  __device__ int64_t pos(int64_t query) const { return item.first_pos + RowOf(query); }
   __device__ int64_t q_head(int32_t kv_head, int64_t query) const {
-    return int64_t{kv_head} * group + query % group;
+    return int64_t{kv_head} * group + (query - int64_t{RowOf(query)} * group);
   }
   __device__ const float* q(int32_t kv_head, int64_t query) const {
     return a.q + row(query) * a.q_stride + q_head(kv_head, query) * a.head_dim;
@@ -109,6 +109,12 @@ struct Work {
   // The query's first element of a.out.
   __device__ int64_t out(int32_t kv_head, int64_t query) const {
     return (row(query) * a.num_q_heads + q_head(kv_head, query)) * a.head_dim;
+  }
+
+ private:
+  // Of the item. A division of 64 bits takes as long as a load.
+  __device__ uint32_t RowOf(int64_t query) const {
+    return static_cast<uint32_t>(query) / static_cast<uint32_t>(group);
   }
 };
 

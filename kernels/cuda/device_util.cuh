@@ -87,14 +87,17 @@ __device__ T BlockReduce(T value, T identity, Op op, T* shared) {
   return WarpReduce(lane < warps ? shared[lane] : identity, op);
 }
 
+// Positions are below 2^31, and a division of 64 bits takes as long as a load.
+__device__ inline int64_t RowOf(const KvSpan& span, int64_t pos) {
+  return static_cast<uint32_t>(pos - span.origin_pos) % static_cast<uint32_t>(span.capacity);
+}
 __device__ inline uint8_t* KeyRow(const KvSpan& span, int32_t kv_head, int64_t pos, int32_t d) {
-  return span.base + KvLayout{span.capacity, d}.KeyOffset(kv_head - span.kv_head_begin,
-                                                          (pos - span.origin_pos) % span.capacity);
+  return span.base +
+         KvLayout{span.capacity, d}.KeyOffset(kv_head - span.kv_head_begin, RowOf(span, pos));
 }
 __device__ inline uint8_t* ValueRow(const KvSpan& span, int32_t kv_head, int64_t pos, int32_t d) {
   return span.base +
-         KvLayout{span.capacity, d}.ValueOffset(kv_head - span.kv_head_begin,
-                                                (pos - span.origin_pos) % span.capacity);
+         KvLayout{span.capacity, d}.ValueOffset(kv_head - span.kv_head_begin, RowOf(span, pos));
 }
 
 // How much of a multiprocessor's 256 KiB the kernels of a decode step have as shared memory, in percent of

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
     sum = __fmaf_rn(values[v].z, values[v].z, sum);
     sum = __fmaf_rn(values[v].w, values[v].w, sum);
   }
+#pragma unroll 1
   for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
     sum = __fmaf_rn(x[i], x[i], sum);
   }
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
     }
     Store4(a.out, row * a.hidden + i * 4, value);
   }
+#pragma unroll 1
   for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
     const int64_t at = row * a.hidden + i;
     const float value = x[i] * scale * (Widen(a.weight[i]) + a.weight_offset);

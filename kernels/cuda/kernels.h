@@ -44,7 +44,10 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchSwiGlu(const SwiGluArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchRopeTable(const RopeTableArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchRopeAppend(const RopeAppendArgs& args, cudaStream_t stream);
-[[nodiscard]] cudaError_t LaunchAttend(const AttendArgs& args, cudaStream_t stream);
+// `tickets` is a word of device memory that is 0, before and afterwards; launches that may run at one time
+// need one each.
+[[nodiscard]] cudaError_t LaunchAttend(const AttendArgs& args, uint32_t* tickets,
+                                       cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchCopyKvRows(const CopyKvRowsArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchSoftCap(const SoftCapArgs& args, cudaStream_t stream);
 [[nodiscard]] cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream);
@@ -55,7 +58,8 @@ namespace headroom::kernels::cuda {
 [[nodiscard]] cudaError_t LaunchAwaitPartials(const AwaitPartialsArgs& args, cudaStream_t stream);
 
 // LaunchAttend()'s way for items of few queries; the others it leaves out.
-[[nodiscard]] cudaError_t LaunchUnitAttend(const AttendArgs& args, cudaStream_t stream);
+[[nodiscard]] cudaError_t LaunchUnitAttend(const AttendArgs& args, uint32_t* tickets,
+                                           cudaStream_t stream);
 // LaunchGemm()'s way for a decode step's rows, where IsSkinny().
 bool IsSkinny(const GemmArgs& args);
 [[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kRopeThreads)
     BiasAndNorm(a, q, values + kv_begin, values + kv_end);
     __syncthreads();
   }
+#pragma unroll 1
   for (int32_t n = begin * half + thread; n < q_end * half; n += threads) {
     float* const x = q + n / half * d;
     const int32_t i = n % half;
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(kRopeThreads)
     x[i] = first;
     x[i + half] = second;
   }
+#pragma unroll 1
   for (int32_t n = kv_begin * d + thread; n < kv_end * d; n += threads) {
     const int32_t head = n / d;
     const int32_t i = n % d;

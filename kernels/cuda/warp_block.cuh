@@ -58,7 +58,15 @@ struct Partials {
   float l[kWarps][kQueries];
 };
 
-// Queries [first, first + kQueries) of one KV head over one block of keys after the other, by one warp.
+// Up to 64 keys of one block, one behind the other, and likewise their values.
+struct Keys {
+  const uint8_t* rows = nullptr;
+  const uint8_t* value_rows = nullptr;
+  int32_t pos = 0;  // of the first; positions are below 2^31
+  int32_t count = 0;
+};
+
+// Up to kQueries queries of one KV head over one block of keys after the other, by one warp.
 //
 // Lanes, quad = lane / 4, pair = lane % 4, and queries h = 0 and 1: 2 pair + h. A score of product i of a
 // block, float n: key 16 i + quad + n / 2 * 8, query n % 2. Of o, tile t and float n: dimension t / 4 *
@@ -66,36 +74,33 @@ struct Partials {
 template <int kD>
 class WarpBlock {
  public:
-  // The warp goes on `stride` keys further on.
-  __device__ WarpBlock(const Work& work, int32_t kv_head, int64_t first, int32_t stride)
-      : work_(work),
-        kv_head_(kv_head),
-        first_(first),
-        stride_(stride),
+  __device__ explicit WarpBlock(const AttendArgs& a)
+      : a_(a),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         quad_(lane_ / 4),
-        pair_(lane_ % 4) {
+        pair_(lane_ % 4) {}
+
+  // Begins to load some keys.
+  __device__ void StartKeys(const Keys& keys) {
+    keys_ = LanesPart(keys);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) LoadKeys(slots_[i], keys_, i);
+  }
+
+  // The right operand of scores: of query `quad`, the dimensions that LoadKeys() gives a lane. Queries
+  // [first, first + kQueries) of a KV head are those that all is about from now on.
+  __device__ void LoadQueries(const Work& work, int32_t kv_head, int64_t first) {
+    const int64_t query = first + quad_;
+    const bool has = query < work.num_queries();
+    const float* const q = work.q(kv_head, has ? query : first) + pair_ * 8;
     const int64_t last = min(first + kQueries, work.num_queries()) - 1;
-    all_see_from_ = static_cast<int32_t>(FirstSeen(work.a.window, work.pos(last)));
+    all_see_from_ = static_cast<int32_t>(FirstSeen(a_.window, work.pos(last)));
     all_see_to_ = static_cast<int32_t>(work.pos(first) + 1);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) pos_[h] = static_cast<int32_t>(work.pos(first + 2 * pair_ + h));
-  }
-
-  // Begins to load the item's keys in [begin, end): some of one block, from its beginning on, or none.
-  // Positions are below 2^31.
-  __device__ void StartKeys(int32_t begin, int32_t end) {
-    next_ = Find(begin, end);
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) LoadKeys(slots_[i], next_, i);
-  }
-
-  // The right operand of scores: of query `quad`, the dimensions that LoadKeys() gives a lane. To be called
-  // before Run().
-  __device__ void LoadQueries() {
-    const int64_t query = first_ + quad_;
-    const bool has = query < work_.num_queries();
-    const float* const q = work_.q(kv_head_, has ? query : first_) + pair_ * 8;
+    for (int h = 0; h < 2; ++h) {
+      const int64_t of = first + 2 * pair_ + h;
+      pos_[h] = of < work.num_queries() ? static_cast<int32_t>(work.pos(of)) : -1;
+    }
 #pragma unroll
     for (int c = 0; c < kD / 32; ++c) {
       float4 low = make_float4(0, 0, 0, 0), high = low;
@@ -110,36 +115,39 @@ class WarpBlock {
     }
   }
 
-  // Takes the keys that were begun, and begins with [next_begin, next_end).
-  __device__ void Run(int32_t next_begin, int32_t next_end) {
-    const Keys keys = next_;
-    next_ = Next(next_begin, next_end);
-    float score[kGroups][4];
+  // Takes the keys that were begun, and begins with their values.
+  __device__ void TakeKeys() {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      Score(slots_[i % kSlots], score[i]);
+      Score(slots_[i % kSlots], p_[i]);
       if (i + kSlots < kGroups) {
-        LoadKeys(slots_[i % kSlots], keys, i + kSlots);
+        LoadKeys(slots_[i % kSlots], keys_, i + kSlots);
       } else {
-        LoadValues(slots_[i % kSlots], keys, i + kSlots - kGroups);
+        LoadValues(slots_[i % kSlots], keys_, i + kSlots - kGroups);
       }
     }
+  }
+
+  // Takes the values, and begins with the next keys.
+  __device__ void TakeValues(const Keys& next) {
+    const Keys keys = keys_;
+    keys_ = LanesPart(next);
     // Almost always: nothing is looked at key by key.
     if (keys.count == kBlock && all_see_from_ <= keys.pos && keys.pos + kBlock <= all_see_to_ &&
-        work_.a.soft_cap == 0) {
-      Softmax<true>(keys, score);
+        a_.soft_cap == 0) {
+      Softmax<true>(keys, p_);
     } else {
-      Softmax<false>(keys, score);
+      Softmax<false>(keys, p_);
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) o_[t][0] = o_[t][1] = o_[t][2] = o_[t][3] = 0;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      AddValues(slots_[i % kSlots], score[i]);
+      AddValues(slots_[i % kSlots], p_[i]);
       if (i + kSlots < kGroups) {
         LoadValues(slots_[i % kSlots], keys, i + kSlots);
       } else {
-        LoadKeys(slots_[i % kSlots], next_, i + kSlots - kGroups);
+        LoadKeys(slots_[i % kSlots], keys_, i + kSlots - kGroups);
       }
     }
   }
@@ -165,53 +173,11 @@ class WarpBlock {
   static constexpr int kSlots = kD <= 128 ? 4 : 2;  // groups of keys, or of values, on their way
   static constexpr int kRowBytes = kD * static_cast<int>(kKvElementBytes);
 
-  __device__ bool Has(int h) const { return first_ + 2 * pair_ + h < work_.num_queries(); }
   __device__ int Dimension(int t) const { return t / 4 * 64 + quad_ * 8 + t % 4 * 2; }
 
-  // Up to 64 keys, one behind the other, and likewise their values: where the lane's part begins.
-  struct Keys {
-    const uint8_t* rows = nullptr;
-    const uint8_t* value_rows = nullptr;
-    int32_t pos = 0;
-    int32_t count = 0;
-  };
-
-  // A stride further on they may lie in the same span.
-  __device__ Keys Next(int32_t begin, int32_t end) {
-    if (begin != next_.pos + stride_ || end > in_a_row_to_ || begin >= end) return Find(begin, end);
-    const int64_t bytes = int64_t{stride_} * kRowBytes;
-    return {next_.rows + bytes, next_.value_rows + bytes, begin, end - begin};
-  }
-
-  // Where keys [begin, end) lie; nowhere if there are none. The lanes look at a span each: a long context
-  // has some forty.
-  __device__ Keys Find(int32_t begin, int32_t end) {
-    Keys keys;
-    in_a_row_to_ = 0;
-    if (begin >= end) return keys;
-    for (int32_t base = 0; base < work_.item.span_count; base += kWarp) {
-      const int32_t i = base + lane_;
-      bool here = false;
-      if (i < work_.item.span_count) {
-        const KvSpan& span = work_.span(i);
-        here = span.first_pos <= begin && begin < span.first_pos + span.count;
-      }
-      const unsigned found = __ballot_sync(kFullMask, here);
-      if (found == 0) continue;
-      const KvSpan& span = work_.span(base + __ffs(static_cast<int>(found)) - 1);
-      const auto span_end = static_cast<int32_t>(span.first_pos) + span.count;
-      const uint8_t* const rows = KeyRow(span, kv_head_, begin, kD);
-      const uint8_t* const value_rows = ValueRow(span, kv_head_, begin, kD);
-      keys.rows = rows + quad_ * kRowBytes + pair_ * 16;
-      keys.value_rows = value_rows + 2 * pair_ * kRowBytes + quad_ * 16;
-      keys.pos = begin;
-      keys.count = min(end, span_end) - begin;
-      // Up to where a ring begins anew.
-      const auto row = static_cast<uint32_t>(begin - static_cast<int32_t>(span.origin_pos)) %
-                       static_cast<uint32_t>(span.capacity);
-      in_a_row_to_ = min(span_end, begin + span.capacity - static_cast<int32_t>(row));
-      break;
-    }
+  __device__ Keys LanesPart(Keys keys) const {
+    keys.rows += quad_ * kRowBytes + pair_ * 16;
+    keys.value_rows += 2 * pair_ * kRowBytes + quad_ * 16;
     return keys;
   }
 
@@ -267,8 +233,8 @@ class WarpBlock {
 
   // Which of the keys query h sees.
   __device__ SeenKeys Seen(int h, const Keys& keys) const {
-    if (!Has(h)) return {};
-    return {work_.a, pos_[h], keys.pos, keys.count};
+    if (pos_[h] < 0) return {};
+    return {a_, pos_[h], keys.pos, keys.count};
   }
 
   // Scores to exp(score - m). kAll: all queries see all keys, and scores are not capped.
@@ -284,9 +250,9 @@ class WarpBlock {
         for (int n = h; n < 4; n += 2) {
           const int key = i * kGroup + quad_ + n / 2 * 8;
           if constexpr (kAll) {
-            p[i][n] = __fmul_rn(p[i][n], work_.a.scale);
+            p[i][n] = __fmul_rn(p[i][n], a_.scale);
           } else {
-            p[i][n] = seen.Has(key) ? Scored(work_.a, p[i][n]) : -CUDART_INF_F;
+            p[i][n] = seen.Has(key) ? Scored(a_, p[i][n]) : -CUDART_INF_F;
           }
           largest = fmaxf(largest, p[i][n]);
         }
@@ -333,15 +299,12 @@ class WarpBlock {
     return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w;
   }
 
-  const Work& work_;
-  const int32_t kv_head_;
-  const int64_t first_;
-  const int32_t stride_;
+  const AttendArgs& a_;
   const int lane_, quad_, pair_;
-  int32_t pos_[2];  // of the lane's queries
+  int32_t pos_[2];                     // of the lane's queries; -1: there is none
   int32_t all_see_from_, all_see_to_;  // positions of keys
-  int32_t in_a_row_to_ = 0;            // rows of keys follow each other up to this position
-  Keys next_;
+  Keys keys_;           // the lane's part
+  float p_[kGroups][4];  // scores, then exp(score - m)
   uint4 slots_[kSlots][kPieces];  // keys or values on their way
   uint32_t q_hi_[kD / 32][4], q_lo_[kD / 32][4];
   float o_[kTiles][4];

@@ -116,6 +116,43 @@ TEST_F(AttentionTest, LittleScratchGivesTheSameBits) {
   }
 }
 
+// Rows of one sequence as sequences of their own, each head an item, so that there are several times as many
+// units as blocks of threads at once, and more items than a launch takes: bits as of all rows together. What
+// counts the units ends where it began, with scratch for a few of them or for all.
+TEST_F(AttentionTest, BlocksShareManyUnits) {
+  const Shape shape = {3, 3, 64};
+  const int64_t rows = 100;
+  const Sequence s(shape, 5000, 41);
+  const int64_t first_pos = s.tokens - rows;
+  const std::vector<float> expected = Whole(s, first_pos, rows);
+  const Piece piece = Everything(s.tokens);
+  uint8_t* const base = gpu_.Put(s.Lay(0, s.tokens, 0, piece.capacity));
+  std::vector<AttendItem> items;
+  std::vector<KvSpan> spans;
+  for (int32_t row = 0; row < rows; ++row) {
+    spans.push_back({base, 0, 0, static_cast<int32_t>(first_pos + row + 1), piece.capacity, 0,
+                     shape.num_kv_heads});
+    for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
+      AttendItem item = ItemOf(s, first_pos + row, 1, {spans.back()});
+      item.row_begin = row;
+      item.kv_head_begin = head;
+      item.kv_head_end = head + 1;
+      item.span_begin = row;
+      item.reset = item.finish = 1;
+      items.push_back(item);
+    }
+  }
+  constexpr int64_t kLeast = kernels::kMinAttendScratchFloats;
+  AttendArgs args = Args(s, first_pos, rows, 8 * kLeast);
+  args.spans = gpu_.PutTable(spans);
+  args.items = gpu_.PutTable(items);
+  for (const int64_t scratch_floats : {kLeast, 8 * kLeast, kLeast, 8 * kLeast}) {
+    args.scratch_floats = scratch_floats;
+    EXPECT_OK(device_.Attend(gpu_.stream(), args));
+    EXPECT_TRUE(SameBits(gpu_.Fetch(args.out.floats(), rows * s.q_width()), expected));
+  }
+}
+
 // A ragged batch: sequences of other lengths, heads in items of their own, a row that only resets
 // and is finished by a later launch.
 TEST_F(AttentionTest, ItemsOfABatchDoNotDisturbEachOther) {

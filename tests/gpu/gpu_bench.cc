@@ -167,8 +167,9 @@ class Bench {
     }
   }
 
-  // Microseconds of the rows at the end of `keys` keys, all in one place.
-  double Attend(int64_t rows, int64_t keys, int64_t scratch_floats) {
+  // Microseconds of the rows at the end of `keys` keys, all in one place; of several sequences in one
+  // launch, one for each number of keys.
+  double Attend(int64_t rows, const std::vector<int64_t>& keys, int64_t scratch_floats) {
     if (q_ == nullptr) {
       const int64_t queries = kMostRows * kQHeads;
       q_ = Random<float>(queries * kHeadDim);
@@ -179,25 +180,33 @@ class Bench {
       keys_ = Random<BFloat16>(131072 * kKvHeads * kHeadDim * 2);
       tables_ = Take(4096);
     }
-    const std::vector<kernels::KvSpan> spans = {
-        {reinterpret_cast<uint8_t*>(keys_), 0, 0, static_cast<int32_t>(keys),
-         static_cast<int32_t>(keys), 0, kKvHeads}};
-    kernels::AttendItem item;
-    item.row_count = static_cast<int32_t>(rows);
-    item.first_pos = keys - rows;
-    item.kv_head_end = kKvHeads;
-    item.span_count = item.reset = item.finish = 1;
-    const std::vector<kernels::AttendItem> items = {item};
-    Require(device_->Upload(tables_, spans.data(), sizeof(spans[0])));
-    Require(device_->Upload(tables_ + 1024, items.data(), sizeof(items[0])));
+    std::vector<kernels::KvSpan> spans;
+    std::vector<kernels::AttendItem> items;
+    for (const int64_t its_keys : keys) {
+      kernels::AttendItem item;
+      item.row_begin = static_cast<int32_t>(rows * static_cast<int64_t>(items.size()));
+      item.row_count = static_cast<int32_t>(rows);
+      item.first_pos = its_keys - rows;
+      item.kv_head_end = kKvHeads;
+      item.span_begin = static_cast<int32_t>(spans.size());
+      item.span_count = item.reset = item.finish = 1;
+      items.push_back(item);
+      spans.push_back({reinterpret_cast<uint8_t*>(keys_), 0, 0, static_cast<int32_t>(its_keys),
+                       static_cast<int32_t>(its_keys), 0, kKvHeads});
+    }
+    Require(device_->Upload(tables_, spans.data(),
+                            static_cast<int64_t>(spans.size() * sizeof(spans[0]))));
+    Require(device_->Upload(tables_ + 1024, items.data(),
+                            static_cast<int64_t>(items.size() * sizeof(items[0]))));
     kernels::AttendArgs args;
     args.q = q_;
     args.q_stride = kQHeads * kHeadDim;
     args.state = state_;
     args.out = out_;
-    args.rows = rows;
-    args.items = {reinterpret_cast<kernels::AttendItem*>(tables_ + 1024), items.data(), 1};
-    args.spans = {reinterpret_cast<kernels::KvSpan*>(tables_), spans.data(), 1};
+    const auto count = static_cast<int32_t>(items.size());
+    args.rows = rows * count;
+    args.items = {reinterpret_cast<kernels::AttendItem*>(tables_ + 1024), items.data(), count};
+    args.spans = {reinterpret_cast<kernels::KvSpan*>(tables_), spans.data(), count};
     args.scratch = scratch_;
     args.scratch_floats = scratch_floats;
     args.scale = 0.088f;
@@ -209,15 +218,19 @@ class Bench {
 
   void Decodes() {
     for (const int64_t keys : {1024, 8192, 32768, 131072}) {
-      const double us = Attend(1, keys, kScratchFloats);
+      const double us = Attend(1, {keys}, kScratchFloats);
       std::printf("attention, 1 row on %d keys: %.1f us, %.0f GB/s\n", static_cast<int>(keys), us,
                   1e-3 * static_cast<double>(keys * kKvHeads * kHeadDim * 4) / us);
     }
+    std::vector<int64_t> ragged(16, 1024);
+    ragged[0] = 131072;
+    std::printf("attention, 1 row on 131072 keys beside 15 on 1024: %.1f us\n",
+                Attend(1, ragged, kScratchFloats));
   }
   // Our own kernels, and cuDNN's plans first by themselves, then with all that is around them.
   void Prefills() {
     const auto prefill = [this](const char* by, int64_t rows, int64_t keys, int64_t floats) {
-      const double us = Attend(rows, keys, floats);
+      const double us = Attend(rows, {keys}, floats);
       const double pairs = static_cast<double>(rows) * (static_cast<double>(keys) - rows / 2.0);
       std::printf("attention by %s, %d rows on %d keys: %.0f us, %.1f TFLOP/s\n", by,
                   static_cast<int>(rows), static_cast<int>(keys), us,
@@ -244,7 +257,7 @@ class Bench {
   }
 
   void Small() {
-    Attend(1, 1024, kScratchFloats);  // whose buffers it uses
+    Attend(1, {1024}, kScratchFloats);  // whose buffers it uses
     kernels::RmsNormArgs norm;
     norm.x = q_;
     norm.x_rows = norm.rows = 1;

@@ -88,6 +88,7 @@ class CudaDevice : public Device {
     HEADROOM_ASSIGN_OR_RETURN(setup_stream_, NewStream());
     HEADROOM_ASSIGN_OR_RETURN(upload_stream_, NewStream());
     HEADROOM_RETURN_IF_ERROR(timers_.Init(kTimerPairs));
+    HEADROOM_ASSIGN_OR_RETURN(tickets_, Zeroed(kMaxStreams * sizeof(uint32_t)));
     HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
         cudaMemsetAsync(arena_.base(), 0, static_cast<size_t>(arena_.capacity_bytes()),
                         setup_stream_.get())));
@@ -314,9 +315,9 @@ class CudaDevice : public Device {
     return Launch<&kernels::cuda::LaunchRopeAppend>(s, "RopeAppend", a);
   }
   absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
-    const auto enqueue = [this, &a](cudaStream_t on) {
+    const auto enqueue = [&](cudaStream_t on) {
       MutexLock lock(&wide_mutex_);
-      return wide_.Attend(a, on);
+      return wide_.Attend(a, static_cast<uint32_t*>(tickets_.get()) + s.index, on);
     };
     return Launch(s, "Attend", a, account, /*host_too=*/false, enqueue, kTimedOf);
   }
@@ -434,6 +435,16 @@ class CudaDevice : public Device {
     return CudaStream(stream);
   }
 
+  // To be awaited by AwaitSetup().
+  absl::StatusOr<CudaMemory> Zeroed(size_t bytes) {
+    void* data = nullptr;
+    HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaMalloc(&data, bytes)));
+    CudaMemory memory(data);
+    HEADROOM_RETURN_IF_ERROR(
+        HEADROOM_CUDA_STATUS(cudaMemsetAsync(data, 0, bytes, setup_stream_.get())));
+    return memory;
+  }
+
   // A copy from plain memory may return before the GPU has it.
   absl::Status AwaitSetup() { return Await(setup_stream_); }
   absl::Status Await(const CudaStream& stream) {
@@ -536,6 +547,7 @@ class CudaDevice : public Device {
   mutable Mutex mutex_;
   Arena arena_;  // its bounds are const; allocation under mutex_
   HostRegistrations host_;
+  CudaMemory tickets_;  // of each stream's Attends: kernels::cuda::LaunchAttend()
   OpTimers timers_;
   std::vector<std::unique_ptr<Recording>> recordings_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<WideGemm> wide_gemm_;  // null: kernels::cuda::LaunchGemm() takes all

@@ -219,7 +219,7 @@ const WideAttend::Prepared* WideAttend::Find(const AttendArgs& a) const {
   return nullptr;
 }
 
-absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
+absl::Status WideAttend::Attend(const AttendArgs& a, uint32_t* tickets, cudaStream_t stream) {
   const Prepared* const prepared = Find(a);
   const auto wide = [&](int32_t i) {
     const AttendItem& item = a.items.host[i];
@@ -231,8 +231,8 @@ absl::Status WideAttend::Attend(const AttendArgs& a, cudaStream_t stream) {
     int32_t end = begin + 1;
     while (end < a.items.count && wide(end) == is_wide) ++end;
     if (!is_wide) {
-      HEADROOM_RETURN_IF_ERROR(
-          HEADROOM_CUDA_STATUS(kernels::cuda::LaunchAttend(Slice(a, begin, end), stream)));
+      HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
+          kernels::cuda::LaunchAttend(Slice(a, begin, end), tickets, stream)));
       begin = end;
       continue;
     }

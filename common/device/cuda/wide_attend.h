@@ -32,8 +32,8 @@ class WideAttend {
   // Device::PrepareWideAttend; enqueues one run of each plan.
   absl::Status Prepare(const kernels::WideShape& shape, float* scratch, int64_t scratch_floats,
                        cudaStream_t stream);
-  // Device::Attend.
-  absl::Status Attend(const kernels::AttendArgs& args, cudaStream_t stream);
+  // Device::Attend; tickets: of the stream, see kernels::cuda::LaunchAttend().
+  absl::Status Attend(const kernels::AttendArgs& args, uint32_t* tickets, cudaStream_t stream);
 
   WideAttendUse use() const;
   // Thread-safe, so that who only counts does not wait for an Attend.
