@@ -1,7 +1,7 @@
 // Attention of few queries over many keys: a decode step's. Its time is that of reading the keys.
 //
-// Units of kUnitTokens keys are computed side by side into scratch, and folded in order by a second kernel;
-// attention.h states the fold. Each of a block's four warps takes one block of 64 keys of a unit alone
+// Units of kUnitTokens keys are computed side by side into scratch, and folded in order by a second kernel
+// (unit_fold.cu); attention.h states the fold. Each of a block's four warps takes one block of 64 keys of a unit alone
 // (warp_block.cuh); U is the fold of the four, in order. (On the CPU blocks go on from each other by online
 // softmax: the same but for rounding.)
 //
@@ -13,71 +13,13 @@
 // 15 sequences of 1,024 beside them 180, where blocks that were dealt out evenly took 141 and 590 (gpu_bench).
 #include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/unit_window.cuh"
 #include "kernels/cuda/warp_block.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
 
 using namespace unit;  // NOLINT: its other half
-
-// Items of a launch: what is known of each goes with its parameters.
-constexpr int kMostItems = 256;
-constexpr int64_t kMostUnits = int64_t{1} << 31;
-
-// What the units [first, first + count) of every item leave in scratch, for FoldKernel: o of all queries'
-// units, a query's one behind the other, and then m and l of each, likewise. A task, of which each
-// ticket is one, is a unit of up to kQueries queries of a KV head; they count by item, head, unit, queries.
-struct UnitWindow {
-  int64_t first;  // counted from the unit of the item's first key
-  int64_t count;
-  int32_t first_head;  // of each item
-  int32_t heads;       // from that one on, of the item that has the most
-  int32_t queries;     // likewise of the item that has the most
-  uint32_t slots;      // of all items
-  uint32_t tasks;
-  uint32_t first_task[kMostItems];
-  uint32_t first_slot[kMostItems];
-};
-
-// An item's part of a window, the same for host and device.
-struct ItemUnits {
-  int64_t first_unit;  // of the item's first key
-  int64_t units;       // from that one on
-  uint32_t count;      // of them in the window
-  uint32_t heads;      // in the window
-  uint32_t queries;
-
-  HEADROOM_HOST_DEVICE ItemUnits(const UnitWindow& window, const AttendItem& item, int32_t group,
-                                 int64_t begin_pos, int64_t end_pos)
-      : first_unit(begin_pos / kUnitTokens), units(0), count(0), heads(0), queries(0) {
-    if (!GoesByUnits(item, group)) return;
-    if (item.span_count > 0) units = (end_pos + kUnitTokens - 1) / kUnitTokens - first_unit;
-    const int64_t behind = units - window.first;
-    count = static_cast<uint32_t>(behind < 0 ? 0 : behind < window.count ? behind : window.count);
-    const int32_t its = item.kv_head_end - item.kv_head_begin - window.first_head;
-    heads = static_cast<uint32_t>(its < 0 ? 0 : its < window.heads ? its : window.heads);
-    queries = static_cast<uint32_t>(item.row_count * group);
-  }
-  HEADROOM_HOST_DEVICE uint32_t tiles() const { return (queries + kQueries - 1) / kQueries; }
-  HEADROOM_HOST_DEVICE uint32_t tasks() const { return heads * count * tiles(); }
-  HEADROOM_HOST_DEVICE uint32_t slots() const { return heads * queries * count; }
-};
-
-// Where the partials of a query's units lie: 32 columns of all units, the next 32, ...; and m and l of each.
-template <int kD>
-struct QueryPartials {
-  float* o;
-  float2* m_and_l;
-  uint32_t units;
-  // `slot` is that of the query's first unit in the window.
-  __device__ QueryPartials(const AttendArgs& a, const UnitWindow& window, uint32_t slot, uint32_t count)
-      : o(a.scratch + int64_t{slot} * kD),
-        m_and_l(reinterpret_cast<float2*>(a.scratch + int64_t{window.slots} * kD) + slot),
-        units(count) {}
-  __device__ float* Of(uint32_t unit, int column) const {
-    return o + (int64_t{static_cast<uint32_t>(column) / kWarp} * units + unit) * kWarp + column % kWarp;
-  }
-};
 
 // U of one query and some columns: what an earlier launch has opened, if there is such, and then the
 // partials of the unit's blocks, in order. To `to`.
@@ -309,219 +251,6 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
   }
 }
 
-// Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
-// before it, or nothing in it, the one has weight 0 and the other 1.
-struct __align__(16) UnitWeights {
-  float before;
-  float unit;
-  float l;
-};
-
-// Shared memory of a block that folds, of all columns or some. Each warp fetches its own 32: no warp waits
-// for another's. kLong: 24 KiB are on their way, what a multiprocessor that has one block wants; else a third
-// of that, and many sequences' blocks find room.
-template <int kD, int kColumns, bool kLong>
-struct FoldShared {
-  static constexpr int kStages = 4;
-  static constexpr int kStageUnits = (kLong ? 2048 : 1024) / kColumns;  // 8 or 4 KiB
-  static constexpr int kLooks = kLong ? 512 / kD : 1;  // units whose weights a thread finds
-  static constexpr int kRound = kLooks * kD;
-  float o[kColumns / kWarp][kStages][kStageUnits][kWarp];
-  UnitWeights weights[kRound];
-  float largest_of_warp[kD / kWarp];
-};
-
-// Block (columns, query and head; item): folds the window's units in order, a thread for each column; the others
-// find weights. With less than kD columns a block there are others beside it that read the same m and l, and
-// an item must be done with it, from its beginning to its end: no state is read then, nor written.
-//
-// 128K tokens are 512 units: what the fold hangs on (the largest score so far, and with it both weights of
-// each unit) is found for all of them at once, so that only a multiplication and an addition a unit remain
-// one after the other.
-template <int kD, int kColumns, bool kLong>
-__global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendArgs a,
-                                                 const __grid_constant__ UnitWindow window) {
-  using Shared = FoldShared<kD, kColumns, kLong>;
-  constexpr int kStageUnits = Shared::kStageUnits, kStages = Shared::kStages;
-  constexpr int kLooks = Shared::kLooks, kRound = Shared::kRound;
-  constexpr int kSome = kStageUnits < 32 ? kStageUnits : 32;
-  static_assert(kRound % kStageUnits == 0 && kStageUnits % kSome == 0);
-  extern __shared__ __align__(16) uint8_t memory[];
-  auto& shared = *reinterpret_cast<Shared*>(memory);
-  const AttendItem item = a.items.device[blockIdx.y];
-  const Work work(a, item);
-  const int64_t begin_pos = work.begin_pos();
-  const int64_t end_pos = work.end_pos();
-  BeginDependent();
-  constexpr unsigned kParts = kD / kColumns;
-  const int first_column = static_cast<int>(blockIdx.x % kParts) * kColumns;
-  const uint32_t head = blockIdx.x / kParts / static_cast<unsigned>(window.queries);
-  const uint32_t query = blockIdx.x / kParts % static_cast<unsigned>(window.queries);
-  const ItemUnits its(window, item, work.group, begin_pos, end_pos);
-  if (head >= its.heads || query >= its.queries) return;
-  if (window.first > 0 && window.first >= its.units) return;
-  const auto kv_head = item.kv_head_begin + window.first_head + static_cast<int32_t>(head);
-  const bool last = window.first + its.count == its.units;
-  const bool opens = last && its.units > 0 && end_pos % kUnitTokens != 0;
-  // Whole units, counted from the window's first, and what the unit kernel left of each.
-  const auto whole = static_cast<int>(its.count) - (opens ? 1 : 0);
-  const QueryPartials<kD> parts(
-      a, window, window.first_slot[blockIdx.y] + (head * its.queries + query) * its.count, its.count);
-
-  const int i = static_cast<int>(threadIdx.x);
-  const int warp = i / kWarp;
-  const int lane = i % kWarp;
-  const bool folds = i < kColumns;
-  // The stage that begins with `unit`, of the warp's columns: eight lanes a unit. What is past the last unit
-  // is zero.
-  const float* const its_columns = parts.Of(0, first_column + (folds ? warp * kWarp : 0));
-  const auto fetch = [&](int unit) {
-    auto& stage = shared.o[warp][unit / kStageUnits % kStages];
-    constexpr int kAtOnce = 4;
-    const int first = lane / (kWarp / kAtOnce);
-    const float* const from = its_columns + int64_t{unit} * kWarp + lane * 4;
-#pragma unroll
-    for (int n = 0; n < kStageUnits; n += kAtOnce) {
-      const bool exists = unit + n + first < whole;
-      CopyAsync16(&stage[n + first][lane % (kWarp / kAtOnce) * 4],
-                  exists ? from + n * kWarp : its_columns, exists ? 16 : 0);
-    }
-    CommitCopies();
-  };
-  if (folds) {
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage * kStageUnits);
-  }
-  // The thread's units of a round.
-  float2 next[kLooks];
-  const auto look = [&](int begin) {
-#pragma unroll
-    for (int n = 0; n < kLooks; ++n) {
-      const int unit = begin + i * kLooks + n;
-      next[n] = unit < whole ? parts.m_and_l[unit] : make_float2(-CUDART_INF_F, 0);
-    }
-  };
-  look(0);
-
-  float* const r = work.state(kv_head, query);
-  float* const u = r + kD + 2;
-  const bool empty = kParts > 1 || (window.first == 0 && item.reset != 0);
-  float o = empty ? 0.0f : r[i];
-  float m = empty ? -CUDART_INF_F : r[kD];
-  float l = empty ? 0.0f : r[kD + 1];
-  for (int begin = 0; begin < whole; begin += kRound) {
-    float2 m_and_l[kLooks];
-    float upto[kLooks];  // the largest of the thread's units up to and with each
-#pragma unroll
-    for (int n = 0; n < kLooks; ++n) {
-      m_and_l[n] = next[n];
-      upto[n] = n == 0 ? m_and_l[0].x : fmaxf(upto[n - 1], m_and_l[n].x);
-    }
-    look(begin + kRound);
-    float to_lane = upto[kLooks - 1];
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const float left = __shfl_up_sync(kFullMask, to_lane, offset);
-      if (lane >= offset) to_lane = fmaxf(to_lane, left);
-    }
-    __syncthreads();  // the round before has read its weights
-    if (lane == kWarp - 1) shared.largest_of_warp[warp] = to_lane;
-    float before = __shfl_up_sync(kFullMask, to_lane, 1);
-    if (lane == 0) before = -CUDART_INF_F;
-    __syncthreads();
-    before = fmaxf(before, m);
-#pragma unroll
-    for (int other = 0; other < kD / kWarp; ++other) {
-      const float largest = shared.largest_of_warp[other];
-      if (other < warp) before = fmaxf(before, largest);
-      m = fmaxf(m, largest);
-    }
-#pragma unroll
-    for (int n = 0; n < kLooks; ++n) {
-      const float with = fmaxf(before, m_and_l[n].x);
-      const bool nothing_before = before == -CUDART_INF_F;
-      UnitWeights weights = {1, 0, m_and_l[n].y};
-      if (m_and_l[n].y != 0) {
-        weights.before = nothing_before ? 0.0f : expf(__fsub_rn(before, with));
-        weights.unit = nothing_before ? 1.0f : expf(__fsub_rn(m_and_l[n].x, with));
-      }
-      shared.weights[i * kLooks + n] = weights;
-      before = with;
-    }
-    __syncthreads();
-    const int count = whole - begin < kRound ? whole - begin : kRound;
-    for (int first = 0; folds && first < count; first += kStageUnits) {
-      __syncwarp();  // its lanes have read the stage that is fetched now
-      fetch(begin + first + (kStages - 1) * kStageUnits);
-      AwaitCopies<kStages - 1>();
-      __syncwarp();
-      const auto& stage = shared.o[warp][(begin + first) / kStageUnits % kStages];
-      const auto add = [&](float unit_o, const UnitWeights& weights) {
-        o = __fmaf_rn(unit_o, weights.unit, __fmul_rn(o, weights.before));
-        l = __fmaf_rn(weights.l, weights.unit, __fmul_rn(l, weights.before));
-      };
-      // Additions wait for each other; what they need of shared memory is there before.
-      int k = 0;
-      for (; k < kStageUnits && first + k + kSome <= count; k += kSome) {
-        float its_o[kSome];
-        UnitWeights weights[kSome];
-#pragma unroll
-        for (int n = 0; n < kSome; ++n) {
-          its_o[n] = stage[k + n][lane];
-          weights[n] = shared.weights[first + k + n];
-        }
-#pragma unroll
-        for (int n = 0; n < kSome; ++n) add(its_o[n], weights[n]);
-      }
-      for (; k < kStageUnits && first + k < count; ++k) add(stage[k][lane], shared.weights[first + k]);
-    }
-  }
-  AwaitCopies<0>();
-  if (!folds) return;
-  // What was open went into the first unit's partial, if there is one.
-  float open_o = 0, open_m = -CUDART_INF_F, open_l = 0;
-  if (opens) {
-    open_o = *parts.Of(static_cast<uint32_t>(whole), first_column + i);
-    open_m = parts.m_and_l[whole].x;
-    open_l = parts.m_and_l[whole].y;
-  } else if (its.units == 0 && !empty) {
-    open_o = u[i];
-    open_m = u[kD];
-    open_l = u[kD + 1];
-  }
-  if (last && item.finish != 0) {
-    const FoldWeights fold(m, l, open_m, open_l);
-    o = fold(o, open_o);
-    m = fold.m;
-    l = fold.l;
-    open_o = open_l = 0;
-    open_m = -CUDART_INF_F;
-    StoreActivation(a.out, work.out(kv_head, query) + first_column + i, __fmul_rn(o, 1.0f / l));
-  }
-  if (kParts > 1) return;
-  __syncthreads();  // all have read m and l
-  r[i] = o;
-  u[i] = open_o;
-  if (i != 0) return;
-  r[kD] = m;
-  r[kD + 1] = l;
-  u[kD] = open_m;
-  u[kD + 1] = open_l;
-}
-
-// A sequence's units up to which its fold is a short one, and how many columns a block has of a long one: 32
-// queries of 512 units are 8.5 MB, and 128 blocks read more at a time than 32.
-constexpr int64_t kFewUnits = 64;
-constexpr int kLongColumns = 32;
-
-template <int kD, int kColumns, bool kLong>
-cudaError_t LaunchFold(const AttendArgs& a, const UnitWindow& window, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(window.heads * window.queries * (kD / kColumns)),
-                  static_cast<unsigned>(a.items.count));
-  return LaunchDependentOn(stream, FoldKernel<kD, kColumns, kLong>, grid, kD,
-                           sizeof(FoldShared<kD, kColumns, kLong>), a, window);
-}
-
 int64_t EndOf(const AttendArgs& a, const AttendItem& item) {
   if (item.span_count == 0) return 0;
   const KvSpan& last = a.spans.host[item.span_begin + item.span_count - 1];
@@ -572,13 +301,7 @@ cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, uint32_t* tick
       HEADROOM_CUDA_RETURN_IF_ERROR(LaunchDependentOn(stream, UnitKernel<kD>, blocks, kThreads,
                                                       sizeof(UnitShared<kD>), a, window, tickets));
     }
-    if (units <= kFewUnits) {
-      HEADROOM_CUDA_RETURN_IF_ERROR((LaunchFold<kD, kD, false>(a, window, stream)));
-    } else if (whole && units <= window.count) {
-      HEADROOM_CUDA_RETURN_IF_ERROR((LaunchFold<kD, kLongColumns, true>(a, window, stream)));
-    } else {
-      HEADROOM_CUDA_RETURN_IF_ERROR((LaunchFold<kD, kD, true>(a, window, stream)));
-    }
+    HEADROOM_CUDA_RETURN_IF_ERROR(LaunchUnitFold(a, window, units, whole, stream));
     window.first += window.count;
   } while (window.first < units);
   return cudaSuccess;
@@ -616,16 +339,9 @@ cudaError_t Launch(AttendArgs a, uint32_t* tickets, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-template <int kD, int kColumns, bool kLong>
-cudaError_t LoadFold() {
-  return LoadDecodeKernel(FoldKernel<kD, kColumns, kLong>, sizeof(FoldShared<kD, kColumns, kLong>));
-}
 template <int kD>
 cudaError_t Load() {
-  HEADROOM_CUDA_RETURN_IF_ERROR(LoadDecodeKernel(UnitKernel<kD>, sizeof(UnitShared<kD>)));
-  HEADROOM_CUDA_RETURN_IF_ERROR((LoadFold<kD, kD, true>()));
-  HEADROOM_CUDA_RETURN_IF_ERROR((LoadFold<kD, kLongColumns, true>()));
-  return LoadFold<kD, kD, false>();
+  return LoadDecodeKernel(UnitKernel<kD>, sizeof(UnitShared<kD>));
 }
 
 }  // namespace
@@ -637,7 +353,8 @@ cudaError_t LaunchUnitAttend(const AttendArgs& args, uint32_t* tickets, cudaStre
 cudaError_t LoadUnitAttend() {
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<64>());
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<128>());
-  return Load<256>();
+  HEADROOM_CUDA_RETURN_IF_ERROR(Load<256>());
+  return LoadUnitFold();
 }
 
 }  // namespace headroom::kernels::cuda

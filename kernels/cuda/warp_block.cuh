@@ -11,14 +11,13 @@
 #ifndef HEADROOM_KERNELS_CUDA_WARP_BLOCK_CUH_
 #define HEADROOM_KERNELS_CUDA_WARP_BLOCK_CUH_
 
-#include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/tensor_core.cuh"
+#include "kernels/cuda/unit_window.cuh"
 
 namespace headroom::kernels::cuda::unit {
 
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = kWarps * kWarp;
-inline constexpr int kQueries = 8;  // of a block of threads
 inline constexpr int kGroup = 16;   // keys of one product
 inline constexpr int kGroups = kBlock / kGroup;
 static_assert(kWarps * kBlock == kUnitTokens);
