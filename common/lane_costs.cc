@@ -34,6 +34,7 @@ struct Beside {
 
 LaneCosts Slower(LaneCosts costs, double factor) {
   costs.base_seconds *= factor;
+  costs.resident_base_seconds *= factor;
   costs.in_place_seconds *= factor;
   for (double& seconds : costs.seconds_per_byte) seconds *= factor;
   for (double& seconds : costs.busy_seconds_per_byte) seconds *= factor;
@@ -41,7 +42,10 @@ LaneCosts Slower(LaneCosts costs, double factor) {
 }
 
 double StepSeconds(const LaneCosts& costs, const LaneValues& bytes) {
-  return costs.base_seconds + bytes[kResidentLane] * costs.seconds_per_byte[kResidentLane] +
+  const bool all_resident = bytes[kFetchedLane] <= 0 && bytes[kInPlaceLane] <= 0;
+  const double base = all_resident && costs.resident_base_seconds > 0 ? costs.resident_base_seconds
+                                                                      : costs.base_seconds;
+  return base + bytes[kResidentLane] * costs.seconds_per_byte[kResidentLane] +
          Beside(costs, bytes).seconds();
 }
 

@@ -51,13 +51,15 @@ LaneCosts FromProto(const v1::MeasureLanesResponse& from) {
   const auto sane = [](double value) { return std::isfinite(value) && value >= 0; };
   LaneCosts costs;
   costs.base_seconds = from.base_seconds();
+  costs.resident_base_seconds = from.resident_base_seconds();
   costs.hidden_base = from.hidden_base();
   costs.in_place_seconds = from.in_place_seconds();
   // Of lanes that end together, an older worker's overlap is this of both.
   const double of_overlap = 2 - from.overlap();
   costs.fetched_slowdown = from.has_fetched_slowdown() ? from.fetched_slowdown() : of_overlap;
   costs.in_place_slowdown = from.has_in_place_slowdown() ? from.in_place_slowdown() : of_overlap;
-  bool all_sane = sane(costs.base_seconds) && sane(costs.hidden_base) && costs.hidden_base <= 1 &&
+  bool all_sane = sane(costs.base_seconds) && sane(costs.resident_base_seconds) &&
+                  sane(costs.hidden_base) && costs.hidden_base <= 1 &&
                   sane(costs.in_place_seconds) && sane(costs.fetched_slowdown) &&
                   costs.fetched_slowdown >= 1 && sane(costs.in_place_slowdown) &&
                   costs.in_place_slowdown >= 1;

@@ -15,6 +15,7 @@ namespace {
 
 // Versions that no coordinator uses: theirs count microseconds since 1970.
 constexpr uint64_t kFirstPlan = 1;
+constexpr int kResidentIndex = static_cast<int>(Lane::kResident);
 constexpr int kFetchedIndex = static_cast<int>(Lane::kFetched);
 constexpr int kInPlaceIndex = static_cast<int>(Lane::kInPlace);
 constexpr int kWarmSteps = 2;
@@ -89,6 +90,7 @@ class Calibration {
     LaneCosts costs;
     costs.base_seconds = none.times.median_step_seconds;
     for (const Probe& probe : lanes) Fit(probe.times, static_cast<int>(probe.lane), costs);
+    FitResidentBase(lanes[0].times, costs);
     FitHiddenBase(lanes[1].times, half.times, costs);
     FitInPlaceSeconds(lanes[2].times, half_in_place.times, costs);
     // Shared as their costs are, so that both are busy all the time: then they meet in memory as they do
@@ -217,6 +219,13 @@ class Calibration {
         lane == static_cast<int>(Lane::kResident)
             ? costs.busy_seconds_per_byte[lane]
             : std::max(0.0, times.median_step_seconds - costs.base_seconds) / bytes;
+  }
+
+  // What is left of a step over resident keys without these.
+  static void FitResidentBase(const DecodeTimes& times, LaneCosts& costs) {
+    const double keys = times.lane_bytes[kResidentIndex] * costs.seconds_per_byte[kResidentIndex];
+    costs.resident_base_seconds =
+        std::clamp(times.median_step_seconds - keys, 0.0, costs.base_seconds);
   }
 
   // A copy engine works beside the base; a core that copies does not compute. Two contexts tell: where

@@ -268,6 +268,7 @@ void StepToProto(const Step& step, v1::StepResponse* response) {
 
 void CostsToProto(const LaneCosts& costs, v1::MeasureLanesResponse* response) {
   response->set_base_seconds(costs.base_seconds);
+  response->set_resident_base_seconds(costs.resident_base_seconds);
   for (int lane = 0; lane < kNumLanes; ++lane) {
     v1::LaneCost* const out = response->add_lanes();
     out->set_lane(kLanes[lane]);

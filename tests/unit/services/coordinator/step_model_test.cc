@@ -44,6 +44,13 @@ TEST(StepSeconds, AreBaseAndLanes) {
   EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1, 1), {0, 8, 0}), 10);
   EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 1, 1, 1), {0, 18, 0}), 18);
   EXPECT_DOUBLE_EQ(StepSeconds(Costs(10, 1, 2, 0.5, 1, 1), {0, 18, 1}), 23);
+  // Where all is resident the base is another, if it is known.
+  LaneCosts resident = Costs(10, 1, 2, 0, 1, 1);
+  EXPECT_DOUBLE_EQ(StepSeconds(resident, {4, 0, 0}), 10 + 2);
+  resident.resident_base_seconds = 7;
+  EXPECT_DOUBLE_EQ(StepSeconds(resident, {4, 0, 0}), 7 + 2);
+  EXPECT_DOUBLE_EQ(StepSeconds(resident, {4, 3, 0}), 10 + 2 + 3);
+  EXPECT_DOUBLE_EQ(StepSeconds(resident, {4, 0, 5}), 10 + 2 + 10);
   // What keys in place cost by themselves is there once, and copies run on in it.
   LaneCosts costs = Costs(10, 1, 2, 0, 2, 2);
   costs.in_place_seconds = 4;
@@ -65,8 +72,10 @@ TEST(BusySeconds, AreThoseOfEachAndWhatTheyLoseToEachOther) {
 TEST(Slower, EverythingTakesLonger) {
   LaneCosts costs = Costs(10, 1, 2, 0.5, 2, 1.25);
   costs.in_place_seconds = 3;
+  costs.resident_base_seconds = 7;
   const LaneCosts slower = Slower(costs, 1.5);
-  for (const LaneValues& bytes : {LaneValues{6, 20, 4}, LaneValues{0, 3, 0}, LaneValues{1, 0, 7}}) {
+  for (const LaneValues& bytes :
+       {LaneValues{6, 20, 4}, LaneValues{0, 3, 0}, LaneValues{1, 0, 7}, LaneValues{6, 0, 0}}) {
     EXPECT_DOUBLE_EQ(StepSeconds(slower, bytes), 1.5 * StepSeconds(costs, bytes));
     const LaneValues before = BusySeconds(costs, bytes), after = BusySeconds(slower, bytes);
     for (size_t lane = 0; lane < before.size(); ++lane) {

@@ -51,6 +51,8 @@ TEST_P(CalibrationTest, FindsCostsAndLeavesNothingBehind) {
       CalibrateLanes(h.executor(), h.config(), calibration, port);
   ASSERT_TRUE(costs.ok()) << costs.status();
   EXPECT_GT(costs->base_seconds, 0);
+  EXPECT_GT(costs->resident_base_seconds, 0);
+  EXPECT_LE(costs->resident_base_seconds, costs->base_seconds);
   for (int lane = 0; lane < kNumLanes; ++lane) {
     EXPECT_GE(costs->seconds_per_byte[lane], 0) << lane;
     EXPECT_GT(costs->busy_seconds_per_byte[lane], 0) << lane;
