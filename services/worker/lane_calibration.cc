@@ -221,11 +221,13 @@ class Calibration {
             : std::max(0.0, times.median_step_seconds - costs.base_seconds) / bytes;
   }
 
-  // What is left of a step over resident keys without these.
+  // What is left of a step over resident keys without these. Of steps that are hardly longer than the keys are
+  // busy, a small model's on a slow machine, that is noise.
   static void FitResidentBase(const DecodeTimes& times, LaneCosts& costs) {
+    constexpr double kLeastOfBase = 0.5;
     const double keys = times.lane_bytes[kResidentIndex] * costs.seconds_per_byte[kResidentIndex];
-    costs.resident_base_seconds =
-        std::clamp(times.median_step_seconds - keys, 0.0, costs.base_seconds);
+    costs.resident_base_seconds = std::clamp(times.median_step_seconds - keys,
+                                             kLeastOfBase * costs.base_seconds, costs.base_seconds);
   }
 
   // A copy engine works beside the base; a core that copies does not compute. Two contexts tell: where
