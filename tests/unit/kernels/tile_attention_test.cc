@@ -1,0 +1,171 @@
+// Attention with bfloat16 products on tiles, with AMX and without.
+#include "kernels/cpu/tile_attention.h"
+
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/unit/kernels/attention_test_util.h"
+
+namespace headroom::kernels {
+namespace {
+
+std::vector<const cpu::TileAttention*> AllTileAttention() {
+  std::vector<const cpu::TileAttention*> all = {&cpu::kPortableTileAttention};
+  if (cpu::HasAmx()) all.push_back(&cpu::kAmxAttention);
+  return all;
+}
+
+// What the tests below mean on this processor.
+TEST(TileAttention, IsTriedWithAmx) {
+  if (!cpu::HasAmx()) GTEST_SKIP() << "no AMX here: only the portable tiles are tried";
+  EXPECT_EQ(cpu::BestTileAttention(), &cpu::kAmxAttention);
+  EXPECT_EQ(AllTileAttention().back(), &cpu::kAmxAttention);
+}
+
+// Queries that bfloat16 holds, times a scale that is a power of two where head_dim is not 128: what
+// is left are the rounded weights.
+TEST(TileAttention, IsTheReferenceToWithinTheRoundingOfItsFactors) {
+  CpuTeam team(2);
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t group : {1, 3, 4}) {
+      Sequence sequence({2, group, head_dim}, 340, 31 * head_dim + group);
+      for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+      for (const auto& [tokens, rows] : std::vector<std::pair<int64_t, int64_t>>{
+               {1, 1}, {64, 1}, {65, 2}, {256, 1}, {257, 5}, {340, 1}, {340, 19}}) {
+        const Place place = Whole(sequence, tokens);
+        Batch oracle(sequence.shape, rows);
+        oracle.SetRows(sequence, 0, tokens - rows, rows);
+        oracle.Add(0, rows, tokens - rows, true, true, {&place});
+        oracle.LaunchReference();
+        for (const cpu::TileAttention* tiles : AllTileAttention()) {
+          Batch batch(sequence.shape, rows);
+          batch.SetRows(sequence, 0, tokens - rows, rows);
+          batch.Add(0, rows, tokens - rows, true, true, {&place});
+          batch.Launch(tiles->attend, team);
+          EXPECT_TRUE(Near(batch.out(), oracle.out(), head_dim == 128 ? 4e-2f : 8e-3f))
+              << tiles->name << ", group " << group << ", head_dim " << head_dim << ", " << rows
+              << " rows, " << tokens << " tokens";
+        }
+      }
+    }
+  }
+}
+
+TEST(TileAttention, SeesAWindowAndCapsItsScores) {
+  Sequence sequence({2, 4, 64}, 700, 43);
+  for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+  for (const int64_t window : kWindows) {
+    for (const float soft_cap : {0.0f, 2.0f}) {
+      for (const int64_t rows : {1, 7, 40}) {
+        const auto wanted = Windowed(sequence, 700, rows, window, soft_cap, nullptr);
+        const int64_t first_key = FloorToBlock(FirstSeen(window, 700 - rows));
+        for (const cpu::TileAttention* tiles : AllTileAttention()) {
+          EXPECT_TRUE(Near(Windowed(sequence, 700, rows, window, soft_cap, tiles->attend,
+                                    first_key), wanted, 8e-3f))
+              << tiles->name << ", window " << window << ", soft cap " << soft_cap << ", " << rows
+              << " rows";
+        }
+      }
+    }
+  }
+}
+
+// The same roundings in another order of sums.
+TEST(TileAttention, AgreesOnEveryInstructionSet) {
+  CpuTeam team(2);
+  const Sequence sequence({2, 4, 128}, 600, 41);
+  for (const int64_t rows : {1, 3, 4, 8, 40}) {
+    const Place place = Whole(sequence, 512);
+    std::vector<float> expected;
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      Batch batch(sequence.shape, rows);
+      batch.SetRows(sequence, 0, 512, rows);
+      batch.Add(0, rows, 512, true, true, {&place});
+      batch.Launch(tiles->attend, team);
+      if (expected.empty()) expected = batch.out();
+      EXPECT_TRUE(Near(batch.out(), expected, 4e-3f)) << tiles->name << ", " << rows << " rows";
+    }
+  }
+}
+
+// Up to 4 queries of a KV head, up to 16 and more are computed in different ways, of which the last sums
+// in another order.
+TEST(TileAttention, GivesARowTheSameBitsBesideOthers) {
+  CpuTeam team(2);
+  for (const int32_t head_dim : {64, 128, 256}) {
+    const Sequence sequence({2, 4, head_dim}, 1500, 77 + head_dim);
+    const Place place = Whole(sequence, 1400);
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      const auto first_of = [&](int64_t rows) {
+        Batch batch(sequence.shape, rows);
+        batch.SetRows(sequence, 0, 1450, rows);
+        batch.Add(0, rows, 1450, true, true, {&place});
+        batch.Launch(tiles->attend, team);
+        const std::vector<float> out = batch.out();
+        return std::vector<float>(out.begin(), out.begin() + 2 * 4 * head_dim);
+      };
+      for (const std::vector<int64_t>& rows : {std::vector<int64_t>{1, 2, 3, 4}, {5, 9, 36}}) {
+        for (const int64_t count : rows) {
+          EXPECT_TRUE(SameBits(first_of(count), first_of(rows[0])))
+              << tiles->name << ", " << count << " rows, head_dim " << head_dim;
+        }
+      }
+    }
+  }
+}
+
+TEST(TileAttention, GoesOnFromAnOpenUnitAndHangsOnNoThread) {
+  const Sequence sequence({2, 3, 64}, 2300, 25);
+  for (const cpu::TileAttention* tiles : AllTileAttention()) {
+    std::vector<float> expected;
+    for (const int threads : {1, 2, 3}) {
+      CpuTeam team(threads);
+      for (const int64_t cut : {0, 64, 192, 256, 576, 1024, 1280, 2048}) {
+        Batch batch(sequence.shape, 2);
+        batch.SetRows(sequence, 0, 2298, 2);
+        const auto places = CutPlaces(sequence, 2300, {cut});
+        for (const auto& place : places) {
+          batch.Add(0, 2, 2298, place == places.front(), place == places.back(), {place.get()});
+          batch.Launch(tiles->attend, team);
+        }
+        if (expected.empty()) expected = batch.out();
+        const bool whole = cut % 1024 == 0;
+        EXPECT_TRUE(whole ? SameBits(batch.out(), expected)
+                          : Near(batch.out(), expected, 8e-3f))
+            << tiles->name << ", cut at " << cut << ", " << threads << " threads";
+      }
+    }
+  }
+}
+
+// As a worker does of what its store has attended to.
+TEST(TileAttention, LeavesStatesThatOtherKernelsGoOnFrom) {
+  CpuTeam team(2);
+  Sequence sequence({2, 3, 64}, 2300, 26);
+  for (float& q : sequence.q) q = ToFloat(ToBFloat16(q));
+  const Place whole = Whole(sequence, 2300);
+  for (const int64_t rows : {1, 2, 9}) {
+    const int64_t first = 2300 - rows;
+    Batch oracle(sequence.shape, rows);
+    oracle.SetRows(sequence, 0, first, rows);
+    oracle.Add(0, rows, first, true, true, {&whole});
+    oracle.LaunchReference();
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      for (const int64_t cut : {64, 192, 256, 320, 512, 768, 960, 1024, 1088, 1280, 2048, 2240}) {
+        Batch batch(sequence.shape, rows);
+        batch.SetRows(sequence, 0, first, rows);
+        const auto places = CutPlaces(sequence, 2300, {cut});
+        batch.Add(0, rows, first, true, false, {places[0].get()});
+        batch.Launch(tiles->attend, team);
+        batch.Add(0, rows, first, false, true, {places[1].get()});
+        batch.Launch(&cpu::Attend, team);
+        EXPECT_TRUE(Near(batch.out(), oracle.out(), 8e-3f))
+            << tiles->name << ", cut at " << cut << ", " << rows << " rows";
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headroom::kernels
