@@ -10,9 +10,9 @@ using LaneValues = std::array<double, 3>;
 
 // Of steps of one row. Such a step takes base_seconds, each lane's bytes times seconds_per_byte, and
 // in_place_seconds if there are bytes in place; if all bytes are resident, resident_base_seconds for the base.
-// Copies hide under hidden_base of the base and under
-// in_place_seconds; what is left of them runs beside the store's threads, and while both run a byte takes
-// `slowdown` times as long. Arrays are indexed by lane: resident, fetched, in place.
+// Copies hide under hidden_base of the base and under in_place_seconds; what is left of them runs beside the
+// store's threads, and while both run a byte takes `slowdown` times as long. Arrays are indexed by lane:
+// resident, fetched, in place.
 struct LaneCosts {
   double base_seconds = 0;  // a step over next to no keys, which are fetched; 0: nothing is known
   // Of no keys outside the device: what each layer does for a tile, however small, is not done. 0: not known.

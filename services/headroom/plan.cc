@@ -137,7 +137,12 @@ std::string PlanAsText(const PlanReport& report) {
     absl::StrAppendFormat(&text,
                           "\na decode step after the prompt: %.2f ms predicted, %.1f tokens a second\n",
                           1e3 * prediction.step_seconds, batch / prediction.step_seconds);
-    absl::StrAppendFormat(&text, "measured here: %.2f ms without keys, then", 1e3 * report.costs.base_seconds);
+    absl::StrAppendFormat(&text, "measured here: %.2f ms without keys", 1e3 * report.costs.base_seconds);
+    if (report.costs.resident_base_seconds > 0) {
+      absl::StrAppendFormat(&text, " (%.2f where all are resident)",
+                            1e3 * report.costs.resident_base_seconds);
+    }
+    text += ", then";
     for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
       const double cost = report.costs.seconds_per_byte[lane];
       absl::StrAppendFormat(&text, "%s %s %.1f GB/s", lane == 0 ? "" : ",",

@@ -230,6 +230,10 @@ TEST_F(Plan, PredictsAStepFromWhatWasMeasured) {
   const double expected = 0.01 + 117 * 64 * 23040 * 1e-10;
   EXPECT_NEAR(PlanAsJson(*report).Find("step_seconds")->as_number(), expected, 1e-9);
   EXPECT_THAT(PlanAsText(*report), HasSubstr("27.25 ms predicted, 36.7 tokens a second"));
+  EXPECT_THAT(PlanAsText(*report), HasSubstr("measured here: 10.00 ms without keys, then"));
+  costs_.resident_base_seconds = 0.008;
+  EXPECT_THAT(PlanAsText(*MakePlan(options_, measure_)),
+              HasSubstr("measured here: 10.00 ms without keys (8.00 where all are resident), then"));
   options_.no_measure = true;
   EXPECT_EQ(MakePlan(options_, measure_)->prediction.step_seconds, 0);
 }
