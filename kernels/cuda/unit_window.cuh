@@ -13,8 +13,8 @@ inline constexpr int kMostItems = 256;
 inline constexpr int64_t kMostUnits = int64_t{1} << 31;
 
 // What the units [first, first + count) of every item leave in scratch, for the fold: o of all queries'
-// units, a query's one behind the other, and then m and l of each, likewise. A task, of which each
-// ticket is one, is a unit of up to kQueries queries of a KV head; they count by item, head, unit, queries.
+// units, a query's one behind the other, and then m and l of each, likewise. A task, for which
+// a ticket stands, is a unit of up to kQueries queries of a KV head; tasks count by item, head, unit, queries.
 struct UnitWindow {
   int64_t first;  // counted from the unit of the item's first key
   int64_t count;
