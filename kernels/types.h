@@ -60,10 +60,10 @@ struct Activations {
   ElementType type = ElementType::kFloat32;
 
   Activations() = default;
-  Activations(const float* floats) : data(const_cast<float*>(floats)) {}
-  Activations(const BFloat16* bfloats)
+  HEADROOM_HOST_DEVICE Activations(const float* floats) : data(const_cast<float*>(floats)) {}
+  HEADROOM_HOST_DEVICE Activations(const BFloat16* bfloats)
       : data(const_cast<BFloat16*>(bfloats)), type(ElementType::kBFloat16) {}
-  Activations(void* elements, ElementType its_type) : data(elements), type(its_type) {}
+  HEADROOM_HOST_DEVICE Activations(void* elements, ElementType its_type) : data(elements), type(its_type) {}
 
   // The activations from element `count` on.
   Activations operator+(int64_t count) const {

@@ -27,6 +27,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "kernels/attention.h"
+#include "kernels/chain.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
 #include "kernels/fill_random.h"
@@ -179,6 +180,13 @@ class Device {
   }
   virtual absl::Status RopeTable(StreamId stream, const kernels::RopeTableArgs& args) = 0;
   virtual absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) = 0;
+  // One after the other (kernels/chain.h), as fewer operations where the device can.
+  virtual absl::Status Chain(StreamId stream, absl::Span<const kernels::ChainOp> ops) {
+    for (const kernels::ChainOp& op : ops) {
+      if (absl::Status status = RunAlone(stream, op); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
   virtual absl::Status Attend(StreamId stream, const kernels::AttendArgs& args,
                               OpAccount* account = nullptr) = 0;
   // Start-up only: plans what Attend needs to take the faster way for items of many rows of such
@@ -208,6 +216,19 @@ class Device {
 
   // OK while the device works; the first failure of any operation otherwise.
   virtual absl::Status status() const = 0;
+
+ protected:
+  absl::Status RunAlone(StreamId stream, const kernels::ChainOp& op) {
+    struct {
+      absl::Status operator()(const kernels::RmsNormArgs& a) { return device.RmsNorm(stream, a); }
+      absl::Status operator()(const kernels::GemmArgs& a) { return device.Gemm(stream, a); }
+      absl::Status operator()(const kernels::GatedGemmArgs& a) { return device.GatedGemm(stream, a); }
+      absl::Status operator()(const kernels::RopeAppendArgs& a) { return device.RopeAppend(stream, a); }
+      Device& device;
+      StreamId stream;
+    } run{*this, stream};
+    return std::visit(run, op);
+  }
 };
 
 }  // namespace headroom

@@ -42,6 +42,23 @@ __device__ inline float LoadActivation(const Activations& from, int64_t i) {
   return from.type == ElementType::kFloat32 ? from.floats()[i] : Widen(from.bfloats()[i]);
 }
 
+// Elements [i, i + 4); i is a multiple of 4 and the memory aligned accordingly.
+__device__ inline float4 Load4(const Activations& from, int64_t i) {
+  if (from.type == ElementType::kFloat32) return *reinterpret_cast<const float4*>(from.floats() + i);
+  const uint2 words = *reinterpret_cast<const uint2*>(from.bfloats() + i);
+  return make_float4(WidenLow(words.x), WidenHigh(words.x), WidenLow(words.y), WidenHigh(words.y));
+}
+__device__ inline void Store4(const Activations& to, int64_t i, float4 value) {
+  if (to.type == ElementType::kFloat32) {
+    *reinterpret_cast<float4*>(to.floats() + i) = value;
+    return;
+  }
+  uint2 words;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.x) : "f"(value.y), "f"(value.x));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.y) : "f"(value.w), "f"(value.z));
+  *reinterpret_cast<uint2*>(to.bfloats() + i) = words;
+}
+
 // What a gate of kernels/swiglu.h comes to, times `up`.
 __device__ inline float Gated(GateActivation activation, float gate, float up) {
   float y = gate;
@@ -49,6 +66,12 @@ __device__ inline float Gated(GateActivation activation, float gate, float up) {
     y = gate * __fmaf_rn(gate * gate, kGeluCubic, kGeluLinear);
   }
   return gate / (1.0f + expf(-y)) * up;
+}
+
+// A pair of RoPE (kernels/rope.h), turned. Rounded as the CPU kernels round.
+__device__ inline float2 Turned(float first, float second, float cos, float sin) {
+  return make_float2(__fsub_rn(__fmul_rn(first, cos), __fmul_rn(second, sin)),
+                     __fadd_rn(__fmul_rn(second, cos), __fmul_rn(first, sin)));
 }
 
 struct Sum {
@@ -74,17 +97,21 @@ __device__ T WarpReduce(T value, Op op) {
   return value;
 }
 
-// Every thread gets op over all threads of the block. `shared` has room for kWarp values; calls may
-// share it.
-template <typename T, typename Op>
-__device__ T BlockReduce(T value, T identity, Op op, T* shared) {
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+// Every thread of the first `warps` of a block gets op over all of theirs. `shared` has room for kWarp values,
+// and calls may share it; `sync` makes those warps wait for each other.
+template <typename T, typename Op, typename Sync>
+__device__ T BlockReduce(T value, T identity, Op op, T* shared, int warps, Sync&& sync) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   value = WarpReduce(value, op);
-  __syncthreads();  // the call before may still be reading
+  sync();  // the call before may still be reading
   if (lane == 0) shared[threadIdx.x / kWarp] = value;
-  __syncthreads();
+  sync();
   return WarpReduce(lane < warps ? shared[lane] : identity, op);
+}
+template <typename T, typename Op>
+__device__ T BlockReduce(T value, T identity, Op op, T* shared) {
+  return BlockReduce(value, identity, op, shared, static_cast<int>(blockDim.x) / kWarp,
+                     [] { __syncthreads(); });
 }
 
 // Positions are below 2^31, and a division of 64 bits takes as long as a load.
@@ -101,11 +128,11 @@ __device__ inline uint8_t* ValueRow(const KvSpan& span, int32_t kv_head, int64_t
 }
 
 // How much of a multiprocessor's 256 KiB the kernels of a decode step have as shared memory, in percent of
-// the 228 KiB that it can be: 64 KiB. They must agree, since a multiprocessor has to run empty before it
+// the 228 KiB that it can be: 132 KiB. They must agree, since a multiprocessor has to run empty before it
 // changes that, which took 6 us where one kernel of an attention wanted more than the other. What is left
-// is L1, through which their loads go: with 100 KiB of shared memory a step of 16 sequences takes 3% more on
-// an H200 (7.78 ms, not 7.57), with 228 two fifths (11.1).
-inline constexpr int kSharedPercent = 28;
+// is L1, through which attention's keys go: 131,072 of Llama-3-8B take as long on an H200 as with 64 KiB of
+// shared memory, with 164 KiB 4% more, with 196 KiB 27%. What chains have, the weights' ring, takes the most.
+inline constexpr int kSharedPercent = 57;
 
 // Loads a kernel's code now.
 template <typename Kernel>
@@ -153,18 +180,30 @@ cudaError_t LaunchOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 gr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Whether the device runs the code that is compiled for compute capability 9.0 (HEADROOM_HOPPER_CODE: there is
+// such code). Others run what is made for 8.0, in which a kernel waits for nothing and copies nothing in bulk.
+inline bool RunsHopperCode() {
+#ifdef HEADROOM_HOPPER_CODE
+  static const bool runs = [] {
+    int device = 0;
+    int major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ==
+               cudaSuccess &&
+           major == 9 && minor == 0;
+  }();
+  return runs;
+#else
+  return false;
+#endif
+}
+
 // Likewise, for a kernel that calls BeginDependent().
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
                               int threads, int64_t shared_bytes, const Arguments&... arguments) {
-  static const bool early = [] {
-    int device = 0;
-    int major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
-  }();
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -174,7 +213,7 @@ cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...)
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.numAttrs = RunsHopperCode() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

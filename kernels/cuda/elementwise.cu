@@ -1,29 +1,12 @@
 // Embed, RmsNorm, SwiGlu, SoftCap and the RoPE table.
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/norm_row.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kNormThreads = 512;
-
-// Elements [i, i + 4); i is a multiple of 4 and the memory aligned accordingly.
-__device__ float4 Load4(const Activations& from, int64_t i) {
-  if (from.type == ElementType::kFloat32) return *reinterpret_cast<const float4*>(from.floats() + i);
-  const uint2 words = *reinterpret_cast<const uint2*>(from.bfloats() + i);
-  return make_float4(WidenLow(words.x), WidenHigh(words.x), WidenLow(words.y), WidenHigh(words.y));
-}
-__device__ void Store4(const Activations& to, int64_t i, float4 value) {
-  if (to.type == ElementType::kFloat32) {
-    *reinterpret_cast<float4*>(to.floats() + i) = value;
-    return;
-  }
-  uint2 words;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.x) : "f"(value.y), "f"(value.x));
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words.y) : "f"(value.w), "f"(value.z));
-  *reinterpret_cast<uint2*>(to.bfloats() + i) = words;
-}
 
 // One block a row.
 __global__ void EmbedKernel(EmbedArgs a) {
@@ -36,66 +19,12 @@ __global__ void EmbedKernel(EmbedArgs a) {
   }
 }
 
-// Vectors of 4 that a thread keeps between the two passes over a row: hidden sizes up to 8192.
-constexpr int kNormVectors = 4;
-
-// One block a row; rows of multiples of 4 are read 16 bytes at once. The weights, which no kernel
-// writes, are on their way before the row is there.
+// One block a row.
 __global__ void __launch_bounds__(kNormThreads) RmsNormKernel(RmsNormArgs a) {
   __shared__ float shared[kWarp];
-  const int64_t kept = a.hidden % 4 == 0 ? min(a.hidden / 4, int64_t{kNormVectors} * kNormThreads) : 0;
-  uint2 w[kNormVectors];
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
-    const int64_t i = v * kNormThreads + threadIdx.x;
-    if (i < kept) w[v] = *reinterpret_cast<const uint2*>(a.weight + i * 4);
-  }
+  const NormRow norm(a, static_cast<int>(threadIdx.x));
   BeginDependent();
-  const int64_t row = blockIdx.x;
-  const int64_t from = a.row_index.device != nullptr ? a.row_index.device[row] : row;
-  const float* const x = a.x + from * a.hidden;
-  float4 values[kNormVectors];
-  float sum = 0;
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
-    const int64_t i = v * kNormThreads + threadIdx.x;
-    values[v] = i < kept ? reinterpret_cast<const float4*>(x)[i] : make_float4(0, 0, 0, 0);
-  }
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
-    sum = __fmaf_rn(values[v].x, values[v].x, sum);
-    sum = __fmaf_rn(values[v].y, values[v].y, sum);
-    sum = __fmaf_rn(values[v].z, values[v].z, sum);
-    sum = __fmaf_rn(values[v].w, values[v].w, sum);
-  }
-#pragma unroll 1
-  for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
-    sum = __fmaf_rn(x[i], x[i], sum);
-  }
-  sum = BlockReduce(sum, 0.0f, Sum(), shared);
-  const float scale = 1.0f / sqrtf(sum / static_cast<float>(a.hidden) + a.epsilon);
-#pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
-    const int64_t i = v * kNormThreads + threadIdx.x;
-    if (i >= kept) continue;
-    const float offset = a.weight_offset;
-    float4 value = make_float4(values[v].x * scale * (WidenLow(w[v].x) + offset),
-                               values[v].y * scale * (WidenHigh(w[v].x) + offset),
-                               values[v].z * scale * (WidenLow(w[v].y) + offset),
-                               values[v].w * scale * (WidenHigh(w[v].y) + offset));
-    if (a.accumulate) {
-      const float4 before = Load4(a.out, row * a.hidden + i * 4);
-      value = make_float4(before.x + value.x, before.y + value.y, before.z + value.z,
-                          before.w + value.w);
-    }
-    Store4(a.out, row * a.hidden + i * 4, value);
-  }
-#pragma unroll 1
-  for (int64_t i = kept * 4 + threadIdx.x; i < a.hidden; i += kNormThreads) {
-    const int64_t at = row * a.hidden + i;
-    const float value = x[i] * scale * (Widen(a.weight[i]) + a.weight_offset);
-    StoreActivation(a.out, at, a.accumulate ? LoadActivation(a.out, at) + value : value);
-  }
+  norm.Run(blockIdx.x, a.out, int64_t{blockIdx.x} * a.hidden, shared, [] { __syncthreads(); });
 }
 
 // Four elements a thread where the width allows it.
@@ -187,6 +116,7 @@ cudaError_t LoadElementwise() {
 
 cudaError_t LoadKernels() {
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadAttend());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadChain());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadElementwise());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadFillRandom());
   HEADROOM_CUDA_RETURN_IF_ERROR(LoadGemm());

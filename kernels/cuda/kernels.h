@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/chain.h"
 #include "kernels/copy_kv_rows.h"
 #include "kernels/embed.h"
 #include "kernels/fill_random.h"
@@ -65,6 +66,15 @@ bool IsSkinny(const GemmArgs& args);
 [[nodiscard]] cudaError_t LaunchSkinnyGemm(const GemmArgs& args, cudaStream_t stream);
 // REQUIRES: IsSkinny(args.gemm), as many columns of c as the width of swiglu, twice.
 [[nodiscard]] cudaError_t LaunchGatedGemm(const GatedGemmArgs& args, cudaStream_t stream);
+// A chain's first operations that one kernel does, as many as that: 0 where there is no such kernel for the
+// first of them.
+size_t ChainLength(const ChainOp* ops, size_t count);
+// `words`: kChainWords of device memory that are 0, before and afterwards; launches that may run at one time
+// need some each. No other launch may wait for one that has not ended, but on the same stream.
+// REQUIRES: ChainLength(ops, count) == count.
+inline constexpr int kChainWords = 16;
+[[nodiscard]] cudaError_t LaunchChain(const ChainOp* ops, size_t count, uint32_t* words,
+                                      cudaStream_t stream);
 // Reads `bytes` of device memory, a multiple of kReadMemoryBytes, as fast as the card can; what
 // benches compare with. `never` is a word that is not written in practice.
 inline constexpr int64_t kReadMemoryBytes = 32768;
@@ -133,6 +143,7 @@ struct WideFoldArgs {
 
 // Parts of LoadKernels(), one in each source file.
 [[nodiscard]] cudaError_t LoadAttend();
+[[nodiscard]] cudaError_t LoadChain();
 [[nodiscard]] cudaError_t LoadElementwise();
 [[nodiscard]] cudaError_t LoadFillRandom();
 [[nodiscard]] cudaError_t LoadGemm();

@@ -13,18 +13,6 @@ constexpr int64_t kMaxGridY = 65535;
 constexpr int64_t kManyPositions = 256;
 constexpr int32_t kHeadsOfFew = 4;
 
-// x' of pair i: the first or, with `second`, the second of the two that turn together. Rounded as
-// the CPU kernels round.
-__device__ float Turned(const float* x, const float* cos_sin, int32_t i, int32_t half,
-                        bool second) {
-  const float a = x[i];
-  const float b = x[i + half];
-  const float c = cos_sin[i];
-  const float s = cos_sin[half + i];
-  return second ? __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s))
-                : __fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s));
-}
-
 // What heads [begin, end) of a row of q, k and v get before they are turned: a warp a head at a time, the
 // first heads' warps the first. REQUIRES: a head_dim of at most kMostOfALane x 32.
 constexpr int kMostOfALane = 8;
@@ -90,10 +78,9 @@ __global__ void __launch_bounds__(kRopeThreads)
   for (int32_t n = begin * half + thread; n < q_end * half; n += threads) {
     float* const x = q + n / half * d;
     const int32_t i = n % half;
-    const float first = Turned(x, cos_sin, i, half, false);
-    const float second = Turned(x, cos_sin, i, half, true);
-    x[i] = first;
-    x[i + half] = second;
+    const float2 turned = Turned(x[i], x[i + half], cos_sin[i], cos_sin[half + i]);
+    x[i] = turned.x;
+    x[i + half] = turned.y;
   }
 #pragma unroll 1
   for (int32_t n = kv_begin * d + thread; n < kv_end * d; n += threads) {
@@ -101,7 +88,9 @@ __global__ void __launch_bounds__(kRopeThreads)
     const int32_t i = n % d;
     auto* const key = reinterpret_cast<BFloat16*>(KeyRow(item.target, head, pos, d));
     auto* const value = reinterpret_cast<BFloat16*>(ValueRow(item.target, head, pos, d));
-    key[i] = RoundToBFloat16(Turned(k + head * d, cos_sin, i % half, half, i >= half));
+    const float* const x = k + head * d + i % half;
+    const float2 turned = Turned(x[0], x[half], cos_sin[i % half], cos_sin[half + i % half]);
+    key[i] = RoundToBFloat16(i < half ? turned.x : turned.y);
     value[i] = RoundToBFloat16(v[head * d + i]);
   }
 }

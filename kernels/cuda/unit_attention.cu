@@ -13,6 +13,7 @@
 // 15 sequences of 1,024 beside them 180, where blocks that were dealt out evenly took 141 and 590 (gpu_bench).
 #include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/mbarrier.cuh"
 #include "kernels/cuda/unit_window.cuh"
 #include "kernels/cuda/warp_block.cuh"
 
@@ -46,35 +47,6 @@ __device__ void FoldPartials(const Partials<kD>& partials, int query, int column
   if (column == 0) to.m_and_l[unit] = make_float2(m, l);
 }
 
-// Where a block's threads meet, once for each unit, without waiting before they must: what a thread has read or
-// written before Arrive() is done when another comes from Wait(). Units count from 0.
-struct UnitBarrier {
-  uint64_t word;
-  // By one thread, before a __syncthreads().
-  __device__ void Init() {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(Address()), "r"(kThreads) : "memory");
-  }
-  __device__ void Arrive() {
-    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
-                 :
-                 : "r"(Address())
-                 : "memory");
-  }
-  __device__ void Wait(int unit) {
-    uint32_t done;
-    do {
-      asm volatile(
-          "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(Address()), "r"(unit & 1)
-          : "memory");
-    } while (done == 0);
-  }
-
- private:
-  __device__ uint32_t Address() { return static_cast<uint32_t>(__cvta_generic_to_shared(&word)); }
-};
-
 // What a ticket stands for.
 struct Task {
   bool exists;
@@ -95,8 +67,8 @@ struct UnitShared {
   // Of the unit that is still to be folded, the one that is attended to, and the next two.
   Task tasks[4];
   uint32_t tickets[4];  // ... and the next three
-  UnitBarrier stored;   // all warps have stored their partials of a unit
-  UnitBarrier folded;   // ... and all have read them
+  MBarrier stored;      // all threads have stored their partials of a unit
+  MBarrier folded;      // ... and all have read them; turns are units
 };
 
 // By one warp. No kernel of a step writes what it reads: tables are copied to the device before.
@@ -112,6 +84,10 @@ __device__ void LookUp(const AttendArgs& a, const UnitWindow& window, uint32_t t
     const bool begun = base + lane < a.items.count && window.first_task[base + lane] <= ticket;
     item += __popc(__ballot_sync(kFullMask, begun));
   }
+  // The lanes have a span each: a long context has some forty. They do not wait for the item.
+  KvSpan span = {};
+  const int32_t first_span = window.first_span[item];
+  if (first_span + lane < a.spans.count) span = a.spans.device[first_span + lane];
   constexpr auto kWords = static_cast<int32_t>(sizeof(AttendItem) / sizeof(uint32_t));
   static_assert(kWords <= kWarp && sizeof(AttendItem) % sizeof(uint32_t) == 0);
   if (lane < kWords) {
@@ -120,10 +96,8 @@ __device__ void LookUp(const AttendArgs& a, const UnitWindow& window, uint32_t t
   }
   __syncwarp();
   const Work work(a, task.item);
-  // The lanes have a span each: a long context has some forty.
   const int32_t spans = task.item.span_count;
-  KvSpan span = {};
-  if (lane < spans) span = work.span(lane);
+  if (lane >= spans) span = {};
   const int64_t begin_pos = __shfl_sync(kFullMask, span.first_pos, 0);
   int64_t end_pos = __shfl_sync(kFullMask, span.first_pos + span.count, (spans - 1) % kWarp);
   if (spans > kWarp) end_pos = work.end_pos();
@@ -198,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
     LookUp<kD>(a, window, its, task(warp));
     ticket(warp) = its;
   } else if (threadIdx.x == 3 * kWarp) {
-    shared.stored.Init();
-    shared.folded.Init();
+    shared.stored.Init(kThreads);
+    shared.folded.Init(kThreads);
   }
   __syncthreads();
 
@@ -293,6 +267,7 @@ cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, uint32_t* tick
     ForEachItem(a, window, [&](int32_t i, const ItemUnits& its) {
       window.first_task[i] = window.tasks;
       window.first_slot[i] = window.slots;
+      window.first_span[i] = a.items.host[i].span_begin;
       window.tasks += its.tasks();
       window.slots += its.slots();
     });

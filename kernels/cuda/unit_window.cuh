@@ -25,6 +25,7 @@ struct UnitWindow {
   uint32_t tasks;
   uint32_t first_task[kMostItems];
   uint32_t first_slot[kMostItems];
+  int32_t first_span[kMostItems];
 };
 
 // An item's part of a window, the same for host and device.

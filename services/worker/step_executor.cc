@@ -493,9 +493,11 @@ void StepExecutor::EnqueueNextLayer(Context& context) {
 }
 
 absl::Status StepExecutor::EnqueueLayer(Context& context, int32_t layer) {
+  const bool whole = &context == &decode_;
   HEADROOM_RETURN_IF_ERROR(
-      layers_->Enqueue(*context.state, context.state->flight(context.active_flight), layer));
-  return device_.Record(compute_, context.layer_done[layer % 2]);
+      layers_->Enqueue(*context.state, context.state->flight(context.active_flight), layer, whole));
+  // MayEnqueueAhead() wants to know. Between a GPU's kernels events keep the next one from starting early.
+  return whole ? absl::OkStatus() : device_.Record(compute_, context.layer_done[layer % 2]);
 }
 
 absl::Status StepExecutor::EnqueueEnd(Context& context) {

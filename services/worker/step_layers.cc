@@ -4,14 +4,14 @@
 
 namespace headroom {
 
-absl::Status StepLayers::Enqueue(StepContext& state, StepContext::Flight& flight, int32_t layer) {
+absl::Status StepLayers::Enqueue(StepContext& state, StepContext::Flight& flight, int32_t layer,
+                                 bool whole) {
   const LayerWork& work = state.layer_work(layer);
-  if (layer >= 2 && state.seals()) {
-    HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, state.sealed[layer % 2]));  // chunk buffer's reuse
+  if (layer == 0 || !whole) {
+    HEADROOM_RETURN_IF_ERROR(PrepareAppend(state, layer));
+    HEADROOM_RETURN_IF_ERROR(
+        decoder_.AttentionInput(layer, state.x(), state.rows(), {state.cos_sin(), work.append}));
   }
-  HEADROOM_RETURN_IF_ERROR(Move(compute_, work.prelude, nullptr));
-  HEADROOM_RETURN_IF_ERROR(
-      decoder_.AttentionInput(layer, state.x(), state.cos_sin(), state.rows(), work.append));
   if (work.in_place()) {  // first, so that the store works beside all that follows
     HEADROOM_RETURN_IF_ERROR(in_place_.Post(compute_, state.slot(), *flight.step, layer,
                                             decoder_.Attention(layer, state.rows())));
@@ -19,7 +19,20 @@ absl::Status StepLayers::Enqueue(StepContext& state, StepContext::Flight& flight
   HEADROOM_RETURN_IF_ERROR(Seal(state, flight, layer));
   HEADROOM_RETURN_IF_ERROR(Attend(state, flight, layer));
   HEADROOM_RETURN_IF_ERROR(Move(compute_, work.keep, nullptr));
-  return decoder_.LayerOutput(layer, state.x(), state.rows());
+  if (!whole || layer + 1 == config_.num_layers) {
+    return decoder_.LayerOutput(layer, state.x(), state.rows(), nullptr);
+  }
+  HEADROOM_RETURN_IF_ERROR(PrepareAppend(state, layer + 1));
+  const Decoder::NewKeys next = {state.cos_sin(), state.layer_work(layer + 1).append};
+  return decoder_.LayerOutput(layer, state.x(), state.rows(), &next);
+}
+
+// What must be done before a layer's keys are appended.
+absl::Status StepLayers::PrepareAppend(StepContext& state, int32_t layer) {
+  if (layer >= 2 && state.seals()) {
+    HEADROOM_RETURN_IF_ERROR(device_.Wait(compute_, state.sealed[layer % 2]));  // chunk buffer's reuse
+  }
+  return Move(compute_, state.layer_work(layer).prelude, nullptr);
 }
 
 absl::Status StepLayers::Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,

@@ -27,13 +27,15 @@ class StepLayers {
         compute_(compute),
         seal_(seal) {}
 
-  // One layer of the step in `flight`, whose work `state` has. Errors are the device's; what has been enqueued
-  // by then still runs.
-  absl::Status Enqueue(StepContext& state, StepContext::Flight& flight, int32_t layer);
+  // One layer of the step in `flight`, whose work `state` has. `whole`: nothing of another step is enqueued
+  // between its layers, so that what leads from one attention to the next may be one operation. Errors are the
+  // device's; what has been enqueued by then still runs.
+  absl::Status Enqueue(StepContext& state, StepContext::Flight& flight, int32_t layer, bool whole);
   // After the last: logits, the draw, and the results on their way to the host.
   absl::Status EnqueueResults(StepContext& state, StepContext::Flight& flight);
 
  private:
+  absl::Status PrepareAppend(StepContext& state, int32_t layer);
   absl::Status Attend(StepContext& state, StepContext::Flight& flight, int32_t layer);
   absl::Status Seal(StepContext& state, StepContext::Flight& flight, int32_t layer);
   absl::Status Move(StreamId stream, const kernels::Table<kernels::CopyKvItem>& items,

@@ -84,6 +84,9 @@ class ForwardingDevice : public Device {
   absl::Status RopeAppend(StreamId stream, const kernels::RopeAppendArgs& args) override {
     return device_->RopeAppend(stream, args);
   }
+  absl::Status Chain(StreamId stream, absl::Span<const kernels::ChainOp> ops) override {
+    return device_->Chain(stream, ops);
+  }
   absl::Status PrepareWideAttend(const kernels::WideShape& shape, float* scratch,
                                  int64_t scratch_floats) override {
     return device_->PrepareWideAttend(shape, scratch, scratch_floats);

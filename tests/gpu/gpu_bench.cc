@@ -1,5 +1,5 @@
 // How fast the CUDA kernels are in Llama-3-8B's shapes, beside what the card can move in the same
-// run: gpu_bench [copies|gemm|decode|prefill|small]. No model is needed: contents are random, but not
+// run: gpu_bench [copies|gemm|chain|decode|prefill|small]. No model is needed: contents are random, but not
 // zero.
 #include <algorithm>
 #include <chrono>
@@ -52,6 +52,7 @@ class Bench {
       void (Bench::*run)();
     } parts[] = {{"copies", &Bench::Copies},
                  {"gemm", &Bench::Gemms},
+                 {"chain", &Bench::Chains},
                  {"decode", &Bench::Decodes},
                  {"prefill", &Bench::Prefills},
                  {"small", &Bench::Small}};
@@ -164,6 +165,73 @@ class Bench {
                     1e-3 * packed / us, 1e-6 * flops / us);
       }
       std::printf("\n");
+    }
+  }
+
+  // A layer's products between two attentions, chained and one by one.
+  void Chains() {
+    constexpr int kLayers = 4;  // so that the weights come from memory
+    BFloat16* const a = Random<BFloat16>(64 * kHidden);
+    float* const x = Random<float>(64 * kHidden);
+    auto* const qkv = reinterpret_cast<float*>(Take(64 * kQkvWidth * 4));
+    auto* const normed = reinterpret_cast<BFloat16*>(Take(64 * kHidden * 2));
+    auto* const gate_up = reinterpret_cast<BFloat16*>(Take(64 * 2 * kIntermediate * 2));
+    auto* const activated = reinterpret_cast<BFloat16*>(Take(64 * kIntermediate * 2));
+    const BFloat16* const norm_weight = Random<BFloat16>(kHidden);
+    const int64_t shapes[][2] = {
+        {kHidden, kHidden}, {2 * kIntermediate, kHidden}, {kHidden, kIntermediate}, {kQkvWidth, kHidden}};
+    const BFloat16* weights[kLayers][4];
+    int64_t bytes = 0;
+    for (int layer = 0; layer < kLayers; ++layer) {
+      bytes = 0;
+      for (int i = 0; i < 4; ++i) {
+        const int64_t packed = device_->PackedBytes(shapes[i][0], shapes[i][1]);
+        weights[layer][i] = Random<BFloat16>(packed / 2);
+        bytes += packed;
+      }
+    }
+    for (const int64_t rows : {1, 2, 4, 8, 9, 16, 32}) {
+      std::vector<kernels::ChainOp> layers[kLayers];
+      for (int layer = 0; layer < kLayers; ++layer) {
+        const auto product = [&](int i, const BFloat16* in, kernels::Activations out) {
+          kernels::GemmArgs gemm;
+          gemm.a = in;
+          gemm.a_stride = shapes[i][1];
+          gemm.w = {weights[layer][i], shapes[i][0], shapes[i][1]};
+          gemm.c = out;
+          gemm.c_stride = shapes[i][0];
+          gemm.m = rows;
+          gemm.accumulate = out.data == x;
+          return gemm;
+        };
+        kernels::RmsNormArgs norm;
+        norm.x = x;
+        norm.x_rows = norm.rows = rows;
+        norm.weight = norm_weight;
+        norm.out = normed;
+        norm.hidden = kHidden;
+        norm.epsilon = 1e-5f;
+        kernels::GatedGemmArgs gated;
+        gated.gemm = product(1, normed, gate_up);
+        gated.swiglu = {gate_up, activated, rows, kIntermediate};
+        layers[layer] = {product(0, a, x),         norm, gated,
+                         product(2, activated, x), norm, product(3, normed, qkv)};
+      }
+      const auto time = [&](size_t at_once) {
+        return Time([&](int i) {
+          const absl::Span<const kernels::ChainOp> ops = layers[i % kLayers];
+          for (size_t at = 0; at < ops.size(); at += at_once) {
+            if (absl::Status status = device_->Chain(stream_, ops.subspan(at, at_once)); !status.ok()) {
+              return status;
+            }
+          }
+          return absl::OkStatus();
+        });
+      };
+      const double chained = time(6), in_two = time(4), alone = time(1);
+      std::printf("a layer's products, %d rows: %.1f us, %.0f GB/s; in two chains %.1f us; one by one %.1f\n",
+                  static_cast<int>(rows), chained, 1e-3 * static_cast<double>(bytes) / chained, in_two,
+                  alone);
     }
   }
 

@@ -40,6 +40,8 @@ constexpr int kTimerPairs = 4096;
 // Of so many Attend operations of an account one is timed. Events around each of Llama-3-8B's 32 took 4%
 // of a decode step.
 constexpr int kTimedOf = 16;
+constexpr int kStreamWords = 32;
+static_assert(kStreamWords >= 1 + kernels::cuda::kChainWords);
 // A test's delay of a copy: as long as copying 16 MiB takes.
 constexpr uint64_t kMostDelayUs = 300;
 // Start-up's copies, and what is still enqueued when the device is destroyed.
@@ -88,7 +90,7 @@ class CudaDevice : public Device {
     HEADROOM_ASSIGN_OR_RETURN(setup_stream_, NewStream());
     HEADROOM_ASSIGN_OR_RETURN(upload_stream_, NewStream());
     HEADROOM_RETURN_IF_ERROR(timers_.Init(kTimerPairs));
-    HEADROOM_ASSIGN_OR_RETURN(tickets_, Zeroed(kMaxStreams * sizeof(uint32_t)));
+    HEADROOM_ASSIGN_OR_RETURN(words_, Zeroed(kMaxStreams * kStreamWords * sizeof(uint32_t)));
     HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(
         cudaMemsetAsync(arena_.base(), 0, static_cast<size_t>(arena_.capacity_bytes()),
                         setup_stream_.get())));
@@ -314,10 +316,30 @@ class CudaDevice : public Device {
   absl::Status RopeAppend(StreamId s, const kernels::RopeAppendArgs& a) override {
     return Launch<&kernels::cuda::LaunchRopeAppend>(s, "RopeAppend", a);
   }
+  absl::Status Chain(StreamId s, absl::Span<const kernels::ChainOp> ops) override {
+    while (!ops.empty()) {
+      const size_t taken = kernels::cuda::ChainLength(ops.data(), ops.size());
+      if (taken < 2) {
+        HEADROOM_RETURN_IF_ERROR(RunAlone(s, ops.front()));
+        ops.remove_prefix(1);
+        continue;
+      }
+      const absl::Span<const kernels::ChainOp> chain = ops.first(taken);
+      for (const kernels::ChainOp& op : chain) {
+        HEADROOM_RETURN_IF_ERROR(
+            std::visit([&](const auto& args) { return CheckArenaRanges("Chain", args); }, op));
+      }
+      HEADROOM_RETURN_IF_ERROR(Enqueue(s, "Chain", nullptr, 0, [&](cudaStream_t on) {
+        return kernels::cuda::LaunchChain(chain.data(), chain.size(), Words(s) + 1, on);
+      }));
+      ops.remove_prefix(taken);
+    }
+    return absl::OkStatus();
+  }
   absl::Status Attend(StreamId s, const kernels::AttendArgs& a, OpAccount* account) override {
     const auto enqueue = [&](cudaStream_t on) {
       MutexLock lock(&wide_mutex_);
-      return wide_.Attend(a, static_cast<uint32_t*>(tickets_.get()) + s.index, on);
+      return wide_.Attend(a, Words(s), on);
     };
     return Launch(s, "Attend", a, account, /*host_too=*/false, enqueue, kTimedOf);
   }
@@ -488,6 +510,11 @@ class CudaDevice : public Device {
         streams_[stream.index].get(), sleep, reinterpret_cast<void*>(static_cast<uintptr_t>(us)))));
   }
 
+  // What blocks of one kernel tell each other by: one word for LaunchAttend(), the others for LaunchChain().
+  uint32_t* Words(StreamId stream) const {
+    return static_cast<uint32_t*>(words_.get()) + stream.index * kStreamWords;
+  }
+
   static absl::Status StatusOf(cudaError_t error, absl::string_view op) {
     return CudaStatus(error, op, __FILE__, __LINE__);
   }
@@ -547,7 +574,7 @@ class CudaDevice : public Device {
   mutable Mutex mutex_;
   Arena arena_;  // its bounds are const; allocation under mutex_
   HostRegistrations host_;
-  CudaMemory tickets_;  // of each stream's Attends: kernels::cuda::LaunchAttend()
+  CudaMemory words_;  // kStreamWords of each stream
   OpTimers timers_;
   std::vector<std::unique_ptr<Recording>> recordings_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<WideGemm> wide_gemm_;  // null: kernels::cuda::LaunchGemm() takes all

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
@@ -97,25 +98,53 @@ absl::Status Decoder::Begin(const kernels::Table<kernels::EmbedRow>& tokens,
   return device_.RopeTable(stream_, rope);
 }
 
-absl::Status Decoder::AttentionInput(int32_t layer, const float* x, const float* cos_sin,
-                                     int64_t rows,
-                                     const kernels::Table<kernels::AppendItem>& items) {
+// Operations in order, a chain of which goes to the device when there are as many as that.
+class Decoder::Chain {
+ public:
+  Chain(Device& device, StreamId stream) : device_(device), stream_(stream) {}
+  absl::Status Add(const kernels::ChainOp& op) {
+    if (count_ == kMost) HEADROOM_RETURN_IF_ERROR(Enqueue());
+    ops_[count_++] = op;
+    return absl::OkStatus();
+  }
+  absl::Status Enqueue() {
+    const auto ops = absl::MakeConstSpan(ops_, static_cast<size_t>(std::exchange(count_, 0)));
+    return device_.Chain(stream_, ops);
+  }
+
+ private:
+  static constexpr int kMost = 12;
+  Device& device_;
+  const StreamId stream_;
+  kernels::ChainOp ops_[kMost];
+  int count_ = 0;
+};
+
+absl::Status Decoder::AttentionInput(int32_t layer, const float* x, int64_t rows,
+                                     const NewKeys& keys) {
+  Chain chain(device_, stream_);
+  HEADROOM_RETURN_IF_ERROR(AddInput(chain, layer, x, rows, keys));
+  return chain.Enqueue();
+}
+
+absl::Status Decoder::AddInput(Chain& chain, int32_t layer, const float* x, int64_t rows,
+                               const NewKeys& keys) {
   const LayerWeights& w = weights_.layers[layer];
-  HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.attention_norm, normed_, rows));
-  HEADROOM_RETURN_IF_ERROR(Linear(normed_, w.qkv, qkv_, rows, /*accumulate=*/false));
   kernels::RopeAppendArgs rope;
   rope.qkv = qkv_;
   rope.bias = w.qkv_bias;
   rope.q_norm = w.q_norm;
   rope.k_norm = w.k_norm;
   rope.norm_epsilon = static_cast<float>(config_.rms_norm_epsilon);
-  rope.cos_sin = cos_sin;
-  rope.items = items;
+  rope.cos_sin = keys.cos_sin;
+  rope.items = keys.items;
   rope.rows = rows;
   rope.num_q_heads = config_.num_q_heads;
   rope.num_kv_heads = config_.num_kv_heads;
   rope.head_dim = config_.head_dim;
-  return device_.RopeAppend(stream_, rope);
+  HEADROOM_RETURN_IF_ERROR(chain.Add(Norm(x, w.attention_norm, normed_, rows)));
+  HEADROOM_RETURN_IF_ERROR(chain.Add(Product(normed_, w.qkv, qkv_, rows)));
+  return chain.Add(rope);
 }
 
 kernels::AttendArgs Decoder::Attention(int32_t layer, int64_t rows) const {
@@ -136,24 +165,27 @@ kernels::AttendArgs Decoder::Attention(int32_t layer, int64_t rows) const {
   return attend;
 }
 
-absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows) {
+absl::Status Decoder::LayerOutput(int32_t layer, float* x, int64_t rows, const NewKeys* next) {
   const LayerWeights& w = weights_.layers[layer];
-  HEADROOM_RETURN_IF_ERROR(AddProduct(attention_, w.output, w.post_attention_norm, x, rows));
-  HEADROOM_RETURN_IF_ERROR(Norm(x, rows, w.mlp_norm, normed_, rows));
+  Chain chain(device_, stream_);
+  HEADROOM_RETURN_IF_ERROR(
+      AddProduct(chain, attention_, w.output, w.post_attention_norm, x, rows));
+  HEADROOM_RETURN_IF_ERROR(chain.Add(Norm(x, w.mlp_norm, normed_, rows)));
   for (int64_t row = 0; row < rows; row += mlp_slice_rows_) {
     const int64_t count = std::min(mlp_slice_rows_, rows - row);
     kernels::GatedGemmArgs gated;
-    gated.gemm = Product(normed_ + row * config_.hidden, w.gate_up, gate_up_, count, false);
+    gated.gemm = Product(normed_ + row * config_.hidden, w.gate_up, gate_up_, count);
     gated.swiglu.gate_up = gate_up_;
     gated.swiglu.out = activated_;
     gated.swiglu.rows = count;
     gated.swiglu.width = config_.intermediate;
     gated.swiglu.activation = config_.activation;
-    HEADROOM_RETURN_IF_ERROR(device_.GatedGemm(stream_, gated));
-    HEADROOM_RETURN_IF_ERROR(
-        AddProduct(activated_, w.down, w.post_mlp_norm, x + row * config_.hidden, count));
+    HEADROOM_RETURN_IF_ERROR(chain.Add(gated));
+    HEADROOM_RETURN_IF_ERROR(AddProduct(chain, activated_, w.down, w.post_mlp_norm,
+                                        x + row * config_.hidden, count));
   }
-  return absl::OkStatus();
+  if (next != nullptr) HEADROOM_RETURN_IF_ERROR(AddInput(chain, layer + 1, x, rows, *next));
+  return chain.Enqueue();
 }
 
 absl::Status Decoder::Sample(const float* x, int64_t x_rows,
@@ -162,9 +194,13 @@ absl::Status Decoder::Sample(const float* x, int64_t x_rows,
                              kernels::SampleResult* results) {
   for (int64_t begin = 0; begin < rows.count; begin += kLogitSliceRows) {
     const int64_t count = std::min<int64_t>(kLogitSliceRows, rows.count - begin);
-    HEADROOM_RETURN_IF_ERROR(Norm(x, x_rows, weights_.final_norm, sampled_, count,
-                                  Slice(row_index, begin, count)));
-    HEADROOM_RETURN_IF_ERROR(Linear(sampled_, weights_.lm_head, logits_, count, false));
+    kernels::RmsNormArgs norm = Norm(x, weights_.final_norm, sampled_, count);
+    norm.x_rows = x_rows;
+    norm.row_index = Slice(row_index, begin, count);
+    Chain chain(device_, stream_);
+    HEADROOM_RETURN_IF_ERROR(chain.Add(norm));
+    HEADROOM_RETURN_IF_ERROR(chain.Add(Product(sampled_, weights_.lm_head, logits_, count)));
+    HEADROOM_RETURN_IF_ERROR(chain.Enqueue());
     if (config_.logit_soft_cap != 0) {
       HEADROOM_RETURN_IF_ERROR(device_.SoftCap(
           stream_, {logits_, count, config_.vocab, config_.logit_soft_cap}));
@@ -185,17 +221,22 @@ absl::Status Decoder::Sample(const float* x, int64_t x_rows,
   return absl::OkStatus();
 }
 
-absl::Status Decoder::Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight,
-                           kernels::Activations out, int64_t rows,
-                           const kernels::Table<int32_t>& row_index) {
-  kernels::RmsNormArgs norm = NormArgs(x, weight, out, rows);
-  norm.x_rows = x_rows;
-  norm.row_index = row_index;
-  return device_.RmsNorm(stream_, norm);
+absl::Status Decoder::AddProduct(Chain& chain, kernels::Activations a,
+                                 const kernels::PackedWeight& w,
+                                 const kernels::BFloat16* post_norm, float* x, int64_t rows) {
+  if (post_norm == nullptr) {
+    kernels::GemmArgs product = Product(a, w, x, rows);
+    product.accumulate = true;
+    return chain.Add(product);
+  }
+  HEADROOM_RETURN_IF_ERROR(chain.Add(Product(a, w, projected_, rows)));
+  kernels::RmsNormArgs norm = Norm(projected_, post_norm, x, rows);
+  norm.accumulate = true;
+  return chain.Add(norm);
 }
 
-kernels::RmsNormArgs Decoder::NormArgs(const float* x, const kernels::BFloat16* weight,
-                                       kernels::Activations out, int64_t rows) const {
+kernels::RmsNormArgs Decoder::Norm(const float* x, const kernels::BFloat16* weight,
+                                   kernels::Activations out, int64_t rows) const {
   kernels::RmsNormArgs norm;
   norm.x = x;
   norm.x_rows = rows;
@@ -208,22 +249,8 @@ kernels::RmsNormArgs Decoder::NormArgs(const float* x, const kernels::BFloat16* 
   return norm;
 }
 
-absl::Status Decoder::AddProduct(kernels::Activations a, const kernels::PackedWeight& w,
-                                 const kernels::BFloat16* post_norm, float* x, int64_t rows) {
-  if (post_norm == nullptr) return Linear(a, w, x, rows, /*accumulate=*/true);
-  HEADROOM_RETURN_IF_ERROR(Linear(a, w, projected_, rows, /*accumulate=*/false));
-  kernels::RmsNormArgs norm = NormArgs(projected_, post_norm, x, rows);
-  norm.accumulate = true;
-  return device_.RmsNorm(stream_, norm);
-}
-
-absl::Status Decoder::Linear(kernels::Activations a, const kernels::PackedWeight& w,
-                             kernels::Activations c, int64_t rows, bool accumulate) {
-  return device_.Gemm(stream_, Product(a, w, c, rows, accumulate));
-}
-
 kernels::GemmArgs Decoder::Product(kernels::Activations a, const kernels::PackedWeight& w,
-                                   kernels::Activations c, int64_t rows, bool accumulate) {
+                                   kernels::Activations c, int64_t rows) {
   kernels::GemmArgs gemm;
   gemm.a = a;
   gemm.a_stride = w.k;
@@ -231,7 +258,6 @@ kernels::GemmArgs Decoder::Product(kernels::Activations a, const kernels::Packed
   gemm.c = c;
   gemm.c_stride = w.n;
   gemm.m = rows;
-  gemm.accumulate = accumulate;
   return gemm;
 }
 

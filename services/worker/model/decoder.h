@@ -26,13 +26,18 @@ class Decoder {
   // x[rows, hidden] = embedding of the tokens; cos_sin[rows, head_dim] = their rotations.
   absl::Status Begin(const kernels::Table<kernels::EmbedRow>& tokens,
                      const kernels::Table<int64_t>& positions, float* x, float* cos_sin);
-  // Norm, q, k and v of one layer, rotation; keys and values go where `items` say.
-  absl::Status AttentionInput(int32_t layer, const float* x, const float* cos_sin, int64_t rows,
-                              const kernels::Table<kernels::AppendItem>& items);
+  // The rotations of a step's rows, and where a layer's keys and values go.
+  struct NewKeys {
+    const float* cos_sin = nullptr;  // [rows, head_dim]
+    kernels::Table<kernels::AppendItem> items;
+  };
+  // Norm, q, k and v of one layer, rotation, append.
+  absl::Status AttentionInput(int32_t layer, const float* x, int64_t rows, const NewKeys& keys);
   // The arguments of a layer's attention, but for items and spans: q, state and out.
   kernels::AttendArgs Attention(int32_t layer, int64_t rows) const;
-  // x += output projection of the attention; x += MLP(x).
-  absl::Status LayerOutput(int32_t layer, float* x, int64_t rows);
+  // x += output projection of the attention; x += MLP(x). With `next` also the next layer's AttentionInput():
+  // a decode step's is then one kernel from one attention to the other.
+  absl::Status LayerOutput(int32_t layer, float* x, int64_t rows, const NewKeys* next);
   // Final norm, logits and sampling of the rows of x that `row_index` names, result by result.
   absl::Status Sample(const float* x, int64_t x_rows, const kernels::Table<int32_t>& row_index,
                       const kernels::Table<kernels::SampleRow>& rows,
@@ -48,17 +53,15 @@ class Decoder {
   Decoder(Device& device, StreamId stream, const ModelConfig& config, const ModelWeights& weights)
       : device_(device), stream_(stream), config_(config), weights_(weights) {}
 
-  absl::Status Norm(const float* x, int64_t x_rows, const kernels::BFloat16* weight, kernels::Activations out,
-                    int64_t rows, const kernels::Table<int32_t>& row_index = {});
-  absl::Status Linear(kernels::Activations a, const kernels::PackedWeight& w,
-                      kernels::Activations c, int64_t rows, bool accumulate);
+  class Chain;
+  absl::Status AddInput(Chain& chain, int32_t layer, const float* x, int64_t rows, const NewKeys& keys);
   // x += a w, normalised first where there is a `post_norm`.
-  absl::Status AddProduct(kernels::Activations a, const kernels::PackedWeight& w,
+  absl::Status AddProduct(Chain& chain, kernels::Activations a, const kernels::PackedWeight& w,
                           const kernels::BFloat16* post_norm, float* x, int64_t rows);
-  kernels::RmsNormArgs NormArgs(const float* x, const kernels::BFloat16* weight,
-                                kernels::Activations out, int64_t rows) const;
+  kernels::RmsNormArgs Norm(const float* x, const kernels::BFloat16* weight,
+                            kernels::Activations out, int64_t rows) const;
   static kernels::GemmArgs Product(kernels::Activations a, const kernels::PackedWeight& w,
-                                   kernels::Activations c, int64_t rows, bool accumulate);
+                                   kernels::Activations c, int64_t rows);
 
   Device& device_;
   const StreamId stream_;
