@@ -157,6 +157,29 @@ class Picture(unittest.TestCase):
         self.assertEqual(tp.choose(steps, "token", -1).layers, [1210, 1310, 1410])
         self.assertIn("layer", words(draw(lines, "chunk")))
 
+    def test_layers_of_chains_begin_with_the_chain_in_front_of_attention(self):
+        lines = HEAD + [compute("Embed", 1000, 1010), compute("Chain", 1010, 1030)]
+        for at in (1030, 1130):
+            lines += [compute("Attend", at, at + 10), compute("Wait", at + 10, at + 20),
+                      compute("Attend", at + 20, at + 40), compute("Chain", at + 40, at + 100)]
+        lines += [compute("Chain", 1230, 1260), compute("Sample", 1260, 1270),
+                  event(WORKER, COMPLETION, "token step", 1000, 1270, '"step":1')]
+        rows = tp.read_rows(lines)
+        step = tp.choose(tp.read_steps(rows), "token", 1)
+        self.assertEqual(step.layers, [1010, 1070, 1230])
+        (products,) = rectangles(draw(lines), tp.KINDS["product"][0])
+        self.assertEqual(len(products), 4)
+
+    def test_heads_with_norms_rotate_behind_their_chain(self):
+        lines = HEAD + [compute("Embed", 1000, 1010), compute("Chain", 1010, 1030)]
+        for at in (1030, 1130):
+            lines += [compute("RopeAppend", at, at + 5), compute("Attend", at + 5, at + 40),
+                      compute("Chain", at + 40, at + 100)]
+        lines += [compute("Sample", 1230, 1240),
+                  event(WORKER, COMPLETION, "token step", 1000, 1240, '"step":1')]
+        self.assertEqual(tp.choose(tp.read_steps(tp.read_rows(lines)), "token", 1).layers,
+                         [1010, 1070, 1170])
+
     def test_steps_without_work_do_not_count(self):
         lines = small_trace() + [event(WORKER, COMPLETION, "token step", 900, 920, '"step":6')]
         self.assertEqual([step.number for step in tp.read_steps(tp.read_rows(lines))], [7, 8])

@@ -150,13 +150,13 @@ absl::Status BenchRun::Init(const BenchOptions& options, const std::vector<WorkI
 absl::Status BenchRun::Measure(const WorkItem& item) {
   BenchResult result;
   result.item = item;
-  if (item.planned) {  // said before anything of the item runs
+  HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());
+  if (item.planned) {  // said before anything of the item runs, of what was measured just now
     HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine_->PlanFor(item));
     // What is planned, and predicted, is a decode step; a question has a plan's lanes, and more to do.
     if (item.kind == WorkItem::Kind::kDecode) result.predicted_seconds = planned.step_seconds;
     BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
   }
-  HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());
   const auto on_chunk = [&](int64_t tokens, double seconds) {
     return report_.AddChunk(item, tokens, seconds);
   };
