@@ -151,17 +151,21 @@ absl::Status BenchRun::Measure(const WorkItem& item) {
   BenchResult result;
   result.item = item;
   HEADROOM_ASSIGN_OR_RETURN(const Ceilings before, probe_->Measure());
-  if (item.planned) {  // said before anything of the item runs, of what was measured just now
-    HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine_->PlanFor(item));
-    // What is planned, and predicted, is a decode step; a question has a plan's lanes, and more to do.
-    if (item.kind == WorkItem::Kind::kDecode) result.predicted_seconds = planned.step_seconds;
-    BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
-  }
   const auto on_chunk = [&](int64_t tokens, double seconds) {
     return report_.AddChunk(item, tokens, seconds);
   };
   for (int32_t i = 0; i < (item.once ? 1 : repeat_); ++i) {
+    // Said before it runs, of lanes that were measured just now: a shared machine's memory is half as fast again from
+    // one moment to the next.
+    double predicted_seconds = 0;
+    if (item.planned) {
+      HEADROOM_ASSIGN_OR_RETURN(const BenchEngine::Planned planned, engine_->PlanFor(item));
+      // What is planned, and predicted, is a decode step; a question has a plan's lanes, and more to do.
+      if (item.kind == WorkItem::Kind::kDecode) predicted_seconds = planned.step_seconds;
+      BenchReport::PrintPlan(item, planned.step_seconds, planned.lane_bytes);
+    }
     HEADROOM_ASSIGN_OR_RETURN(Measurement measurement, engine_->Measure(item, deadline_, on_chunk));
+    measurement.predicted_seconds = predicted_seconds;
     // Of prefills that are whole and one that is cut off there is no median: either those or this one.
     const bool cut_off =
         item.prefills() && measurement.prefilled_tokens < item.context_tokens;

@@ -47,6 +47,7 @@ struct Measurement : StepTimes {
   // tokens, 99 of 100 times (p99).
   double seconds = 0;
   double cpu_seconds = 0;  // of the whole process
+  double predicted_seconds = 0;  // of a planned decode step, right before it ran
   int64_t prefilled_tokens = 0;  // of the prefill: fewer than asked for if it was cut off
   double prefill_seconds = 0;
   std::vector<double> token_seconds;  // beside a prefill: between tokens, sorted

@@ -96,6 +96,21 @@ Spread BenchResult::seconds() const {
   return SpreadOf(std::move(values));
 }
 
+double BenchResult::predicted_seconds() const {
+  std::vector<double> values;
+  for (const Measurement& measurement : measurements) values.push_back(measurement.predicted_seconds);
+  return SpreadOf(std::move(values)).median;
+}
+
+double BenchResult::prediction_off() const {
+  std::vector<double> values;
+  for (const Measurement& measurement : measurements) {
+    if (measurement.predicted_seconds == 0) return 0;
+    values.push_back(measurement.predicted_seconds / measurement.seconds - 1);
+  }
+  return SpreadOf(std::move(values)).median;
+}
+
 double BenchResult::tokens() const {
   return item.kind == WorkItem::Kind::kPrefill ? static_cast<double>(median().prefilled_tokens)
                                                : item.batch;
@@ -142,7 +157,8 @@ Json ToJson(const BenchResult& result) {
       {"tokens_beside", TokensBesideJson(median)},
       {"cut_off", result.cut_off()},
       {"floor_seconds", result.floor_seconds},
-      {"predicted_seconds", result.predicted_seconds},
+      {"predicted_seconds", result.predicted_seconds()},
+      {"prediction_off", result.prediction_off()},
       {"ratio", seconds.median / result.floor_seconds},
       {"least_ratio", seconds.least / result.floor_seconds},
       {"ceilings", CeilingsJson(result.ceilings)},
@@ -249,9 +265,9 @@ absl::Status BenchReport::Add(const BenchResult& result) {
       "values, %.1f MB copied\n",
       costs.linear_flops / kGiga, costs.attention_flops / kGiga, costs.weight_bytes * 1e-6,
       costs.kv_bytes * 1e-6, costs.copied_bytes * 1e-6);
-  if (result.predicted_seconds > 0) {
-    std::printf("    plan      %9.2f ms predicted, %+.1f%% off\n", result.predicted_seconds * kMilli,
-                100 * (result.predicted_seconds / seconds.median - 1));
+  if (const double predicted_seconds = result.predicted_seconds(); predicted_seconds > 0) {
+    std::printf("    plan      %9.2f ms predicted, %+.1f%% off\n", predicted_seconds * kMilli,
+                100 * result.prediction_off());
   }
   if (!median.token_seconds.empty()) {
     const std::vector<double>& tokens = median.token_seconds;

@@ -35,7 +35,6 @@ struct BenchResult {
   Ceilings floor_ceilings;  // what the floor is reckoned with
   Costs costs;
   double floor_seconds = 0;
-  double predicted_seconds = 0;  // of a planned item
   std::vector<Measurement> measurements;
   // Device memory: what the arena gave out, of the KV pool what this item filled, and on a GPU all
   // that was in use beside the arena (contexts, code, libraries, from before this process too).
@@ -45,6 +44,10 @@ struct BenchResult {
   // Of the measurement of median length: lanes and waits belong to one and the same run.
   const Measurement& median() const;
   Spread seconds() const;
+  // Of what was predicted before each measurement, and of how far each was off, as a part of what was measured:
+  // positive if it took less. 0 where nothing was predicted.
+  double predicted_seconds() const;
+  double prediction_off() const;
   double tokens() const;  // that one measurement's seconds yield
   bool cut_off() const;   // a prefill that --stop-after ended
 };

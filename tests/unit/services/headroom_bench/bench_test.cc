@@ -437,6 +437,8 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   EXPECT_EQ(lines[3].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), 0);
   EXPECT_DOUBLE_EQ(lines[3].Find("lanes")->Find("in_place")->Find("bytes")->as_number(), bytes);
   EXPECT_GT(lines[4].Find("predicted_seconds")->as_number(), 0);
+  EXPECT_NE(lines[4].Find("prediction_off")->as_number(), 0);
+  EXPECT_EQ(lines[3].Find("prediction_off")->as_number(), 0);
   EXPECT_DOUBLE_EQ(lines[5].Find("lanes")->Find("fetched")->Find("bytes")->as_number(), bytes / 2);
 }
 
