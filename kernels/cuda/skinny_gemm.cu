@@ -1,10 +1,8 @@
 // Products of up to kFewGemmRows rows: a decode step's. The weights are streamed once, and that is the
 // time it takes.
 //
-// A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at pairs of slices of 32 k:
-// pair i belongs to warp i % 8, which adds up its slices in ascending order; the 8 sums are added in the
-// order of the warps. So a row's bits depend on its own activations only, however many rows there are
-// and whichever tiles are chosen.
+// A block computes kRowTiles x 16 outputs of all rows. Its 8 warps take turns at pairs of slices of 32 k
+// (few_row_sums.cuh).
 //
 // Weights go from memory straight into the fragments of m16n8k16 products, weights being the left
 // operand: the order of k within a slice is free as long as both operands agree, so that a lane loads 16
@@ -13,18 +11,15 @@
 // The first are asked for before the kernel waits for the one before it, whose results they do not need;
 // blocks are small, so that they find room beside the last ones of that kernel.
 #include "kernels/cuda/device_util.cuh"
+#include "kernels/cuda/few_row_sums.cuh"
 #include "kernels/cuda/kernels.h"
-#include "kernels/cuda/tensor_core.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = kSumWarps;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kSlice = 32;
-// A warp's slices come in pairs, 128 bytes of a row: how far the n-th is from its first.
-constexpr int kPair = 2 * kSlice;
-constexpr int kTurn = kWarps * kPair;
+// How far the n-th of a warp's slices is from its first.
 HEADROOM_HOST_DEVICE constexpr int OffsetOf(int n) { return n / 2 * kTurn + n % 2 * kSlice; }
 
 // Not kept in L1, where nothing of it is wanted again.
@@ -126,10 +121,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
         }
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
-          const uint4 upper = w[s][t][0];
-          const uint4 lower = w[s][t][1];
-          Multiply(sum[t][c], {upper.x, lower.x, upper.y, lower.y}, a.x, a.y);
-          Multiply(sum[t][c], {upper.z, lower.z, upper.w, lower.w}, a.z, a.w);
+          AddSlice(sum[t][c], w[s][t][0], w[s][t][1], a);
         }
       }
       load(w[s], k, kSlots + s);
@@ -142,26 +134,10 @@ __global__ void __launch_bounds__(kThreads, Shape<kRowTiles, kColumnTiles, kGate
     activations += OffsetOf(kSlots);
   }
 
-#pragma unroll
-  for (int t = 0; t < kRowTiles; ++t) {
-#pragma unroll
-    for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = c * 8 + 2 * pair + i % 2;
-        const int output = t * 16 + quad + i / 2 * 8;
-        sums[(warp * S::kRows + row) * S::kOutputs + output] = sum[t][c][i];
-      }
-    }
-  }
+  StoreSums(sum, warp, quad, pair, sums);
   __syncthreads();
   const auto total = [&](int row, int output) {
-    float value = 0;
-#pragma unroll
-    for (int from = 0; from < kWarps; ++from) {
-      value = __fadd_rn(value, sums[(from * S::kRows + row) * S::kOutputs + output]);
-    }
-    return value;
+    return TotalOf<S::kRows, S::kOutputs>(sums, row, output);
   };
   for (int i = thread; i < S::kRows * S::kResults; i += kThreads) {
     if (!exists(i)) continue;
