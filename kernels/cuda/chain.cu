@@ -8,7 +8,7 @@
 // goes on: with the ring's 96 KiB that is what HBM brings in some 4 us.
 //
 // Weights do not pass through L1, so that activations and the word that says how many blocks are done do
-// not queue behind them (loads return in order: some 3 us).
+// not queue behind them: loads return in order.
 //
 // A tile is kRowTiles x 16 outputs of all rows. Sums have skinny_gemm.cu's order (few_row_sums.cuh), and so its
 // bits. What the operations are, and the weights' way to the warps: chain_weights.cuh.
