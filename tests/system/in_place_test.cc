@@ -99,6 +99,12 @@ class InPlace : public testing::Test {
       return client().Generate(request).LaneBytes(v1::LANE_IN_PLACE) > 0;
     }));
   }
+  void ExpectNoExtentsLeft() {
+    EXPECT_TRUE(client().AwaitIdle(Patience(absl::Seconds(10))));
+    EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
+                          [&] { return client().Load().host_used_bytes() == 0; }))
+        << client().Load().host_used_bytes() << " bytes of extents are left";
+  }
   int RandomToken(int most) { return std::uniform_int_distribution<int>(1, most)(random_); }
 
   Cluster cluster_{Options()};
@@ -149,10 +155,7 @@ TEST_F(InPlace, AKilledStoreCostsAPause) {
   std::printf("%d rounds, %d with steps run again, longest pause %s\n", Rounds(), retried,
               absl::FormatDuration(longest).c_str());
   EXPECT_LT(longest, kInPlaceDeadline + Patience(absl::Seconds(5)));
-  EXPECT_TRUE(client().AwaitIdle(Patience(absl::Seconds(10))));
-  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)),
-                        [&] { return client().Load().host_used_bytes() == 0; }))
-      << client().Load().host_used_bytes() << " bytes of extents are left";
+  ExpectNoExtentsLeft();
 }
 
 TEST_F(InPlace, AStoppedStoreCostsAPauseAndItsAnswersAreNotTaken) {
@@ -184,6 +187,7 @@ TEST_F(InPlace, AStoppedStoreCostsAPauseAndItsAnswersAreNotTaken) {
               static_cast<long>(client().Status().in_place().late_partials()),
               absl::FormatDuration(longest).c_str());
   EXPECT_LT(longest, kInPlaceDeadline + Patience(absl::Seconds(2)));
+  ExpectNoExtentsLeft();
 }
 
 TEST_F(InPlace, AKilledWorkerLosesNoToken) {
@@ -205,6 +209,7 @@ TEST_F(InPlace, AKilledWorkerLosesNoToken) {
   }
   std::printf("%d rounds, longest pause %s\n", Rounds(), absl::FormatDuration(longest).c_str());
   EXPECT_LT(longest, Patience(absl::Seconds(10)));
+  ExpectNoExtentsLeft();
 }
 
 TEST(InPlaceOff, AStoreWithoutThreadsRefusesSuchPlansAndServesTheOthers) {
