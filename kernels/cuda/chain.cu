@@ -1,14 +1,15 @@
 // A decode step's products and norms between two attentions as one kernel: the weights of all of them are one
 // stream, which does not stop where one product ends and the next waits for its results.
 //
-// One block a multiprocessor. Two warps of it ask for the block's tiles of weights, those of one product
-// after those of the other, by bulk copies into a ring of stages in shared memory, as far ahead as there is
-// room. Eight others wait, where a product begins, until all blocks are done with the operation before it, and
+// One block a multiprocessor. A thread of it asks for the block's tiles of weights, those of one product
+// after those of the other, by tensor copies into a ring of stages in shared memory, as far ahead as there is
+// room. Eight warps wait, where a product begins, until all blocks are done with the operation before it, and
 // multiply what has come meanwhile. While they wait they take the next stages into registers, so that the ring
 // goes on: with the ring's 96 KiB that is what HBM brings in some 4 us.
 //
 // Weights do not pass through L1, so that activations and the word that says how many blocks are done do
-// not queue behind them: loads return in order.
+// not queue behind them: loads return in order. One copy a stage: of 16, one a row, two warps were needed to ask, and
+// 16 rows of activations took 2% longer.
 //
 // A tile is kRowTiles x 16 outputs of all rows. Sums have skinny_gemm.cu's order (few_row_sums.cuh), and so its
 // bits. What the operations are, and the weights' way to the warps: chain_weights.cuh.
@@ -17,8 +18,8 @@
 // it beside kernels that end without waiting for it; those of this stream that may start early do so when all
 // of its blocks have begun.
 //
-// A layer of Llama-3-8B (436 MB) takes 109.6 us of an H200 with one row, 124 with 16, where one operation
-// after the other takes 112.7 and 142 (gpu_bench chain), and RoPE, which is one of them here, comes to that.
+// A layer of Llama-3-8B (436 MB) takes 109.3 us of an H200 with one row, 123 with 16, where one operation
+// after the other takes 114.4 and 142 (gpu_bench chain), and RoPE, which is one of them here, comes to that.
 #include "kernels/cuda/chain_weights.cuh"
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/few_row_sums.cuh"
@@ -155,15 +156,15 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
         if (row < rows && result < num_results) before[n] = g.c.floats()[row * g.c_stride + result];
       }
     }
-    // As many stages' activations, which come from L2 at first.
+    // As many stages' activations, which come from L2 at first. Of rows that do not exist, zeros; behind the last k
+    // those of before, which weights of zero are multiplied with.
     constexpr int kAhead = S::kHeld;
-    uint4 a[kAhead][2][kColumnTiles];
+    uint4 a[kAhead][2][kColumnTiles] = {};
     const auto load = [&](uint4(&to)[2][kColumnTiles], int k) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c) {
-          to[n][c] = make_uint4(0, 0, 0, 0);
           if (k + its_k + n * kSlice >= depth || c * 8 + quad >= rows) continue;
           to[n][c] = *reinterpret_cast<const uint4*>(its_activations + c * 8 * g.a_stride + k + n * kSlice);
         }
@@ -181,7 +182,7 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
         if (begin == 0 && s < held.count) {
           w = held.stages[s];
         } else {
-          ring.Take(k, depth, w);
+          ring.Take(w);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -201,7 +202,7 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
     float* const sums = shared.sums[which];
     if (S::kSums == 1) SyncWarps();  // the tile before has been added up
     which = (which + 1) % S::kSums;
-    StoreSums(sum, warp, quad, pair, sums);
+    StoreSums(sum, warp, RowOfQuad(quad), pair, sums);
     SyncWarps();
     const auto total = [&](int row, int output) {
       return TotalOf<S::kRows, S::kOutputs>(sums, row, output);
@@ -248,7 +249,7 @@ __device__ int NextDepth(const Phases& a, int p) {
 // By the warps that multiply.
 template <typename S>
 __device__ void RunPhases(const Phases& a, Shared<S>& shared) {
-  Ring<S> ring(shared);
+  Ring<S> ring(a, shared);
   Held<S> held;
   held.depth = NextDepth(a, 0);
   for (int s = 0; s < S::kHeld; ++s) held.Add(ring, true);
@@ -290,11 +291,11 @@ __device__ void RunPhases(const Phases& a, Shared<S>& shared) {
 template <typename S>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     ChainKernel(const __grid_constant__ Phases a) {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<S>*>(memory);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
-      shared.filled[stage].Init(kAskers);
+      shared.filled[stage].Init(1);
       shared.free[stage].Init(kSumWarps);
     }
     shared.may_go.Init(1);
@@ -302,11 +303,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    if (S::kManyRegisters) SetRegisters<false, 56>();
-    const int asker = static_cast<int>(threadIdx.x) / kWarp - kSumWarps;
-    if (asker < kAskers) AskForWeights(a, shared, asker);
+    SetRegisters<false, 56>();
+    if (threadIdx.x == kThreads) AskForWeights(a, shared);
   } else {
-    if (S::kManyRegisters) SetRegisters<true, 224>();
+    SetRegisters<true, 224>();
     RunPhases(a, shared);
   }
 }
@@ -318,9 +318,9 @@ int64_t RowsOf(const GemmArgs& gemm) { return gemm.m; }
 int64_t RowsOf(const GatedGemmArgs& gated) { return gated.gemm.m; }
 int64_t RowsOf(const RopeAppendArgs& rope) { return rope.rows; }
 
-// Products of whole rows that the kernel takes, whose count of outputs fits 32 bits.
+// Products that the kernel takes: of whole boxes' columns, whose count of outputs fits 32 bits.
 bool Takes(const GemmArgs& gemm) {
-  return IsSkinny(gemm) && gemm.w.n > 0 && gemm.w.n < (int64_t{1} << 31) &&
+  return IsSkinny(gemm) && gemm.w.k % kPair == 0 && gemm.w.n > 0 && gemm.w.n < (int64_t{1} << 31) &&
          (!gemm.accumulate || gemm.c.type == ElementType::kFloat32);
 }
 
@@ -374,10 +374,46 @@ size_t AddPhase(const ChainOp* ops, size_t count, Phases& to) {
   return taken;
 }
 
+// The driver's function that describes a tensor to the copy engine; null where it has none.
+decltype(&cuTensorMapEncodeTiled) EncodeTiled() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                               cudaEnableDefault, &result);
+    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? found : nullptr);
+  }();
+  return function;
+}
+
+// A product's weights as kBoxBytes has them.
+cudaError_t DescribeWeights(Phase& phase) {
+  const PackedWeight& w = phase.gemm.w;
+  const auto row_bytes = static_cast<cuuint64_t>(w.k) * sizeof(BFloat16);
+  const auto n = static_cast<cuuint64_t>(w.n);
+  const bool in_pairs = InPairs(phase.kind);
+  const cuuint64_t halves = in_pairs ? 2 : 1;
+  const cuuint64_t heads =
+      phase.kind == PhaseKind::kRotated ? n / static_cast<cuuint64_t>(phase.rope.head_dim) : 1;
+  const cuuint64_t rows = n / halves / heads;
+  const cuuint64_t sizes[] = {kPair, rows, halves, heads, static_cast<cuuint64_t>(w.k / kPair)};
+  const cuuint64_t strides[] = {row_bytes, rows * row_bytes, halves * rows * row_bytes, kPair * sizeof(BFloat16)};
+  const cuuint32_t box[] = {kPair, static_cast<cuuint32_t>(kBoxRows / halves), static_cast<cuuint32_t>(halves), 1,
+                            kSumWarps};
+  const cuuint32_t steps[] = {1, 1, 1, 1, 1};
+  const CUresult result = EncodeTiled()(
+      &phase.weights, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<BFloat16*>(w.data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 size_t Collect(const ChainOp* ops, size_t count, Phases& phases) {
   phases.count = 0;
+  phases.zero = 0;
   const int64_t rows = count == 0 ? 0 : std::visit([](const auto& op) { return RowsOf(op); }, ops[0]);
-  if (!RunsHopperCode() || rows < 1 || rows > kMostRows) return 0;
+  if (!RunsHopperCode() || EncodeTiled() == nullptr || rows < 1 || rows > kMostRows) return 0;
   size_t taken = 0;
   while (taken < count &&
          std::visit([](const auto& op) { return RowsOf(op); }, ops[taken]) == rows) {
@@ -395,7 +431,9 @@ cudaError_t Launch(Phases& phases, cudaStream_t stream) {
   uint32_t next = 0;
   for (int p = 0; p < phases.count; ++p) {
     Phase& phase = phases.phase[p];
-    const bool in_pairs = phase.kind == PhaseKind::kGated || phase.kind == PhaseKind::kRotated;
+    if (IsNorm(phase.kind)) continue;
+    HEADROOM_CUDA_RETURN_IF_ERROR(DescribeWeights(phase));
+    const bool in_pairs = InPairs(phase.kind);
     phase.first_block = next;
     phase.tiles = static_cast<uint32_t>(
         in_pairs ? CeilDiv(phase.gemm.w.n / 2, S::kOutputs / 2) : CeilDiv(phase.gemm.w.n, S::kOutputs));

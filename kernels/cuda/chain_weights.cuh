@@ -1,7 +1,9 @@
-// A chain's operations as its kernel has them (chain.cu), and the way of their weights: asked for by some warps of
-// a block, into a ring in shared memory, from there to the registers of those that multiply.
+// A chain's operations as its kernel has them (chain.cu), and the way of their weights: asked for by one thread of
+// a block, into a ring in shared memory, from there to the registers of the warps that multiply.
 #ifndef HEADROOM_KERNELS_CUDA_CHAIN_WEIGHTS_CUH_
 #define HEADROOM_KERNELS_CUDA_CHAIN_WEIGHTS_CUH_
+
+#include <cuda.h>
 
 #include "kernels/chain.h"
 #include "kernels/cuda/device_util.cuh"
@@ -13,14 +15,8 @@
 namespace headroom::kernels::cuda::chain {
 
 inline constexpr int kThreads = kSumWarps * kWarp;  // that multiply
-// Warps that ask for a share of every stage's rows. A warp's copies begin one after the other: with one a layer
-// takes 155 us, with four, whose shares do not come at one time, 122.
-inline constexpr int kAskers = 2;
-// They are of a group of four, which can leave registers to the others.
+// One thread behind them asks for weights. Its warp is of a group of four, which can leave registers to the others.
 inline constexpr int kBlockThreads = kThreads + 4 * kWarp;
-// A stage is a turn of k. 64 bytes more than a multiple of 128: of 8 lanes that load 16 bytes each of two rows
-// none meet in a bank.
-inline constexpr int kPitch = kTurn * 2 + 64;
 static_assert(kThreads == kNormThreads);
 
 // Rows of activations up to which a chain is one kernel. Every block reads all of them.
@@ -32,6 +28,7 @@ enum class PhaseKind : int32_t { kNorm, kOwnNorm, kProduct, kGated, kRotated };
 
 // One operation, or a product and what its results go through.
 struct Phase {
+  CUtensorMap weights;  // a product's; see kBoxBytes
   PhaseKind kind;
   GateActivation activation;
   uint32_t tiles;
@@ -45,10 +42,20 @@ struct Phases {
   static constexpr int kMost = 8;
   uint32_t* arrived;  // [kMost], then `left`: blocks that are done
   int32_t count;
+  uint32_t zero;  // 0, which the compiler does not know
   Phase phase[kMost];
 };
-static_assert(sizeof(Phases) <= 4096, "parameters of a kernel");
+static_assert(sizeof(Phases) <= 32764, "parameters of a kernel");
 static_assert(kChainWords > Phases::kMost);
+
+// A box is what one copy brings: a turn of k of 16 rows of weights, 128 bytes of each for every warp,
+// [warp][row][64 k]. The copy engine writes the 16 bytes of place c of row r to place c ^ r % 8
+// (CU_TENSOR_MAP_SWIZZLE_128B, which wants boxes aligned to 1 KiB).
+//
+// To it a matrix is [k / 64][heads][2][rows][64 k]; the rows of a box are 16 that follow each other, or 8 from
+// each of two halves (InPairs()), of each head where that is what is turned.
+inline constexpr int kBoxRows = 16;
+inline constexpr int kBoxBytes = kBoxRows * kTurn * 2;
 
 template <int kRowTiles_, int kColumnTiles_>
 struct Shape {
@@ -57,14 +64,13 @@ struct Shape {
   static constexpr int kRows = kColumnTiles * 8;   // of activations
   static constexpr int kStages = kRowTiles == 1 ? 6 : 3;
   static constexpr int kHeld = kRowTiles == 1 ? 4 : 2;  // stages in registers
-  static constexpr bool kManyRegisters = kRowTiles > 1;
   static constexpr int kSums = kColumnTiles == 1 ? 2 : 1;
   static constexpr int64_t kOwnElements = kColumnTiles == 1 ? kOwnBytes / 2 : 1;
 };
 
 template <typename S>
 struct Shared {
-  uint8_t weights[S::kStages][S::kOutputs][kPitch];
+  uint8_t weights[S::kStages][S::kRowTiles][kBoxBytes];
   float sums[S::kSums][kSumWarps * S::kRows * S::kOutputs];  // of the tile: [warp][row][output]
   alignas(16) BFloat16 own[S::kOwnElements];              // of a norm
   MBarrier filled[S::kStages];
@@ -98,52 +104,49 @@ __device__ void ForEachTile(const Phase& phase, F&& f) {
 
 // A tile of two results each, a gate and what it gates or a pair of RoPE, has the first in the upper 8 rows of
 // a row tile, the second in the lower ones.
-__device__ inline bool InPairs(PhaseKind kind) {
+HEADROOM_HOST_DEVICE inline bool InPairs(PhaseKind kind) {
   return kind == PhaseKind::kGated || kind == PhaseKind::kRotated;
 }
-__device__ inline bool IsNorm(PhaseKind kind) {
+HEADROOM_HOST_DEVICE inline bool IsNorm(PhaseKind kind) {
   return kind == PhaseKind::kNorm || kind == PhaseKind::kOwnNorm;
 }
 
-// The row of the weights of output `i` of a tile. Those past the end repeat the last.
+// By one thread: asks for all weights, in the order in which RunProduct() takes them. What lies behind the last
+// row or k comes as zeros.
 template <typename S>
-__device__ int64_t WeightRow(const Phase& phase, uint32_t tile, int i) {
-  const auto n = static_cast<uint32_t>(phase.gemm.w.n);
-  if (!InPairs(phase.kind)) return min(tile * S::kOutputs + i, n - 1);
-  const uint32_t pair = min(tile * (S::kOutputs / 2) + i / 16 * 8 + i % 8, n / 2 - 1);
-  const uint32_t second = i / 8 % 2;
-  if (phase.kind == PhaseKind::kGated) return pair + second * (n / 2);
-  const auto half = static_cast<uint32_t>(phase.rope.head_dim / 2);
-  return pair / half * (2 * half) + pair % half + second * half;
-}
-
-// By warp `asker` of those that do: asks for its share of all weights, in the order in which RunProduct() takes
-// them.
-template <typename S>
-__device__ void AskForWeights(const Phases& a, Shared<S>& shared, int asker) {
-  constexpr int kShare = S::kOutputs / kAskers;
-  static_assert(kShare <= kWarp);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int output = asker * kShare + lane % kShare;
+__device__ void AskForWeights(const Phases& a, Shared<S>& shared) {
   Place<S::kStages> place;
   for (int p = 0; p < a.count; ++p) {
     const Phase& phase = a.phase[p];
     if (IsNorm(phase.kind)) continue;
     const auto depth = static_cast<int>(phase.gemm.w.k);
+    const int rows = InPairs(phase.kind) ? kBoxRows / 2 : kBoxRows;  // of each half
+    const int half = phase.kind == PhaseKind::kRotated ? phase.rope.head_dim / 2 : INT32_MAX;
     ForEachTile(phase, [&](uint32_t tile) {
-      const BFloat16* const row = phase.gemm.w.data + WeightRow<S>(phase, tile, output) * depth;
+      TensorElement at[S::kRowTiles];
+#pragma unroll
+      for (int t = 0; t < S::kRowTiles; ++t) {
+        const int row = (static_cast<int>(tile) * S::kRowTiles + t) * rows;
+        at[t] = {0, row % half, 0, row / half, 0};
+      }
       for (int k = 0; k < depth; k += kTurn) {
         if (place.turn > 0) shared.free[place.stage].Wait(place.turn - 1);
-        const auto bytes = static_cast<uint32_t>(min(kTurn, depth - k)) * 2;
         MBarrier& filled = shared.filled[place.stage];
-        if (lane == 0) filled.ArriveExpecting(bytes * kShare);
-        __syncwarp();
-        if (lane < kShare) filled.BulkCopy(shared.weights[place.stage][output], row + k, bytes);
+        filled.ArriveExpecting(S::kRowTiles * kBoxBytes);
+#pragma unroll
+        for (int t = 0; t < S::kRowTiles; ++t) {
+          at[t].v = k / kPair;
+          filled.TensorCopy(shared.weights[place.stage][t], phase.weights, at[t]);
+        }
         place.Next();
       }
     });
   }
 }
+
+// Which of 8 rows of weights the lanes of a quad have: 8 lanes that load 16 bytes each at one time are two quads,
+// whose rows' places must differ in the upper bit (kBoxBytes) to lie in different banks.
+__device__ inline int RowOfQuad(int quad) { return (quad & 1) << 2 | (quad & 2) | quad >> 2; }
 
 // A lane's part of a stage of weights.
 template <typename S>
@@ -155,42 +158,54 @@ struct Weights {
 template <typename S>
 class Ring {
  public:
-  __device__ explicit Ring(Shared<S>& shared)
+  __device__ Ring(const Phases& a, Shared<S>& shared)
       : shared_(shared),
+        zero_(a.zero),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
-        its_k_(static_cast<int>(threadIdx.x) / kWarp * kPair + lane_ % 4 * 8) {}
+        its_k_(static_cast<int>(threadIdx.x) / kWarp * kPair + lane_ % 4 * 8),
+        its_place_(PlaceOf(static_cast<int>(threadIdx.x) / kWarp, RowOfQuad(lane_ / 4), lane_ % 4)) {}
 
   // The lane's first k of a stage.
   __device__ int its_k() const { return its_k_; }
   __device__ bool HasNext() const {
     return __any_sync(kFullMask, shared_.filled[place_.stage].Test(place_.turn));
   }
-  // Waits for the next stage, takes it and gives its memory back. It begins with `k` of `depth`; what is behind
-  // is zero.
-  __device__ void Take(int k, int depth, Weights<S>& to) {
+  // Waits for the next stage, takes it and gives its memory back.
+  __device__ void Take(Weights<S>& to) {
     shared_.filled[place_.stage].Wait(place_.turn);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const bool inside = k + its_k_ + n * kSlice < depth;
+    for (int t = 0; t < S::kRowTiles; ++t) {
 #pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const uint8_t* const row = shared_.weights[place_.stage][t * 16 + h * 8 + lane_ / 4];
-          to.of[n][t][h] = *reinterpret_cast<const uint4*>(row + (its_k_ + n * kSlice) * 2);
-          if (!inside) to.of[n][t][h] = make_uint4(0, 0, 0, 0);
-        }
+      for (int h = 0; h < 2; ++h) {
+        const uint8_t* const rows = shared_.weights[place_.stage][t] + h * (kBoxRows / 2 * kPair * 2);
+        to.of[0][t][h] = *reinterpret_cast<const uint4*>(rows + its_place_);
+        to.of[1][t][h] = *reinterpret_cast<const uint4*>(rows + (its_place_ ^ kSlice * 2));
       }
     }
+    // As soon as the stage is free a copy may overwrite it, and copies do not wait for loads: the barrier's address
+    // hangs on all that they bring. (A fence of the two, fence.proxy.async, waits for activations, too. With neither,
+    // chains whose weights lie in L2 have a wrong row now and then.)
+    uint32_t brought = 0;
+#pragma unroll
+    for (int t = 0; t < S::kRowTiles; ++t) {
+      brought ^= to.of[0][t][0].x ^ to.of[0][t][1].x ^ to.of[1][t][0].x ^ to.of[1][t][1].x;
+    }
     __syncwarp();
-    if (lane_ == 0) shared_.free[place_.stage].Arrive();
+    if (lane_ == 0) shared_.free[place_.stage].Arrive(brought & zero_);
     place_.Next();
   }
 
  private:
+  // Of the 16 bytes `column` of what `warp` has of a row.
+  __device__ static int PlaceOf(int warp, int row, int column) {
+    return (warp * kBoxRows + row) * kPair * 2 + (column ^ row) * 16;
+  }
+
   Shared<S>& shared_;
+  const uint32_t zero_;
   const int lane_;
   const int its_k_;
+  const int its_place_;  // of its first slice in a box; the second's differs by a bit
   Place<S::kStages> place_;
 };
 
@@ -206,7 +221,7 @@ struct Held {
   __device__ void Add(Ring<S>& ring, bool wait) {
     if (count == S::kHeld || count * kTurn >= depth || !(wait || ring.HasNext())) return;
     Weights<S> w;
-    ring.Take(count * kTurn, depth, w);
+    ring.Take(w);
 #pragma unroll
     for (int s = 0; s < S::kHeld; ++s) {
       if (s == count) stages[s] = w;

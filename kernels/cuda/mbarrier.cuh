@@ -1,6 +1,8 @@
-// Barriers in shared memory (mbarrier), and the bulk copies that arrive at them.
+// Barriers in shared memory (mbarrier), and the tensor copies that arrive at them.
 #ifndef HEADROOM_KERNELS_CUDA_MBARRIER_CUH_
 #define HEADROOM_KERNELS_CUDA_MBARRIER_CUH_
+
+#include <cuda.h>
 
 #include <cstdint>
 
@@ -9,6 +11,11 @@ namespace headroom::kernels::cuda {
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+
+// The first element of a box of a tensor, innermost coordinate first.
+struct TensorElement {
+  int32_t x, y, z, u, v;
+};
 
 // Where threads meet again and again without waiting before they must: what a thread has read or written
 // before Arrive() is done when another comes from Wait(). Turns count from 0, and a thread may be behind by
@@ -19,16 +26,17 @@ struct MBarrier {
   __device__ void Init(int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(SharedAddress(&word)), "r"(count) : "memory");
   }
-  // By the thread that has called Init() of some: bulk copies see them.
+  // By the thread that has called Init() of some: copies see them.
   __device__ static void InitDone() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
 #endif
   }
-  __device__ void Arrive() {
+  // `nothing` is 0, computed from what has to be there before.
+  __device__ void Arrive(uint32_t nothing = 0) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
                  :
-                 : "r"(SharedAddress(&word))
+                 : "r"(SharedAddress(&word) + nothing)
                  : "memory");
   }
   // Whether the turn has ended.
@@ -44,7 +52,7 @@ struct MBarrier {
   __device__ void Wait(uint32_t turn) {
     while (!Test(turn)) {}
   }
-  // Arrives; the turn ends when bulk copies have brought so many bytes, too. Compute capability 9.0.
+  // Arrives; the turn ends when copies have brought so many bytes, too. Compute capability 9.0.
   __device__ void ArriveExpecting([[maybe_unused]] uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
@@ -53,15 +61,17 @@ struct MBarrier {
                  : "memory");
 #endif
   }
-  // Copies to shared memory; addresses and `bytes` are multiples of 16. Not through L1, nor behind loads that
-  // wait there. Compute capability 9.0.
-  __device__ void BulkCopy([[maybe_unused]] void* shared, [[maybe_unused]] const void* global,
-                           [[maybe_unused]] uint32_t bytes) {
+  // Copies a box of a tensor, from its element `at` on, to shared memory. Not through L1, nor behind loads that
+  // wait there. `tensor` is a parameter of the kernel (__grid_constant__). Compute capability 9.0.
+  __device__ void TensorCopy([[maybe_unused]] void* shared, [[maybe_unused]] const CUtensorMap& tensor,
+                             [[maybe_unused]] TensorElement at) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
         :
-        : "r"(SharedAddress(shared)), "l"(global), "r"(bytes), "r"(SharedAddress(&word))
+        : "r"(SharedAddress(shared)), "l"(&tensor), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.u), "r"(at.v),
+          "r"(SharedAddress(&word))
         : "memory");
 #endif
   }
