@@ -18,8 +18,8 @@ struct TensorElement {
 };
 
 // Where threads meet again and again without waiting before they must: what a thread has read or written
-// before Arrive() is done when another comes from Wait(). Turns count from 0, and a thread may be behind by
-// one at most.
+// before Arrive() is done when another comes from Wait(), for its loads and stores, but not for copies that it asks
+// for then (chain_weights.cuh, Take()). Turns count from 0, and a thread may be behind by one at most.
 struct MBarrier {
   uint64_t word;
   // By one thread; seen by others after InitDone() and a __syncthreads(). `count` arrivals end a turn.

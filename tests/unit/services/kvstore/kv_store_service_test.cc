@@ -2,7 +2,6 @@
 #include "services/kvstore/kv_store_service.h"
 
 #include <fcntl.h>
-#include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <spawn.h>
@@ -10,179 +9,19 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <cstring>
-#include <fstream>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "common/errors.h"
-#include "common/grpc_status.h"
-#include "common/segment/mailbox.h"
 #include "common/segment/mapped_segment.h"
 #include "services/kvstore/kv_store_server.h"
-#include "tests/unit/services/kvstore/kvstore_test_util.h"
+#include "tests/unit/services/kvstore/kv_store_service_test_util.h"
 
 extern char** environ;
 
 namespace headroom::kvstore {
 namespace {
-
-constexpr int64_t kHostBytes = 4 << 20;
-
-std::string AddressIn(const TempSegmentDir& dir) { return absl::StrCat("unix:", dir.path(), "/s"); }
-
-KvStoreOptions OptionsFor(const TempSegmentDir& dir, int attend_threads = 0) {
-  KvStoreOptions options;
-  options.attend_threads = attend_threads;
-  options.listen_address = AddressIn(dir);
-  options.segment_dir = dir.File("segment");
-  options.host_memory_bytes = kHostBytes;
-  options.max_extents = 64;
-  return options;
-}
-
-// A store's RPCs as its coordinator calls them.
-class Peer {
- public:
-  explicit Peer(const std::string& address)
-      : stub_(v1::KvStoreService::NewStub(
-            grpc::CreateChannel(address, grpc::InsecureChannelCredentials()))) {}
-
-  absl::StatusOr<v1::GetStoreInfoResponse> Info() {
-    return Call<v1::GetStoreInfoResponse>(&v1::KvStoreService::Stub::GetStoreInfo,
-                                          v1::GetStoreInfoRequest());
-  }
-  absl::StatusOr<v1::BindModelResponse> Bind(const KvGeometry& geometry,
-                                             const std::string& fingerprint,
-                                             bool allow_clean = false) {
-    v1::BindModelRequest request;
-    request.mutable_geometry()->set_num_layers(geometry.num_layers);
-    request.mutable_geometry()->set_num_kv_heads(geometry.num_kv_heads);
-    request.mutable_geometry()->set_head_dim(geometry.head_dim);
-    request.mutable_fingerprint()->set_value(fingerprint);
-    request.set_allow_clean(allow_clean);
-    return Call<v1::BindModelResponse>(&v1::KvStoreService::Stub::BindModel, request);
-  }
-  absl::StatusOr<v1::ExtentRun> Allocate(uint64_t id, int64_t first_pos, int64_t capacity) {
-    v1::AllocateRunRequest request;
-    request.set_sequence_id(id);
-    request.set_first_pos(first_pos);
-    request.set_capacity_tokens(capacity);
-    auto response =
-        Call<v1::AllocateRunResponse>(&v1::KvStoreService::Stub::AllocateRun, request);
-    if (!response.ok()) return response.status();
-    return response->run();
-  }
-  absl::Status Commit(uint64_t id, int64_t sealed_tokens) {
-    v1::CommitSealedRequest request;
-    request.add_sequences()->set_sequence_id(id);
-    request.mutable_sequences(0)->set_sealed_tokens(sealed_tokens);
-    return Call<v1::CommitSealedResponse>(&v1::KvStoreService::Stub::CommitSealed, request)
-        .status();
-  }
-  absl::StatusOr<int64_t> Truncate(const v1::TruncateSequenceRequest& request) {
-    auto response =
-        Call<v1::TruncateSequenceResponse>(&v1::KvStoreService::Stub::TruncateSequence, request);
-    if (!response.ok()) return response.status();
-    return int64_t{response->released_extents()};
-  }
-  absl::StatusOr<int64_t> Truncate(uint64_t id, int64_t tokens) {
-    v1::TruncateSequenceRequest request;
-    request.set_sequence_id(id);
-    request.set_tokens(tokens);
-    return Truncate(request);
-  }
-  absl::StatusOr<int64_t> Release(const std::vector<uint64_t>& ids) {
-    v1::ReleaseSequencesRequest request;
-    request.mutable_sequence_ids()->Add(ids.begin(), ids.end());
-    auto response =
-        Call<v1::ReleaseSequencesResponse>(&v1::KvStoreService::Stub::ReleaseSequences, request);
-    if (!response.ok()) return response.status();
-    return int64_t{response->released_extents()};
-  }
-  absl::StatusOr<v1::ListSequencesResponse> List(const v1::ListSequencesRequest& request = {}) {
-    return Call<v1::ListSequencesResponse>(&v1::KvStoreService::Stub::ListSequences, request);
-  }
-  absl::Status Prepare(const v1::Plan& plan) {
-    v1::PrepareStorePlanRequest request;
-    *request.mutable_plan() = plan;
-    return Call<v1::PrepareStorePlanResponse>(&v1::KvStoreService::Stub::PrepareStorePlan, request)
-        .status();
-  }
-  absl::Status Attach(const std::string& mailbox_file) {
-    v1::AttachMailboxRequest request;
-    request.set_mailbox_file(mailbox_file);
-    return Call<v1::AttachMailboxResponse>(&v1::KvStoreService::Stub::AttachMailbox, request)
-        .status();
-  }
-
- private:
-  static void SetDeadline(grpc::ClientContext& context) {
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
-    context.set_wait_for_ready(true);
-  }
-  template <typename Response, typename Method, typename Request>
-  absl::StatusOr<Response> Call(Method method, const Request& request) {
-    grpc::ClientContext context;
-    SetDeadline(context);
-    Response response;
-    const absl::Status status =
-        FromGrpcStatus(((*stub_).*method)(&context, request, &response));
-    if (!status.ok()) return status;
-    return response;
-  }
-
-  const std::unique_ptr<v1::KvStoreService::Stub> stub_;
-};
-
-const std::string kModelA(16, '\x0a');
-const std::string kModelB(16, '\x0b');
-
-class KvStoreServiceTest : public testing::Test {
- protected:
-  KvStoreServiceTest() { Start(); }
-
-  void Start(int attend_threads = 0) {
-    server_ = Must(StartKvStore(OptionsFor(dir_, attend_threads)));
-    peer_ = std::make_unique<Peer>(server_->listen_address());
-  }
-  // Instead of the one without threads that attend.
-  void RestartWithThreads(int attend_threads) {
-    server_.reset();
-    Start(attend_threads);
-  }
-  void Restart() {
-    server_.reset();
-    Start();
-  }
-  void BindSmall() { Must(peer_->Bind(kSmallGeometry, kModelA)); }
-
-  // The sealed word of each layer's descriptor, as the index file has it.
-  std::vector<int64_t> SealedInFile(const v1::ExtentRun& run) {
-    std::ifstream file(dir_.File("segment/index"), std::ios::binary);
-    std::vector<int64_t> sealed;
-    for (const v1::Extent& extent : run.extents()) {
-      ExtentDescriptor descriptor;
-      file.seekg(static_cast<std::streamoff>(IndexBytes(extent.extent_id())));
-      file.read(reinterpret_cast<char*>(&descriptor), sizeof(descriptor));
-      EXPECT_EQ(descriptor.commit, CommitWordOf(descriptor));
-      EXPECT_EQ(descriptor.layer, static_cast<uint32_t>(extent.layer()));
-      EXPECT_EQ(descriptor.data_offset, extent.data_offset());
-      sealed.push_back(SealedTokens(descriptor.sealed).value_or(-1));
-    }
-    return sealed;
-  }
-  static std::string FieldOf(const absl::Status& status) {
-    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
-    return violations.size() == 1 ? violations[0].field : std::string(status.ToString());
-  }
-
-  const TempSegmentDir dir_;
-  std::unique_ptr<KvStoreServer> server_;
-  std::unique_ptr<Peer> peer_;
-};
 
 TEST_F(KvStoreServiceTest, TellsWhatItIsBeforeAndAfterBinding) {
   v1::GetStoreInfoResponse info = Must(peer_->Info());
@@ -450,7 +289,7 @@ TEST(KvStoreServer, EveryProcessorAttendsWhereNothingIsSaid) {
   KvStoreOptions options = OptionsFor(dir);
   options.attend_threads = KvStoreOptions().attend_threads;
   const std::unique_ptr<KvStoreServer> server = Must(StartKvStore(options));
-  EXPECT_EQ(Must(Peer(server->listen_address()).Info()).attend_threads(),
+  EXPECT_EQ(Must(KvStorePeer(server->listen_address()).Info()).attend_threads(),
             static_cast<int>(std::thread::hardware_concurrency()));
 }
 
@@ -485,7 +324,7 @@ TEST(KilledStore, ItsSealedExtentsAreServedByTheNext) {
   uint64_t generation = 0;
   {
     const pid_t child = SpawnStore(dir);
-    Peer peer(AddressIn(dir));
+    KvStorePeer peer(AddressIn(dir));
     Must(peer.Bind(kSmallGeometry, kModelA));
     Must(peer.Allocate(1, 0, 256));
     ASSERT_TRUE(peer.Commit(1, 256).ok());
@@ -496,220 +335,10 @@ TEST(KilledStore, ItsSealedExtentsAreServedByTheNext) {
     waitpid(child, nullptr, 0);
   }
   const std::unique_ptr<KvStoreServer> server = Must(StartKvStore(OptionsFor(dir)));
-  Peer peer(server->listen_address());
+  KvStorePeer peer(server->listen_address());
   EXPECT_GT(server->generation(), generation);
   EXPECT_EQ(Must(peer.List()).SerializeAsString(), listed);
   EXPECT_EQ(Must(peer.Bind(kSmallGeometry, kModelA)).kept_sequences(), 2u);
-}
-
-// ---------------------------------------------------------------- in place
-
-v1::Plan PlanOf(int layers, v1::Lane lane) {
-  v1::Plan plan;
-  plan.set_version(1);
-  for (int layer = 0; layer < layers; ++layer) {
-    v1::LaneRange* const range = plan.add_layers()->add_ranges();
-    range->set_lane(v1::LANE_FETCHED);
-    range->set_kv_head_end(2);
-  }
-  if (layers > 0) plan.mutable_layers(layers - 1)->mutable_ranges(0)->set_lane(lane);
-  return plan;
-}
-
-TEST_F(KvStoreServiceTest, PlansWithKeysInPlaceAreRefusedWhereNobodyAttends) {
-  BindSmall();
-  EXPECT_TRUE(peer_->Prepare(PlanOf(2, v1::LANE_FETCHED)).ok());
-  EXPECT_TRUE(peer_->Prepare(PlanOf(2, v1::LANE_RESIDENT)).ok());
-  const absl::Status status = peer_->Prepare(PlanOf(2, v1::LANE_IN_PLACE));
-  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
-  EXPECT_EQ(ReasonOf(status), "IN_PLACE_NOT_SERVED");
-  EXPECT_NE(status.message().find("--attend-threads"), std::string::npos) << status;
-}
-
-TEST_F(KvStoreServiceTest, PlansAreCheckedWhoeverAttends) {
-  for (const int threads : {0, 1}) {
-    RestartWithThreads(threads);
-    EXPECT_EQ(ReasonOf(peer_->Prepare(PlanOf(2, v1::LANE_FETCHED))),
-              threads == 0 ? "NO_MODEL_BOUND" : "") << "the second store finds it bound";
-    BindSmall();
-    EXPECT_TRUE(peer_->Prepare(PlanOf(2, v1::LANE_FETCHED)).ok());
-    EXPECT_EQ(peer_->Prepare(PlanOf(2, v1::LANE_IN_PLACE)).ok(), threads == 1);
-    EXPECT_EQ(FieldOf(peer_->Prepare(PlanOf(2, v1::LANE_UNSPECIFIED))), "plan.layers[1].ranges");
-    EXPECT_EQ(FieldOf(peer_->Prepare(PlanOf(2, static_cast<v1::Lane>(77)))),
-              "plan.layers[1].ranges");
-    EXPECT_EQ(FieldOf(peer_->Prepare(PlanOf(1, v1::LANE_FETCHED))), "plan.layers");
-    EXPECT_EQ(FieldOf(peer_->Prepare(PlanOf(3, v1::LANE_IN_PLACE))), "plan.layers");
-    EXPECT_EQ(FieldOf(peer_->Prepare(PlanOf(0, v1::LANE_FETCHED))), "plan.layers");
-  }
-}
-
-// A worker's end of a mailbox, made for the store as it tells of itself.
-std::unique_ptr<Mailbox> MailboxFor(const v1::GetStoreInfoResponse& info, uint64_t serial,
-                                    const KvGeometry& geometry = kSmallGeometry) {
-  MailboxShape shape;
-  shape.generation = info.generation();
-  shape.geometry = geometry;
-  shape.num_q_heads = 2 * geometry.num_kv_heads;
-  shape.num_slots = 1;
-  shape.tables_per_slot = 1;
-  shape.max_rows = 2;
-  shape.table_bytes = 1024;
-  return Must(Mailbox::Create(info.segment_dir(), MailboxFile(info.generation(), serial), shape));
-}
-
-// Rings for one row at position 64 against the 64 keys of the run's extent, in layer 1 of 2.
-void PostOneBlock(Mailbox& mailbox, uint64_t count, const v1::ExtentRun& run) {
-  MailboxTableHeader header = {};
-  header.num_items = header.num_spans = 1;
-  header.items_offset = sizeof(header) + 2 * sizeof(MailboxLayer);
-  header.spans_offset = header.items_offset + sizeof(MailboxItem);
-  const MailboxLayer layers[2] = {{0, 0}, {0, 1}};
-  MailboxItem item = {};
-  item.row_count = 1;
-  item.first_pos = 64;
-  item.kv_head_end = 2;
-  item.span_count = 1;
-  const MailboxSpan span = {run.extents(1).data_offset(), 0, 64, 64};
-  uint8_t* const table = mailbox.table(0, 0);
-  std::memcpy(table, &header, sizeof(header));
-  std::memcpy(table + sizeof(header), layers, sizeof(layers));
-  std::memcpy(table + header.items_offset, &item, sizeof(item));
-  std::memcpy(table + header.spans_offset, &span, sizeof(span));
-  MailboxPost post = {};
-  post.step = 7;
-  post.layer = 1;
-  post.rows = 1;
-  post.scale = 0.125f;
-  mailbox.slot(0).post = post;
-  RingPosted(mailbox.header(), mailbox.slot(0), count);
-}
-
-TEST_F(KvStoreServiceTest, AMailboxIsServedOverTheKeysOfTheSegment) {
-  RestartWithThreads(2);
-  BindSmall();
-  v1::GetStoreInfoResponse info = Must(peer_->Info());
-  EXPECT_EQ(info.attend_threads(), 2);
-  EXPECT_TRUE(info.has_in_place());
-  EXPECT_EQ(info.in_place().posts(), 0u);
-  const v1::ExtentRun run = Must(peer_->Allocate(1, 0, 64));
-  const std::unique_ptr<Mailbox> mailbox = MailboxFor(info, 1);
-  EXPECT_EQ(mailbox->header().attached, 0u);
-  const absl::Status attached = peer_->Attach(MailboxFile(info.generation(), 1));
-  ASSERT_TRUE(attached.ok()) << attached;
-  EXPECT_EQ(mailbox->header().attached, info.generation());
-  // All values are 1.5, so that whatever the scores are the sum is 1.5 times the weights'.
-  const std::unique_ptr<MappedSegment> mapped = Must(MappedSegment::Open(
-      info.segment_dir(), BindingOf(kSmallGeometry, 0x0a), info.generation()));
-  const KvLayout layout{64, 64};
-  for (int head = 0; head < 2; ++head) {
-    for (int64_t i = 0; i < 64 * 64; ++i) {
-      const uint16_t value = 0x3fc0;
-      std::memcpy(mapped->data() + run.extents(1).data_offset() + layout.ValueOffset(head, 0) +
-                      2 * i,
-                  &value, sizeof(value));
-    }
-  }
-  PostOneBlock(*mailbox, 1, run);
-  ASSERT_TRUE(AwaitAnswered(mailbox->header(), mailbox->slot(0), 1, absl::Seconds(60)));
-  EXPECT_EQ(mailbox->slot(0).answer.code, 0u);
-  EXPECT_EQ(mailbox->slot(0).answer.generation, info.generation());
-  EXPECT_EQ(mailbox->slot(0).answer.step, 7u);
-  for (int head = 0; head < 4; ++head) {
-    const float* const open = mailbox->partials(0) + head * 132 + 66;
-    EXPECT_NEAR(open[65], 64, 1e-3) << "64 keys that all score 0";
-    for (int j = 0; j < 64; ++j) EXPECT_NEAR(open[j], 96, 1e-3);
-  }
-  info = Must(peer_->Info());
-  EXPECT_EQ(info.in_place().posts(), 1u);
-  EXPECT_EQ(info.in_place().refused(), 0u);
-  EXPECT_EQ(info.in_place().late_partials(), 0u);
-  EXPECT_EQ(info.in_place().bytes(), uint64_t{2 * 64 * 2 * 64 * 2});
-  EXPECT_GT(info.in_place().busy_ns(), 0u);
-
-  v1::ExtentRun outside = run;
-  outside.mutable_extents(1)->set_data_offset(kHostBytes);
-  PostOneBlock(*mailbox, 2, outside);
-  ASSERT_TRUE(AwaitAnswered(mailbox->header(), mailbox->slot(0), 2, absl::Seconds(60)));
-  EXPECT_NE(mailbox->slot(0).answer.code, 0u);
-  mailbox->header().retired.store(1);
-  PostOneBlock(*mailbox, 3, run);
-  for (int i = 0; i < 6000 && Must(peer_->Info()).in_place().late_partials() == 0; ++i) {
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  info = Must(peer_->Info());
-  EXPECT_EQ(info.in_place().posts(), 1u);
-  EXPECT_EQ(info.in_place().refused(), 1u);
-  EXPECT_EQ(info.in_place().late_partials(), 1u);
-  EXPECT_EQ(mailbox->slot(0).answered, 2u);
-}
-
-TEST_F(KvStoreServiceTest, MailboxesAreRefusedWhereNobodyAttends) {
-  const auto refused = [this] {
-    const absl::Status status = peer_->Attach("mailbox-1-1");
-    EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
-    return ReasonOf(status);
-  };
-  EXPECT_EQ(refused(), "IN_PLACE_NOT_SERVED");
-  BindSmall();
-  const std::unique_ptr<Mailbox> mailbox = MailboxFor(Must(peer_->Info()), 1);
-  EXPECT_EQ(refused(), "IN_PLACE_NOT_SERVED");
-  EXPECT_EQ(mailbox->header().attached, 0u);
-}
-
-TEST_F(KvStoreServiceTest, MailboxesAreRefusedBeforeAModelIsBound) {
-  RestartWithThreads(1);
-  const std::unique_ptr<Mailbox> mailbox = MailboxFor(Must(peer_->Info()), 1);
-  const absl::Status status = peer_->Attach(MailboxFile(server_->generation(), 1));
-  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
-  EXPECT_EQ(ReasonOf(status), "NO_MODEL_BOUND");
-  EXPECT_EQ(mailbox->header().attached, 0u);
-}
-
-TEST_F(KvStoreServiceTest, MailboxesThatAreNotThisStoresAreRefused) {
-  RestartWithThreads(1);
-  BindSmall();
-  const v1::GetStoreInfoResponse info = Must(peer_->Info());
-  const std::string name = MailboxFile(info.generation(), 1);
-  EXPECT_TRUE(absl::IsNotFound(peer_->Attach(name)));
-  for (const std::string& wrong :
-       {std::string(), std::string("index"), std::string("data"), absl::StrCat("../segment/", name),
-        absl::StrCat(info.segment_dir(), "/", name), absl::StrCat("mailbox-/../", name)}) {
-    EXPECT_TRUE(absl::IsInvalidArgument(peer_->Attach(wrong))) << wrong;
-  }
-  {
-    const std::unique_ptr<Mailbox> mailbox = MailboxFor(info, 1, {2, 3, 64});
-    EXPECT_TRUE(absl::IsFailedPrecondition(peer_->Attach(name))) << "another geometry";
-    EXPECT_EQ(mailbox->header().attached, 0u);
-  }
-  {
-    v1::GetStoreInfoResponse earlier = info;
-    earlier.set_generation(info.generation() - 1);
-    const std::unique_ptr<Mailbox> mailbox = MailboxFor(earlier, 1);
-    EXPECT_TRUE(absl::IsFailedPrecondition(peer_->Attach(MailboxFile(info.generation() - 1, 1))))
-        << "another generation";
-    EXPECT_EQ(mailbox->header().attached, 0u);
-  }
-  std::ofstream(absl::StrCat(info.segment_dir(), "/mailbox-junk")) << "junk";
-  EXPECT_TRUE(absl::IsDataLoss(peer_->Attach("mailbox-junk")));
-  const std::unique_ptr<Mailbox> mailbox = MailboxFor(info, 1);
-  EXPECT_TRUE(peer_->Attach(name).ok());
-  EXPECT_EQ(mailbox->header().attached, info.generation());
-}
-
-// A mailbox of the store before is of no use to the next, and its worker sees that nobody looks.
-TEST_F(KvStoreServiceTest, ARestartedStoreDoesNotTakeTheOldMailbox) {
-  RestartWithThreads(1);
-  BindSmall();
-  const v1::GetStoreInfoResponse before = Must(peer_->Info());
-  const std::unique_ptr<Mailbox> old = MailboxFor(before, 1);
-  ASSERT_TRUE(peer_->Attach(MailboxFile(before.generation(), 1)).ok());
-  RestartWithThreads(1);
-  BindSmall();
-  EXPECT_TRUE(
-      absl::IsFailedPrecondition(peer_->Attach(MailboxFile(before.generation(), 1))));
-  const std::unique_ptr<Mailbox> mailbox = MailboxFor(Must(peer_->Info()), 1);
-  EXPECT_TRUE(peer_->Attach(MailboxFile(server_->generation(), 1)).ok());
-  EXPECT_EQ(mailbox->header().attached, server_->generation());
 }
 
 // ---------------------------------------------------------------- lists
