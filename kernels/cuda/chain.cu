@@ -5,7 +5,7 @@
 // after those of the other, by tensor copies into a ring of stages in shared memory, as far ahead as there is
 // room. Eight warps wait, where a product begins, until all blocks are done with the operation before it, and
 // multiply what has come meanwhile. While they wait they take the next stages into registers, so that the ring
-// goes on: with the ring's 96 KiB that is what HBM brings in some 4 us.
+// goes on: with the ring's 96 KiB that is what HBM brings in some 5 us.
 //
 // Weights do not pass through L1, so that activations and the word that says how many blocks are done do
 // not queue behind them: loads return in order. One copy a stage: of 16, one a row, two warps were needed to ask, and
@@ -157,7 +157,8 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
       }
     }
     // As many stages' activations, which come from L2 at first. Of rows that do not exist, zeros; behind the last k
-    // those of before, which weights of zero are multiplied with.
+    // those of before, which weights of zero are multiplied with: what is infinite there is NaN then, in a row
+    // that is not finite anyhow, since these activations are its own.
     constexpr int kAhead = S::kHeld;
     uint4 a[kAhead][2][kColumnTiles] = {};
     const auto load = [&](uint4(&to)[2][kColumnTiles], int k) {
@@ -328,50 +329,61 @@ bool Takes(const GatedGemmArgs& gated) {
   return Takes(gated.gemm) && gated.gemm.w.n == 2 * gated.swiglu.width;
 }
 
-// Adds what `ops` begins with, one operation or a product and the one that its results go through; returns
-// of how many it was, 0 if the kernel does not do it.
-size_t AddPhase(const ChainOp* ops, size_t count, Phases& to) {
-  if (to.count == Phases::kMost) return 0;
-  Phase& phase = to.phase[to.count];
-  phase = {};
-  size_t taken = 1;
+// Whether every block may compute for itself what `norm` gives `gemm`, which follows it.
+bool MayBeOwn(const RmsNormArgs& norm, const GemmArgs& gemm) {
+  return !norm.accumulate && gemm.m == norm.rows && gemm.a.data == norm.out.data && gemm.a_stride == norm.hidden &&
+         gemm.w.k == norm.hidden && norm.rows <= 8 && norm.rows * norm.hidden * 2 <= kOwnBytes;
+}
+
+// Whether what comes out of `gemm` may go through `rope`, which follows it, on its way.
+bool MayBeRotated(const GemmArgs& gemm, const RopeAppendArgs& rope) {
+  return rope.qkv == gemm.c.data && !gemm.accumulate && rope.q_norm == nullptr && rope.rows == gemm.m &&
+         rope.head_dim % 16 == 0 && gemm.c_stride == gemm.w.n &&
+         gemm.w.n == int64_t{rope.num_q_heads + 2 * rope.num_kv_heads} * rope.head_dim;
+}
+
+// What `ops` begins with, as the kernel has it: an operation, or a product and the one that its results go through.
+// No operations: the kernel does not do the first.
+struct Group {
+  PhaseKind kind = PhaseKind::kNorm;
+  size_t ops = 0;
+};
+Group FirstGroup(const ChainOp* ops, size_t count) {
+  const ChainOp* const second = count > 1 ? ops + 1 : nullptr;
   if (const auto* norm = std::get_if<RmsNormArgs>(ops)) {
-    if (norm->hidden > (int64_t{1} << 28)) return 0;
-    phase.kind = PhaseKind::kNorm;
-    phase.norm = *norm;
-    // The product behind it may have it from every block's own hands.
-    const auto* gemm = count > 1 ? std::get_if<GemmArgs>(ops + 1) : nullptr;
-    const auto* gated = count > 1 ? std::get_if<GatedGemmArgs>(ops + 1) : nullptr;
-    if (gated != nullptr && Takes(*gated)) gemm = &gated->gemm;
-    if (gemm != nullptr && Takes(*gemm) && to.count + 1 < Phases::kMost && !norm->accumulate &&
-        gemm->m == norm->rows && gemm->a.data == norm->out.data && gemm->a_stride == norm->hidden &&
-        gemm->w.k == norm->hidden && norm->rows <= 8 && norm->rows * norm->hidden * 2 <= kOwnBytes) {
-      phase.kind = PhaseKind::kOwnNorm;
-    }
-  } else if (const auto* gemm = std::get_if<GemmArgs>(ops)) {
-    if (!Takes(*gemm)) return 0;
-    phase.kind = PhaseKind::kProduct;
-    phase.gemm = *gemm;
-    const auto* rope = count > 1 ? std::get_if<RopeAppendArgs>(ops + 1) : nullptr;
-    if (rope != nullptr && rope->qkv == gemm->c.data && !gemm->accumulate && rope->q_norm == nullptr &&
-        rope->rows == gemm->m && rope->head_dim % 16 == 0 && gemm->c_stride == gemm->w.n &&
-        gemm->w.n == int64_t{rope->num_q_heads + 2 * rope->num_kv_heads} * rope->head_dim) {
-      phase.kind = PhaseKind::kRotated;
-      phase.rope = *rope;
-      taken = 2;
-    }
-  } else if (const auto* gated = std::get_if<GatedGemmArgs>(ops)) {
-    if (!Takes(*gated)) return 0;
-    phase.kind = PhaseKind::kGated;
-    phase.activation = gated->swiglu.activation;
-    phase.gemm = gated->gemm;
-    phase.gemm.c = gated->swiglu.out;
-    phase.gemm.c_stride = gated->swiglu.width;
-  } else {
-    return 0;
+    if (norm->hidden > (int64_t{1} << 28)) return {};
+    const auto* gemm = std::get_if<GemmArgs>(second);
+    const auto* gated = std::get_if<GatedGemmArgs>(second);
+    const bool own = (gemm != nullptr && Takes(*gemm) && MayBeOwn(*norm, *gemm)) ||
+                     (gated != nullptr && Takes(*gated) && MayBeOwn(*norm, gated->gemm));
+    return {own ? PhaseKind::kOwnNorm : PhaseKind::kNorm, 1};
   }
-  ++to.count;
-  return taken;
+  if (const auto* gemm = std::get_if<GemmArgs>(ops)) {
+    if (!Takes(*gemm)) return {};
+    const auto* rope = std::get_if<RopeAppendArgs>(second);
+    if (rope != nullptr && MayBeRotated(*gemm, *rope)) return {PhaseKind::kRotated, 2};
+    return {PhaseKind::kProduct, 1};
+  }
+  const auto* gated = std::get_if<GatedGemmArgs>(ops);
+  return gated != nullptr && Takes(*gated) ? Group{PhaseKind::kGated, 1} : Group();
+}
+
+Phase PhaseOf(PhaseKind kind, const ChainOp* ops) {
+  Phase phase = {};
+  phase.kind = kind;
+  if (IsNorm(kind)) {
+    phase.norm = std::get<RmsNormArgs>(*ops);
+  } else if (kind == PhaseKind::kGated) {
+    const auto& gated = std::get<GatedGemmArgs>(*ops);
+    phase.activation = gated.swiglu.activation;
+    phase.gemm = gated.gemm;
+    phase.gemm.c = gated.swiglu.out;
+    phase.gemm.c_stride = gated.swiglu.width;
+  } else {
+    phase.gemm = std::get<GemmArgs>(*ops);
+    if (kind == PhaseKind::kRotated) phase.rope = std::get<RopeAppendArgs>(ops[1]);
+  }
+  return phase;
 }
 
 // The driver's function that describes a tensor to the copy engine; null where it has none.
@@ -409,17 +421,24 @@ cudaError_t DescribeWeights(Phase& phase) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-size_t Collect(const ChainOp* ops, size_t count, Phases& phases) {
-  phases.count = 0;
-  phases.zero = 0;
-  const int64_t rows = count == 0 ? 0 : std::visit([](const auto& op) { return RowsOf(op); }, ops[0]);
+int64_t RowsOf(const ChainOp& op) {
+  return std::visit([](const auto& args) { return RowsOf(args); }, op);
+}
+
+// Calls f(kind, its operations) for each phase of those operations that `ops` begins with and one kernel does;
+// returns of how many operations it was.
+template <typename F>
+size_t ForEachPhase(const ChainOp* ops, size_t count, F&& f) {
+  const int64_t rows = count == 0 ? 0 : RowsOf(ops[0]);
   if (!RunsHopperCode() || EncodeTiled() == nullptr || rows < 1 || rows > kMostRows) return 0;
   size_t taken = 0;
-  while (taken < count &&
-         std::visit([](const auto& op) { return RowsOf(op); }, ops[taken]) == rows) {
-    const size_t more = AddPhase(ops + taken, count - taken, phases);
-    if (more == 0) break;
-    taken += more;
+  for (int phase = 0; phase < Phases::kMost && taken < count && RowsOf(ops[taken]) == rows; ++phase) {
+    Group group = FirstGroup(ops + taken, count - taken);
+    if (group.ops == 0) break;
+    // A norm of every block's own is for the product behind it.
+    if (group.kind == PhaseKind::kOwnNorm && phase + 1 == Phases::kMost) group.kind = PhaseKind::kNorm;
+    f(group.kind, ops + taken);
+    taken += group.ops;
   }
   return taken;
 }
@@ -446,16 +465,19 @@ cudaError_t Launch(Phases& phases, cudaStream_t stream) {
 }  // namespace
 
 size_t ChainLength(const ChainOp* ops, size_t count) {
-  Phases phases;
-  return Collect(ops, count, phases);
+  return ForEachPhase(ops, count, [](PhaseKind, const ChainOp*) {});
 }
 
 cudaError_t LaunchChain(const ChainOp* ops, size_t count, uint32_t* words, cudaStream_t stream) {
   Phases phases;
-  if (count == 0 || Collect(ops, count, phases) != count) return cudaErrorInvalidValue;
   phases.arrived = words;
-  const int64_t rows = std::visit([](const auto& op) { return RowsOf(op); }, ops[0]);
-  return rows <= 8 ? Launch<1, 1>(phases, stream) : Launch<2, 2>(phases, stream);
+  phases.count = 0;
+  phases.zero = 0;
+  const size_t taken = ForEachPhase(ops, count, [&](PhaseKind kind, const ChainOp* its_ops) {
+    phases.phase[phases.count++] = PhaseOf(kind, its_ops);
+  });
+  if (count == 0 || taken != count) return cudaErrorInvalidValue;
+  return RowsOf(ops[0]) <= 8 ? Launch<1, 1>(phases, stream) : Launch<2, 2>(phases, stream);
 }
 
 cudaError_t LoadChain() {
