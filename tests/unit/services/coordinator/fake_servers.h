@@ -12,7 +12,8 @@
 #include "common/grpc_status.h"
 #include "headroom/v1/kv_store.grpc.pb.h"
 #include "headroom/v1/worker.grpc.pb.h"
-#include "tests/unit/services/coordinator/fake_peers.h"
+#include "tests/unit/services/coordinator/fake_store.h"
+#include "tests/unit/services/coordinator/fake_worker.h"
 
 namespace headroom::coordinator {
 

@@ -15,7 +15,8 @@
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "services/coordinator/scheduler.h"
-#include "tests/unit/services/coordinator/fake_peers.h"
+#include "tests/unit/services/coordinator/fake_store.h"
+#include "tests/unit/services/coordinator/fake_worker.h"
 
 namespace headroom::coordinator {
 

@@ -16,6 +16,8 @@
 namespace headroom::kvstore {
 namespace {
 
+class KvStoreInPlaceTest : public KvStoreServiceTest {};
+
 v1::Plan PlanOf(int layers, v1::Lane lane) {
   v1::Plan plan;
   plan.set_version(1);
@@ -28,7 +30,7 @@ v1::Plan PlanOf(int layers, v1::Lane lane) {
   return plan;
 }
 
-TEST_F(KvStoreServiceTest, PlansWithKeysInPlaceAreRefusedWhereNobodyAttends) {
+TEST_F(KvStoreInPlaceTest, PlansWithKeysInPlaceAreRefusedWhereNobodyAttends) {
   BindSmall();
   EXPECT_TRUE(peer_->Prepare(PlanOf(2, v1::LANE_FETCHED)).ok());
   EXPECT_TRUE(peer_->Prepare(PlanOf(2, v1::LANE_RESIDENT)).ok());
@@ -38,7 +40,7 @@ TEST_F(KvStoreServiceTest, PlansWithKeysInPlaceAreRefusedWhereNobodyAttends) {
   EXPECT_NE(status.message().find("--attend-threads"), std::string::npos) << status;
 }
 
-TEST_F(KvStoreServiceTest, PlansAreCheckedWhoeverAttends) {
+TEST_F(KvStoreInPlaceTest, PlansAreCheckedWhoeverAttends) {
   for (const int threads : {0, 1}) {
     RestartWithThreads(threads);
     EXPECT_EQ(ReasonOf(peer_->Prepare(PlanOf(2, v1::LANE_FETCHED))),
@@ -96,7 +98,7 @@ void PostOneBlock(Mailbox& mailbox, uint64_t count, const v1::ExtentRun& run) {
   RingPosted(mailbox.header(), mailbox.slot(0), count);
 }
 
-TEST_F(KvStoreServiceTest, AMailboxIsServedOverTheKeysOfTheSegment) {
+TEST_F(KvStoreInPlaceTest, AMailboxIsServedOverTheKeysOfTheSegment) {
   RestartWithThreads(2);
   BindSmall();
   v1::GetStoreInfoResponse info = Must(peer_->Info());
@@ -155,7 +157,7 @@ TEST_F(KvStoreServiceTest, AMailboxIsServedOverTheKeysOfTheSegment) {
   EXPECT_EQ(mailbox->slot(0).answered, 2u);
 }
 
-TEST_F(KvStoreServiceTest, MailboxesAreRefusedWhereNobodyAttends) {
+TEST_F(KvStoreInPlaceTest, MailboxesAreRefusedWhereNobodyAttends) {
   const auto refused = [this] {
     const absl::Status status = peer_->Attach("mailbox-1-1");
     EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
@@ -168,7 +170,7 @@ TEST_F(KvStoreServiceTest, MailboxesAreRefusedWhereNobodyAttends) {
   EXPECT_EQ(mailbox->header().attached, 0u);
 }
 
-TEST_F(KvStoreServiceTest, MailboxesAreRefusedBeforeAModelIsBound) {
+TEST_F(KvStoreInPlaceTest, MailboxesAreRefusedBeforeAModelIsBound) {
   RestartWithThreads(1);
   const std::unique_ptr<Mailbox> mailbox = MailboxFor(Must(peer_->Info()), 1);
   const absl::Status status = peer_->Attach(MailboxFile(server_->generation(), 1));
@@ -177,7 +179,7 @@ TEST_F(KvStoreServiceTest, MailboxesAreRefusedBeforeAModelIsBound) {
   EXPECT_EQ(mailbox->header().attached, 0u);
 }
 
-TEST_F(KvStoreServiceTest, MailboxesThatAreNotThisStoresAreRefused) {
+TEST_F(KvStoreInPlaceTest, MailboxesThatAreNotThisStoresAreRefused) {
   RestartWithThreads(1);
   BindSmall();
   const v1::GetStoreInfoResponse info = Must(peer_->Info());
@@ -209,7 +211,7 @@ TEST_F(KvStoreServiceTest, MailboxesThatAreNotThisStoresAreRefused) {
 }
 
 // A mailbox of the store before is of no use to the next, and its worker sees that nobody looks.
-TEST_F(KvStoreServiceTest, ARestartedStoreDoesNotTakeTheOldMailbox) {
+TEST_F(KvStoreInPlaceTest, ARestartedStoreDoesNotTakeTheOldMailbox) {
   RestartWithThreads(1);
   BindSmall();
   const v1::GetStoreInfoResponse before = Must(peer_->Info());

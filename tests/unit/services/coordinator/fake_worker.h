@@ -1,16 +1,12 @@
-// A worker and a store for tests of the scheduler: no RPC, no model, but the protocol to the
-// letter.
+// A worker for tests of the scheduler (fake_machine.h).
 //
 // Keys are the token ids themselves. The worker seals them into the store's extents, forgets its
 // tail when a sequence is opened anew, and draws each token from all tokens that the step's lanes
 // and tail give it: a wrong run, a wrong sealed count or a forgotten block changes what is drawn.
-// Whatever a real worker would refuse is noted in violations(), and so is a step that in any layer would
-// read a key whose extent has been given back.
-#ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
-#define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
+#ifndef HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_WORKER_H_
+#define HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_WORKER_H_
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -27,250 +23,10 @@
 #include "absl/time/time.h"
 #include "common/kv_layout.h"
 #include "common/mutex.h"
-#include "services/coordinator/placement/placement.h"
-#include "services/coordinator/store_client.h"
 #include "services/coordinator/worker_client.h"
+#include "tests/unit/services/coordinator/fake_machine.h"
 
 namespace headroom::coordinator {
-
-inline constexpr int32_t kFakeVocab = 1000;
-
-// What the fake model says after `tokens`.
-inline int32_t FakeNextToken(const std::vector<int32_t>& tokens) {
-  uint64_t hash = 1469598103934665603u;
-  for (const int32_t token : tokens) hash = (hash ^ static_cast<uint32_t>(token)) * 1099511628211u;
-  return static_cast<int32_t>((hash >> 20) % kFakeVocab);
-}
-
-// `count` tokens after `tokens`.
-inline std::vector<int32_t> FakeAnswer(std::vector<int32_t> tokens, int64_t count) {
-  std::vector<int32_t> answer;
-  for (int64_t i = 0; i < count; ++i) {
-    answer.push_back(FakeNextToken(tokens));
-    tokens.push_back(answer.back());
-  }
-  return answer;
-}
-
-// The machine: the segment's extents by id, the two processes' settings and their faults.
-class FakeMachine {
- public:
-  KvGeometry geometry = {2, 2, 64};
-  LayerWindows windows;  // tokens are drawn from the keys of a layer without one
-  int64_t host_tokens = 1 << 16;
-  int64_t pool_tokens = 1 << 14;  // of device memory
-  int32_t max_chunk_tokens = 128;
-  int32_t max_decode_rows = 8;
-  int32_t max_sequences = 8;
-  int32_t max_results = 64;
-  std::atomic<int64_t> registered_host_bytes = 0;  // may grow while it serves, as may plans_built
-  std::atomic<int64_t> plans_built = 0;
-  int64_t plans_at_start = 0;
-
-  void Violation(std::string what) {
-    MutexLock lock(&mutex);
-    violations_.push_back(std::move(what));
-  }
-  std::vector<std::string> violations() {
-    MutexLock lock(&mutex);
-    return violations_;
-  }
-
-  struct Stored {
-    std::vector<v1::ExtentRun> runs;
-    int64_t sealed_tokens = 0;
-  };
-
-  Mutex mutex;
-  // ---- Guarded by mutex.
-  uint64_t generation = 1;
-  uint64_t incarnation = 1;
-  bool store_away = false;
-  bool worker_away = false;
-  absl::Duration step_time = absl::ZeroDuration();
-  int64_t steps_that_wait = 0;  // so many steps, the first ones, are answered once the next has come
-  std::map<uint32_t, std::vector<int32_t>> extents;  // a token for each position, or -1
-  int64_t most_used_bytes = 0;
-  std::map<uint64_t, Stored> stored;
-  uint32_t next_extent = 1;
-  v1::MeasureLanesResponse lane_costs;  // empty: unknown, so that everything else is fetched
-  int32_t attend_threads = 0;
-  std::string device = "fake";
-  int mailboxes = 0;                  // that the worker has made
-  std::string mailbox_file;           // the latest
-  bool mailbox_retired = false;       // a step whose keys did not come has given it up
-  int mailboxes_attached = 0;         // at the store
-  int refuse_mailboxes = 0;           // so many calls more will not get one
-  std::set<int64_t> discard_steps;    // counts since the start: answered with `retry`
-  int64_t discarded = 0;              // with them: those that went on from them
-  int32_t worker_revision = 2;        // of the worker's schema; 2 knows abandoned sequences
-  int64_t abandoned = 0;              // steps that were not run because of one
-  int streams = 0;                    // of steps, since the start
-  int64_t steps = 0;
-  int64_t chunk_rows = 0;             // of steps with more than one token of a sequence
-  std::map<int64_t, int> fail_steps;  // count of the step since the start -> google.rpc.Code
-  std::set<int64_t> break_at_steps;   // the stream breaks instead of answering
-  std::vector<v1::Plan> plans;
-  std::vector<v1::StepRequest> sent;
-
-  int64_t used_bytes() {
-    int64_t tokens = 0;  // of one layer each
-    for (const auto& [id, keys] : extents) tokens += static_cast<int64_t>(keys.size());
-    return tokens * geometry.BytesPerTokenPerLayer();
-  }
-  int64_t used_tokens() { return used_bytes() / geometry.BytesPerToken(); }
-
- private:
-  std::vector<std::string> violations_;
-};
-
-class FakeStoreClient : public StoreClient {
- public:
-  explicit FakeStoreClient(std::shared_ptr<FakeMachine> machine) : machine_(std::move(machine)) {}
-
-  absl::StatusOr<v1::GetStoreInfoResponse> GetInfo() override {
-    MutexLock lock(&machine_->mutex);
-    if (machine_->store_away) return absl::UnavailableError("store away");
-    v1::GetStoreInfoResponse info;
-    info.set_schema_revision(1);
-    info.set_minimum_peer_revision(1);
-    info.set_generation(machine_->generation);
-    info.set_segment_dir("/fake");
-    const int64_t token_bytes = machine_->geometry.BytesPerToken();
-    info.set_capacity_bytes(machine_->host_tokens * token_bytes);
-    info.set_used_bytes(machine_->used_bytes());
-    info.set_max_extents(100000);
-    info.set_attend_threads(machine_->attend_threads);
-    return info;
-  }
-  absl::Status BindModel(const v1::KvGeometry&, const v1::ModelFingerprint&, bool) override {
-    MutexLock lock(&machine_->mutex);
-    if (machine_->store_away) return absl::UnavailableError("store away");
-    bound_ = machine_->generation;
-    return absl::OkStatus();
-  }
-  absl::StatusOr<v1::ExtentRun> AllocateRun(uint64_t id, int64_t first_pos,
-                                            int64_t capacity) override {
-    MutexLock lock(&machine_->mutex);
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    FakeMachine::Stored& sequence = machine_->stored[id];
-    int64_t end = 0;
-    for (const v1::ExtentRun& run : sequence.runs) {
-      if (run.first_pos() == first_pos && run.capacity_tokens() == capacity && Whole(run)) return run;
-      end = run.first_pos() + run.capacity_tokens();
-    }
-    if (first_pos != end) return absl::InvalidArgumentError("the run follows no other");
-    const int64_t token_bytes = machine_->geometry.BytesPerToken();
-    if (machine_->used_bytes() + capacity * token_bytes > machine_->host_tokens * token_bytes) {
-      return absl::ResourceExhaustedError("the segment is full");
-    }
-    v1::ExtentRun run;
-    run.set_first_pos(first_pos);
-    run.set_capacity_tokens(capacity);
-    for (int32_t layer = 0; layer < machine_->geometry.num_layers; ++layer) {
-      v1::Extent* const extent = run.add_extents();
-      extent->set_layer(layer);
-      extent->set_extent_id(machine_->next_extent);
-      extent->set_data_offset(uint64_t{machine_->next_extent} << 20);
-      machine_->extents[machine_->next_extent].assign(capacity, -1);
-      ++machine_->next_extent;
-    }
-    machine_->most_used_bytes = std::max(machine_->most_used_bytes, machine_->used_bytes());
-    sequence.runs.push_back(run);
-    return run;
-  }
-  absl::Status CommitSealed(const std::vector<v1::SealedSequence>& sequences) override {
-    MutexLock lock(&machine_->mutex);
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    for (const v1::SealedSequence& what : sequences) {
-      const auto at = machine_->stored.find(what.sequence_id());
-      if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
-      at->second.sealed_tokens = std::max(at->second.sealed_tokens, what.sealed_tokens());
-      for (v1::ExtentRun& run : at->second.runs) Vacate(what, run);
-    }
-    return absl::OkStatus();
-  }
-  absl::Status TruncateSequence(uint64_t id, int64_t tokens) override {
-    MutexLock lock(&machine_->mutex);
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    const auto at = machine_->stored.find(id);
-    if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
-    auto& runs = at->second.runs;
-    for (const v1::ExtentRun& run : runs) {
-      if (run.first_pos() < tokens && run.first_pos() + run.capacity_tokens() > tokens && !Whole(run)) {
-        return absl::FailedPreconditionError("an extent with the position is vacated");
-      }
-    }
-    while (!runs.empty() && runs.back().first_pos() >= tokens) {
-      Erase(runs.back());
-      runs.pop_back();
-    }
-    at->second.sealed_tokens = std::min(at->second.sealed_tokens, tokens);
-    return absl::OkStatus();
-  }
-  absl::Status ReleaseSequences(const std::vector<uint64_t>& ids) override {
-    MutexLock lock(&machine_->mutex);
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    for (const uint64_t id : ids) {
-      for (const v1::ExtentRun& run : machine_->stored[id].runs) Erase(run);
-      machine_->stored.erase(id);
-    }
-    return absl::OkStatus();
-  }
-  absl::StatusOr<std::vector<v1::StoredSequence>> ListSequences() override {
-    MutexLock lock(&machine_->mutex);
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    std::vector<v1::StoredSequence> listed;
-    for (const auto& [id, sequence] : machine_->stored) {
-      v1::StoredSequence& out = listed.emplace_back();
-      out.set_sequence_id(id);
-      out.set_sealed_tokens(sequence.sealed_tokens);
-      out.mutable_runs()->Add(sequence.runs.begin(), sequence.runs.end());
-    }
-    return listed;
-  }
-  absl::Status PreparePlan(const v1::Plan&) override {
-    MutexLock lock(&machine_->mutex);
-    return Ready();
-  }
-  absl::Status AttachMailbox(const std::string& file) override {
-    MutexLock lock(&machine_->mutex);
-    if (file != absl::StrCat("mailbox-", machine_->generation, "-", machine_->mailboxes)) {
-      return absl::NotFoundError(file);
-    }
-    if (absl::Status status = Ready(); !status.ok()) return status;
-    ++machine_->mailboxes_attached;
-    return absl::OkStatus();
-  }
-
- private:
-  static bool Whole(const v1::ExtentRun& run) {
-    return std::none_of(run.extents().begin(), run.extents().end(),
-                        [](const v1::Extent& extent) { return extent.vacated(); });
-  }
-  void Erase(const v1::ExtentRun& run) {
-    for (const v1::Extent& extent : run.extents()) machine_->extents.erase(extent.extent_id());
-  }
-  void Vacate(const v1::SealedSequence& what, v1::ExtentRun& run) {
-    for (v1::Extent& extent : *run.mutable_extents()) {
-      if (what.kept_from().empty() ||
-          run.first_pos() + run.capacity_tokens() > what.kept_from(extent.layer())) {
-        continue;
-      }
-      machine_->extents.erase(extent.extent_id());
-      extent.clear_data_offset();
-      extent.set_vacated(true);
-    }
-  }
-  absl::Status Ready() {
-    if (machine_->store_away) return absl::UnavailableError("store away");
-    if (bound_ != machine_->generation) return absl::FailedPreconditionError("no model is bound");
-    return absl::OkStatus();
-  }
-
-  const std::shared_ptr<FakeMachine> machine_;
-  uint64_t bound_ = 0;
-};
 
 // The worker's sequences and its step loop, on a thread of its own.
 class FakeStepStream : public StepStream {
@@ -702,4 +458,4 @@ class FakeWorkerClient : public WorkerClient {
 
 }  // namespace headroom::coordinator
 
-#endif  // HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_PEERS_H_
+#endif  // HEADROOM_TESTS_UNIT_SERVICES_COORDINATOR_FAKE_WORKER_H_
