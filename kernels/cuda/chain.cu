@@ -5,7 +5,8 @@
 // after those of the other, by tensor copies into a ring of stages in shared memory, as far ahead as there is
 // room. Eight warps wait, where a product begins, until all blocks are done with the operation before it, and
 // multiply what has come meanwhile. While they wait they take the next stages into registers, so that the ring
-// goes on: with the ring's 96 KiB that is what HBM brings in some 5 us.
+// goes on: with the ring's 96 KiB that is what HBM brings in some 5 us. A product whose activations are another's
+// results does not wait where it begins, but before it comes to those that the last tiles give (LetBeginAhead()).
 //
 // Weights do not pass through L1, so that activations and the word that says how many blocks are done do
 // not queue behind them: loads return in order. One copy a stage: of 16, one a row, two warps were needed to ask, and
@@ -18,8 +19,8 @@
 // it beside kernels that end without waiting for it; those of this stream that may start early do so when all
 // of its blocks have begun.
 //
-// A layer of Llama-3-8B (436 MB) takes 109.3 us of an H200 with one row, 123 with 16, where one operation
-// after the other takes 114.4 and 142 (gpu_bench chain), and RoPE, which is one of them here, comes to that.
+// A layer of Llama-3-8B (436 MB) takes 108.3 us of an H200 with one row, 121 with 16, where one operation
+// after the other takes 114.2 and 142 (gpu_bench chain), and RoPE, which is one of them here, comes to that.
 #include "kernels/cuda/chain_weights.cuh"
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/few_row_sums.cuh"
@@ -52,22 +53,24 @@ __device__ void Arrive(uint32_t* arrived) {
   if (threadIdx.x != 0) return;
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(arrived) : "memory");
 }
-// Until all blocks have arrived. One warp asks: a thousand that did would keep the others' arrivals waiting.
-template <typename S>
-__device__ void Await(const uint32_t* arrived, uint32_t turn, Shared<S>& shared, Ring<S>& ring, Held<S>& held) {
+// Until all blocks have arrived; calls meanwhile() meanwhile. One warp asks: a thousand that did would keep the others'
+// arrivals waiting. `turn` counts a block's calls, of which every second has SyncWarps() before it.
+template <typename S, typename F>
+__device__ void Await(const uint32_t* arrived, uint32_t turn, Shared<S>& shared, F&& meanwhile) {
+  MBarrier& may_go = shared.may_go[turn % 2];
   const bool asks = threadIdx.x < kWarp;
   for (bool done = false; !done;) {
     if (asks) {
       uint32_t blocks;
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(blocks) : "l"(arrived) : "memory");
       done = __shfl_sync(kFullMask, blocks, 0) == gridDim.x;
-      if (done && threadIdx.x == 0) shared.may_go.Arrive();
+      if (done && threadIdx.x == 0) may_go.Arrive();
     } else {
-      done = __any_sync(kFullMask, shared.may_go.Test(turn));
+      done = __any_sync(kFullMask, may_go.Test(turn / 2));
     }
-    held.Add(ring, false);
+    meanwhile();
   }
-  shared.may_go.Wait(turn);  // all lanes: what they read comes after it
+  may_go.Wait(turn / 2);  // all lanes: what they read comes after it
 }
 
 // Result `pair` of row `row` of a product with q's, k's and v's weights: turned, to where it belongs.
@@ -123,10 +126,11 @@ __device__ void FindItems(const RopeAppendArgs& rope, Shared<S>& shared) {
 }
 
 // A product: all of the block's tiles of it, of the first of which some is `held`. `activations` may be shared
-// memory.
-template <typename S>
+// memory. Calls await_rest() before it reads more than k_ahead of them; `ahead` counts the blocks that are done with
+// what the next product begins with.
+template <typename S, typename F>
 __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring<S>& ring, Held<S>& held,
-                           Shared<S>& shared) {
+                           Shared<S>& shared, uint32_t* ahead, F&& await_rest) {
   constexpr int kRowTiles = S::kRowTiles, kColumnTiles = S::kColumnTiles;
   const GemmArgs& g = phase.gemm;
   const auto thread = static_cast<int>(threadIdx.x);
@@ -141,8 +145,10 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
   const int its_k = ring.its_k();
   const BFloat16* const its_activations = activations + quad * g.a_stride + its_k;
   int which = 0;  // of the sums
+  constexpr int kAll = INT32_MAX / 2;
+  int k_ahead = phase.k_ahead > 0 ? phase.k_ahead : kAll;  // of the activations
 
-  ForEachTile(phase, [&](uint32_t tile) {
+  const auto run = [&](uint32_t tile) {
     const uint32_t first_result = tile * static_cast<uint32_t>(results);
     // What the thread's results are added to, ahead of the end.
     constexpr int kMine = (S::kRows * S::kOutputs + kThreads - 1) / kThreads;
@@ -175,6 +181,10 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
     for (int s = 0; s < kAhead; ++s) load(a[s], s * kTurn);
     float sum[kRowTiles][kColumnTiles][4] = {};
     for (int begin = 0; begin < depth; begin += kAhead * kTurn) {
+      if (begin + 2 * kAhead * kTurn > k_ahead) {
+        await_rest();
+        k_ahead = kAll;
+      }
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
         const int k = begin + s * kTurn;
@@ -235,6 +245,10 @@ __device__ void RunProduct(const Phase& phase, const BFloat16* activations, Ring
         Rotate(phase.rope, shared.item_of_row[row], row, result, first, second);
       }
     }
+  };
+  ForEachTile(phase, [&](uint32_t tile) {
+    run(tile);
+    if (tile < phase.tiles_ahead && tile + gridDim.x >= phase.tiles_ahead) Arrive(ahead);
   });
 }
 
@@ -256,14 +270,16 @@ __device__ void RunPhases(const Phases& a, Shared<S>& shared) {
   for (int s = 0; s < S::kHeld; ++s) held.Add(ring, true);
   BeginDependent();
   uint32_t turn = 0;
-  const auto await = [&](int p) {
-    if (p > 0) Await(a.arrived + p - 1, turn++, shared, ring, held);
+  const auto await = [&](const uint32_t* arrived) {
+    Await(arrived, turn++, shared, [&] { held.Add(ring, false); });
   };
   for (int p = 0; p < a.count; ++p) {
     const Phase& phase = a.phase[p];
+    const uint32_t* const before = p > 0 ? a.arrived + 2 * (p - 1) : nullptr;
+    uint32_t* const arrived = a.arrived + 2 * p;
     if (IsNorm(phase.kind)) {
       const NormRow norm(phase.norm, static_cast<int>(threadIdx.x));
-      await(p);
+      if (before != nullptr) await(before);
       const bool own = phase.kind == PhaseKind::kOwnNorm;
       const Activations out = own ? Activations(shared.own) : phase.norm.out;
       for (int64_t row = own ? 0 : blockIdx.x; row < phase.norm.rows; row += own ? 1 : gridDim.x) {
@@ -272,20 +288,21 @@ __device__ void RunPhases(const Phases& a, Shared<S>& shared) {
       if (own) {
         SyncWarps();
       } else {
-        Arrive(a.arrived + p);
+        Arrive(arrived);
       }
       continue;
     }
     const bool own = p > 0 && a.phase[p - 1].kind == PhaseKind::kOwnNorm;
-    if (!own) await(p);
+    if (!own && before != nullptr) await(before + (phase.k_ahead > 0));
     if (phase.kind == PhaseKind::kRotated) FindItems(phase.rope, shared);
-    RunProduct(phase, own ? shared.own : phase.gemm.a.bfloats(), ring, held, shared);
-    Arrive(a.arrived + p);
+    RunProduct(phase, own ? shared.own : phase.gemm.a.bfloats(), ring, held, shared, arrived + 1,
+               [&] { Await(before, turn++, shared, [] {}); });
+    Arrive(arrived);
     if (held.count == 0) held.depth = NextDepth(a, p + 1);
   }
   // The last block to leave: nobody waits any more.
-  if (threadIdx.x == 0 && atomicAdd(a.arrived + Phases::kMost, 1) == gridDim.x - 1) {
-    for (int i = 0; i <= Phases::kMost; ++i) a.arrived[i] = 0;
+  if (threadIdx.x == 0 && atomicAdd(a.arrived + 2 * Phases::kMost, 1) == gridDim.x - 1) {
+    for (int i = 0; i <= 2 * Phases::kMost; ++i) a.arrived[i] = 0;
   }
 }
 
@@ -299,7 +316,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       shared.filled[stage].Init(1);
       shared.free[stage].Init(kSumWarps);
     }
-    shared.may_go.Init(1);
+    for (MBarrier& may_go : shared.may_go) may_go.Init(1);
     MBarrier::InitDone();
   }
   __syncthreads();
@@ -443,6 +460,25 @@ size_t ForEachPhase(const ChainOp* ops, size_t count, F&& f) {
   return taken;
 }
 
+// Lets a product begin before the one that gives it its activations has ended, where that is long enough.
+// The last round of tiles is where the blocks wait for each other; one more is time for the word of it.
+template <typename S>
+void LetBeginAhead(Phase& phase, Phase& before, uint32_t blocks) {
+  const GemmArgs& gemm = phase.gemm;
+  const GemmArgs& from = before.gemm;
+  if (IsNorm(before.kind) || before.kind == PhaseKind::kRotated || gemm.a.data != from.c.data ||
+      gemm.a_stride != from.c_stride || gemm.c.data == from.c.data) {
+    return;
+  }
+  const uint32_t rounds = static_cast<uint32_t>(CeilDiv(before.tiles, blocks));
+  if (rounds < 3) return;
+  const uint32_t tiles = (rounds - 2) * blocks;
+  const int64_t k = int64_t{tiles} * (InPairs(before.kind) ? S::kOutputs / 2 : S::kOutputs);
+  if (k < 2 * S::kHeld * kTurn || k >= gemm.w.k) return;  // of which it loads so many before it looks
+  before.tiles_ahead = tiles;
+  phase.k_ahead = static_cast<int32_t>(k);
+}
+
 template <int kRowTiles, int kColumnTiles>
 cudaError_t Launch(Phases& phases, cudaStream_t stream) {
   using S = Shape<kRowTiles, kColumnTiles>;
@@ -457,6 +493,7 @@ cudaError_t Launch(Phases& phases, cudaStream_t stream) {
     phase.tiles = static_cast<uint32_t>(
         in_pairs ? CeilDiv(phase.gemm.w.n / 2, S::kOutputs / 2) : CeilDiv(phase.gemm.w.n, S::kOutputs));
     next = (next + phase.tiles) % blocks;
+    if (p > 0) LetBeginAhead<S>(phase, phases.phase[p - 1], blocks);
   }
   return LaunchDependentOn(stream, ChainKernel<S>, dim3(blocks), kBlockThreads, sizeof(Shared<S>),
                            phases);

@@ -33,6 +33,11 @@ struct Phase {
   GateActivation activation;
   uint32_t tiles;
   uint32_t first_block;  // which has the first tile
+  // A product may begin before the one whose results it reads has ended, since both go through them in ascending
+  // order: once all blocks are done with the first `tiles_ahead` tiles of the operation before, which are its
+  // first `k_ahead` k. 0: it begins when they are done with all.
+  uint32_t tiles_ahead;
+  int32_t k_ahead;
   RmsNormArgs norm;
   GemmArgs gemm;
   RopeAppendArgs rope;
@@ -40,13 +45,15 @@ struct Phase {
 
 struct Phases {
   static constexpr int kMost = 8;
-  uint32_t* arrived;  // [kMost], then `left`: blocks that are done
+  // Blocks that are done with operation p: [2 * p], with those of its tiles that are ahead of the next one's
+  // beginning: [2 * p + 1]. Behind them those that have left.
+  uint32_t* arrived;
   int32_t count;
   uint32_t zero;  // 0, which the compiler does not know
   Phase phase[kMost];
 };
 static_assert(sizeof(Phases) <= 32764, "parameters of a kernel");
-static_assert(kChainWords > Phases::kMost);
+static_assert(kChainWords > 2 * Phases::kMost);
 
 // A box is what one copy brings: a turn of k of 16 rows of weights, 128 bytes of each for every warp,
 // [warp][row][64 k]. The copy engine writes the 16 bytes of place c of row r to place c ^ r % 8
@@ -75,7 +82,7 @@ struct Shared {
   alignas(16) BFloat16 own[S::kOwnElements];              // of a norm
   MBarrier filled[S::kStages];
   MBarrier free[S::kStages];
-  MBarrier may_go;  // turns are operations that all blocks are done with
+  MBarrier may_go[2];  // by turns, which are what all blocks are done with
   float of_warps[kWarp];
   int32_t item_of_row[S::kRows];
 };

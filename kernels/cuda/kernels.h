@@ -72,7 +72,7 @@ size_t ChainLength(const ChainOp* ops, size_t count);
 // `words`: kChainWords of device memory that are 0, before and afterwards; launches that may run at one time
 // need some each. No other launch may wait for one that has not ended, but on the same stream.
 // REQUIRES: ChainLength(ops, count) == count.
-inline constexpr int kChainWords = 16;
+inline constexpr int kChainWords = 24;
 [[nodiscard]] cudaError_t LaunchChain(const ChainOp* ops, size_t count, uint32_t* words,
                                       cudaStream_t stream);
 // Reads `bytes` of device memory, a multiple of kReadMemoryBytes, as fast as the card can; what

@@ -177,6 +177,9 @@ TEST_F(ChainTest, HasTheBitsOfOneOperationAfterTheOther) {
     shapes.push_back({rows, 2304, 4608, 8, 4, 256, false, false, /*post_norms=*/true});
     shapes.push_back({rows, 8256, 520, 4, 2, 128, true, true, true});
     shapes.push_back({rows, 448, 1000, 3, 1, 80, true});
+    // Of so many tiles that the product behind begins before all are done.
+    shapes.push_back({rows, 256, 14336, 4, 1, 64});
+    shapes.push_back({rows, 256, 7000, 4, 1, 64});
   }
   uint32_t seed = 1;
   for (const LayerShape& shape : shapes) {
@@ -208,7 +211,7 @@ TEST_F(ChainTest, HasTheBitsOfOneOperationAfterTheOther) {
 // these weights stay in L2, from where copies come soonest.
 TEST_F(ChainTest, HasTheSameBitsEachTime) {
   for (const int64_t rows : {1, 4, 16}) {
-    const LayerShape shape = {rows, 1024, 4096, 8, 8, 64};
+    const LayerShape shape = {rows, 1024, 8192, 8, 8, 64};
     const Layer layer = Make(shape, 5);
     const std::vector<float> x = gpu_.Fetch(layer.x, rows * shape.hidden);
     std::vector<ChainOp> all = layer.output;
