@@ -59,7 +59,7 @@ struct SampleRow {
   uint64_t counter = 0;   // the position of the token that is drawn
   float temperature = 0;  // 0: greedy
   float top_p = 1;        // keep the smallest set of likeliest tokens that reaches this; >= 1: all
-  float min_p = 0;        // drop tokens less likely than min_p x the likeliest; 0: none
+  float min_p = 0;        // 0 to 1: drop tokens less likely than min_p x the likeliest; 0: none
   int32_t top_k = 0;      // 0: all
   int32_t num_top_logprobs = 0;  // 0 .. kMaxTopLogprobs
   // >= 0: nothing is drawn; the log-probability of this token is reported (prompt scoring).
@@ -97,7 +97,7 @@ struct SampleArgs {
   float* scratch = nullptr;  // [rows.count, SampleScratchFloats(vocab)]
 };
 
-inline constexpr int64_t SampleScratchFloats(int64_t vocab) { return 2 * vocab; }
+HEADROOM_HOST_DEVICE inline constexpr int64_t SampleScratchFloats(int64_t vocab) { return 2 * vocab; }
 
 template <typename F>
 void ForEachRange(const SampleArgs& a, F&& f) {

@@ -217,6 +217,25 @@ cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...)
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// ... and whose grid is `clusters` of `blocks` each (kernels/cuda/cluster.cuh), of one block on other devices.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchClustersOn(cudaStream_t stream, void (*kernel)(Parameters...), int clusters, int blocks, int threads,
+                             const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  if (!RunsHopperCode()) blocks = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = RunsHopperCode() ? 2 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Of the device.
 inline int Multiprocessors() {
   static const int count = [] {

@@ -1,13 +1,15 @@
-// Log-probabilities and the draw of a token; sample.h states the distribution. One block a row.
+// Log-probabilities and the draw of a token; sample.h states the distribution. A cluster of blocks a row,
+// each of which has a slice of the vocabulary.
 //
 // Weights exp((logit - max) / temperature), at most 1, are summed as integers of 2^-40: their sum
 // has no order, so that a search may form it in any way and still be exact. A token of less weight
 // than that is never drawn.
 //
-// Truncation needs the tokens by likelihood. Instead of sorting, a cut in that order is found by
-// bisection of its key (weight's bits, then the lower id), each step one pass over the row.
+// Truncation needs the tokens by likelihood. Instead of sorting, a cut in that order is searched: the weight's
+// bits, two at a step, each step one pass over the row; then, among tokens of that weight, the id.
 #include <math_constants.h>
 
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/device_util.cuh"
 #include "kernels/cuda/kernels.h"
 
@@ -45,22 +47,27 @@ __device__ uint64_t Key(float value, int64_t id) {
 __device__ int32_t IdOf(uint64_t key) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
 }
+__device__ float ValueOf(uint64_t key) {
+  const auto ordered = static_cast<uint32_t>(key >> 32);
+  return __uint_as_float((ordered & 0x80000000u) != 0 ? ordered & 0x7fffffffu : ~ordered);
+}
 
-// One row's work, shared by the block's threads; all of them call everything together.
+// One row's work, shared by the threads of a cluster; all of them call everything together.
 struct Row {
   const float* logits;
+  float* weights;  // [vocab]
   int64_t vocab;
-  float* weights;      // [vocab]
-  uint64_t* shared64;  // [kWarp] each
-  float* shared32;
+  int64_t begin, end;  // the block's slice
+  Cluster& cluster;
+  uint32_t& turn;
 
-  // f(logit, id) of the thread's part of the row. One multiprocessor reads it: as far ahead as it can.
+  // f(values[id], id) of the thread's part of the slice: as far ahead as it can.
   template <typename F>
-  __device__ void ForEachLogit(F f) const {
-    if (vocab % 4 == 0) {
+  __device__ void ForEach(const float* values, F f) const {
+    if (vocab % 4 == 0) {  // slices are whole vectors
 #pragma unroll 4
-      for (int64_t i = threadIdx.x; i < vocab / 4; i += kThreads) {
-        const float4 four = reinterpret_cast<const float4*>(logits)[i];
+      for (int64_t i = begin / 4 + threadIdx.x; i < end / 4; i += kThreads) {
+        const float4 four = reinterpret_cast<const float4*>(values)[i];
         f(four.x, 4 * i);
         f(four.y, 4 * i + 1);
         f(four.z, 4 * i + 2);
@@ -68,174 +75,227 @@ struct Row {
       }
       return;
     }
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) f(logits[id], id);
+    for (int64_t id = begin + threadIdx.x; id < end; id += kThreads) f(values[id], id);
+  }
+  template <typename T, typename Op>
+  __device__ T Reduce(T value, T identity, Op op) const {
+    T values[1] = {value};
+    cluster.Reduce(values, identity, op, turn);
+    return values[0];
   }
 
   // The largest key over logits below `below`; 0 if there is none.
   __device__ uint64_t Next(uint64_t below) const {
     uint64_t best = 0;
-    ForEachLogit([&](float logit, int64_t id) {
+    ForEach(logits, [&](float logit, int64_t id) {
       const uint64_t key = Key(logit, id);
       if (key < below && key > best) best = key;
     });
-    return BlockReduce(best, uint64_t{0}, Largest(), shared64);
+    return Reduce(best, uint64_t{0}, Largest());
   }
   // The largest key of all; kNotFinite if a logit is.
   static constexpr uint64_t kNotFinite = ~uint64_t{0};
   __device__ uint64_t First() const {
     uint64_t best = 0;
-    ForEachLogit([&](float logit, int64_t id) {
+    ForEach(logits, [&](float logit, int64_t id) {
       const uint64_t key = isfinite(logit) ? Key(logit, id) : kNotFinite;
       if (key > best) best = key;
     });
-    return BlockReduce(best, uint64_t{0}, Largest(), shared64);
+    return Reduce(best, uint64_t{0}, Largest());
   }
 
   __device__ float LogSumExp(float maximum) const {
     float sum = 0;
-    ForEachLogit([&](float logit, int64_t) { sum += expf(logit - maximum); });
-    return logf(BlockReduce(sum, 0.0f, Sum(), shared32));
+    ForEach(logits, [&](float logit, int64_t) { sum += expf(logit - maximum); });
+    return logf(Reduce(sum, 0.0f, Sum()));
   }
 
   __device__ void Weigh(float maximum, float temperature) const {
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
+    for (int64_t id = begin + threadIdx.x; id < end; id += kThreads) {
       weights[id] = expf((logits[id] - maximum) / temperature);
     }
     __syncthreads();
   }
-  __device__ uint64_t Mass(int64_t id) const {
-    return static_cast<uint64_t>(static_cast<double>(weights[id]) * kUnit);
+  __device__ static uint64_t MassOf(float weight) {
+    return static_cast<uint64_t>(static_cast<double>(weight) * kUnit);
   }
 
-  // How many tokens, or what mass, the keys from `cut` on have.
-  template <bool kCount>
-  __device__ uint64_t Measure(uint64_t cut) const {
+  // Of the keys from `cut` on.
+  __device__ uint64_t Mass(uint64_t cut) const {
     uint64_t sum = 0;
-    for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
-      if (Key(weights[id], id) >= cut) sum += kCount ? 1 : Mass(id);
-    }
-    return BlockReduce(sum, uint64_t{0}, Sum(), shared64);
+    ForEach(weights, [&](float weight, int64_t id) {
+      if (Key(weight, id) >= cut) sum += MassOf(weight);
+    });
+    return Reduce(sum, uint64_t{0}, Sum());
   }
-  // The largest cut whose measure is at least `need`, but not below `lowest`.
+
+  // In order of ids, the one with which the sum of value(id) exceeds target(the sum of all); -1: none.
+  template <typename Value, typename Target>
+  __device__ int32_t FindById(Value value, Target target) const {
+    __shared__ uint64_t of_warps[kWarp];
+    const int64_t each = (end - begin + kThreads - 1) / kThreads;
+    const int64_t its_begin = min(begin + threadIdx.x * each, end);
+    const int64_t its_end = min(its_begin + each, end);
+    uint64_t its = 0;
+    for (int64_t id = its_begin; id < its_end; ++id) its += value(id);
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    uint64_t upto = its;  // of the warp's lanes up to and with this one
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint64_t left = __shfl_up_sync(kFullMask, upto, offset);
+      if (lane >= offset) upto += left;
+    }
+    if (lane == kWarp - 1) of_warps[warp] = upto;
+    __syncthreads();
+    uint64_t of_block[1] = {0};
+    uint64_t before = 0;
+    for (int other = 0; other < kThreads / kWarp; ++other) {
+      if (other == warp) before = of_block[0];
+      of_block[0] += of_warps[other];
+    }
+    const auto of_blocks = cluster.Tell(of_block, turn);
+    uint64_t all = 0;
+    for (uint32_t rank = 0; rank < Cluster::Size(); ++rank) {
+      if (rank == Cluster::Rank()) before += all;
+      all += of_blocks[rank][0];
+    }
+    const uint64_t wanted = target(all);
+    uint64_t reached = before + upto - its;
+    uint64_t found = 0;  // id + 1
+    if (reached <= wanted && wanted < reached + its) {
+      for (int64_t id = its_begin; found == 0; ++id) {
+        reached += value(id);
+        if (reached > wanted) found = static_cast<uint64_t>(id) + 1;
+      }
+    }
+    return static_cast<int32_t>(Reduce(found, uint64_t{0}, Largest())) - 1;
+  }
+
+  // The largest cut from which on there are at least `need` tokens, or is that much mass, but not below `lowest`.
   template <bool kCount>
   __device__ uint64_t Reach(uint64_t need, uint64_t lowest) const {
-    uint64_t low = lowest, high = Key(1.0f, 0) + 1;  // weights are at most 1
-    while (high - low > 1) {
-      const uint64_t middle = low + (high - low) / 2;
-      if (Measure<kCount>(middle) >= need) {
-        low = middle;
-      } else {
-        high = middle;
+    // Cuts by weight alone: `low` reaches it, unless nothing does, `high` does not, but `above`.
+    auto low = static_cast<uint32_t>(lowest >> 32) & 0x7fffffffu;
+    uint32_t high = __float_as_uint(1.0f) + 1;  // weights are at most 1
+    uint64_t above = 0;
+    while (high > low + 1) {
+      constexpr int kCuts = 3;
+      uint32_t cuts[kCuts];
+      uint64_t sums[kCuts] = {};
+      for (int i = 0; i < kCuts; ++i) {
+        cuts[i] = low + static_cast<uint32_t>(uint64_t{high - low} * (i + 1) / (kCuts + 1));
+      }
+      ForEach(weights, [&](float weight, int64_t id) {
+        const uint32_t bits = __float_as_uint(weight);
+        if (bits < cuts[0] || Key(weight, id) < lowest) return;
+        const uint64_t mass = kCount ? 1 : MassOf(weight);
+        sums[0] += mass;
+        if (bits >= cuts[1]) sums[1] += mass;
+        if (bits >= cuts[2]) sums[2] += mass;
+      });
+      cluster.Reduce(sums, uint64_t{0}, Sum(), turn);
+      for (int i = 0; i < kCuts; ++i) {  // cuts that do not reach it follow those that do
+        if (sums[i] >= need) {
+          low = cuts[i];
+        } else {
+          high = cuts[i];
+          above = sums[i];
+          break;
+        }
       }
     }
-    return low;
-  }
-
-  // Without truncation: the first id at which the mass in order of ids exceeds uniform x total.
-  __device__ int32_t DrawById(double uniform) const {
-    __shared__ uint64_t masses[kThreads];
-    __shared__ int32_t drawn;
-    const int64_t each = (vocab + kThreads - 1) / kThreads;
-    const int64_t begin = threadIdx.x * each < vocab ? threadIdx.x * each : vocab;
-    const int64_t end = begin + each < vocab ? begin + each : vocab;
-    uint64_t mass = 0;
-    for (int64_t id = begin; id < end; ++id) mass += Mass(id);
-    masses[threadIdx.x] = mass;
-    __syncthreads();
-    for (int distance = 1; distance < kThreads; distance *= 2) {  // inclusive prefix sums
-      const uint64_t before =
-          static_cast<int>(threadIdx.x) >= distance ? masses[threadIdx.x - distance] : 0;
-      __syncthreads();
-      masses[threadIdx.x] += before;
-      __syncthreads();
-    }
-    const auto target = static_cast<uint64_t>(uniform * static_cast<double>(masses[kThreads - 1]));
-    uint64_t reached = masses[threadIdx.x] - mass;
-    if (reached <= target && target < masses[threadIdx.x]) {
-      for (int64_t id = begin; id < end; ++id) {
-        reached += Mass(id);
-        if (reached <= target) continue;
-        drawn = static_cast<int32_t>(id);
-        break;
-      }
-    }
-    __syncthreads();
-    return drawn;
+    const uint64_t mass = kCount ? 1 : MassOf(__uint_as_float(low));
+    if (high <= low || mass == 0) return lowest;
+    const int32_t id = FindById(
+        [&](int64_t at) {
+          const bool counts = __float_as_uint(weights[at]) == low && Key(weights[at], at) >= lowest;
+          return uint64_t{counts ? 1u : 0u};
+        },
+        [&](uint64_t) { return (need - above - 1) / mass; });
+    return id < 0 ? lowest : Key(__uint_as_float(low), id);
   }
 
   __device__ int32_t Draw(const SampleRow& row, float maximum) const {
     Weigh(maximum, row.temperature);
     const double uniform = Uniform(row.seed, row.counter);
+    const auto target = [&](uint64_t mass) { return static_cast<uint64_t>(uniform * static_cast<double>(mass)); };
     const bool all = row.top_k <= 0 || row.top_k >= vocab;
-    if (all && !(row.top_p < 1) && !(row.min_p > 0)) return DrawById(uniform);
+    if (all && !(row.top_p < 1) && !(row.min_p > 0)) {
+      return FindById([&](int64_t id) { return MassOf(weights[id]); }, target);
+    }
     uint64_t cut = 0;
     if (!all) cut = Reach<true>(static_cast<uint64_t>(row.top_k), cut);
     if (row.top_p < 1) {
-      const double mass = static_cast<double>(row.top_p) * static_cast<double>(Measure<false>(cut));
+      const double mass = static_cast<double>(row.top_p) * static_cast<double>(Mass(cut));
       const auto need = static_cast<uint64_t>(ceil(mass));
       cut = Reach<false>(need > 1 ? need : 1, cut);
     }
     if (row.min_p > 0) {
-      const float least = row.min_p < 1 ? row.min_p : 1.0f;
-      const uint64_t key = uint64_t{__float_as_uint(least) | 0x80000000u} << 32;
+      const uint64_t key = uint64_t{__float_as_uint(row.min_p) | 0x80000000u} << 32;
       cut = cut < key ? key : cut;
     }
-    const auto target =
-        static_cast<uint64_t>(uniform * static_cast<double>(Measure<false>(cut)));
-    return IdOf(Reach<false>(target + 1, cut));
+    return IdOf(Reach<false>(target(Mass(cut)) + 1, cut));
   }
 };
 
-// Counts what has been settled; adjusted[vocab] = the logits that the row is drawn by. All threads
-// of the block together.
-__device__ void Adjust(const SampleRow& row, const float* logits, int64_t vocab, float* adjusted) {
-  DrawState& state = *row.state;
+// Counts what has been settled; adjusted[vocab] = the logits that the row is drawn by.
+__device__ void Adjust(const SampleRow& what, const Row& row, float* adjusted) {
+  DrawState& state = *what.state;
   uint32_t* const counts = DrawCounts(&state);
-  const uint64_t recent_begin = row.counter - static_cast<uint64_t>(row.num_recent);
-  if (threadIdx.x == 0) {
-    for (int32_t i = 1; i <= row.num_settled; ++i) {
+  const uint64_t recent_begin = what.counter - static_cast<uint64_t>(what.num_recent);
+  if (threadIdx.x == 0 && Cluster::Rank() == 0) {
+    for (int32_t i = 1; i <= what.num_settled; ++i) {
       ++counts[state.recent[(recent_begin - i) % kRecentTokens]];
     }
   }
-  __syncthreads();
-  for (int64_t id = threadIdx.x; id < vocab; id += kThreads) {
+  Cluster::Sync();
+  for (int64_t id = row.begin + threadIdx.x; id < row.end; id += kThreads) {
     uint32_t seen = counts[id];
-    for (uint64_t pos = recent_begin; pos < row.counter; ++pos) {
+    for (uint64_t pos = recent_begin; pos < what.counter; ++pos) {
       if (state.recent[pos % kRecentTokens] == id) ++seen;
     }
-    float x = logits[id];
+    float x = row.logits[id];
     if (seen != 0) {
-      x = x > 0 ? __fdiv_rn(x, row.repetition_penalty) : __fmul_rn(x, row.repetition_penalty);
+      x = x > 0 ? __fdiv_rn(x, what.repetition_penalty) : __fmul_rn(x, what.repetition_penalty);
     }
     const uint32_t count = seen & ~kInPrompt;
     if (count > 0) {
-      const float frequency = __fmul_rn(static_cast<float>(count), row.frequency_penalty);
-      x = __fsub_rn(x, __fadd_rn(frequency, row.presence_penalty));
+      const float frequency = __fmul_rn(static_cast<float>(count), what.frequency_penalty);
+      x = __fsub_rn(x, __fadd_rn(frequency, what.presence_penalty));
     }
     adjusted[id] = x;
   }
+  const auto in_slice = [&](int32_t id) { return id >= row.begin && id < row.end; };
   __syncthreads();
   for (int32_t i = threadIdx.x; i < state.num_bias; i += kThreads) {
-    adjusted[state.bias[i].token_id] += state.bias[i].bias;
+    const TokenBias& bias = state.bias[i];
+    if (in_slice(bias.token_id)) adjusted[bias.token_id] += bias.bias;
   }
   __syncthreads();
-  if (row.counter < state.held_back_end) {
+  if (what.counter < state.held_back_end) {
     for (int32_t i = threadIdx.x; i < state.num_held_back; i += kThreads) {
-      adjusted[state.held_back[i]] = -CUDART_MAX_NORMAL_F;
+      if (in_slice(state.held_back[i])) adjusted[state.held_back[i]] = -CUDART_MAX_NORMAL_F;
     }
   }
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
-  __shared__ uint64_t shared64[kWarp];
-  __shared__ float shared32[kWarp];
-  const SampleRow what = a.rows.device[blockIdx.x];
-  const int64_t scratch_floats = 2 * a.vocab;  // SampleScratchFloats()
-  const Row row = {a.logits + blockIdx.x * a.vocab, a.vocab,
-                   a.scratch + blockIdx.x * scratch_floats, shared64, shared32};
+// A cluster a row.
+__global__ void __launch_bounds__(kThreads) SampleKernel(const __grid_constant__ SampleArgs a) {
+  __shared__ Cluster cluster;
+  uint32_t turn = 0;
+  const uint32_t blocks = Cluster::Size();
+  const uint32_t index = blockIdx.x / blocks;
+  const SampleRow what = a.rows.device[index];
+  float* const scratch = a.scratch + index * SampleScratchFloats(a.vocab);
+  const int64_t each = (a.vocab + 4 * blocks - 1) / (4 * blocks) * 4;
+  const int64_t begin = min(Cluster::Rank() * each, a.vocab);
+  const Row row = {a.logits + index * a.vocab, scratch, a.vocab, begin, min(begin + each, a.vocab), cluster, turn};
+  Cluster::Sync();
+  BeginDependent();
   SampleResult& result = a.results[what.result_index];
-  const bool writes = threadIdx.x == 0;
+  const bool writes = threadIdx.x == 0 && Cluster::Rank() == 0;
   int32_t token = 0;
   uint64_t key = row.First();
   if (key == Row::kNotFinite) {
@@ -246,15 +306,16 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
     }
   } else {
     token = IdOf(key);
-    const float maximum = row.logits[token];
-    Row drawn_by = row;
+    const float maximum = ValueOf(key);
     float likeliest = maximum;
+    float* const adjusted = scratch + a.vocab;
+    const Row drawn_by = {what.state != nullptr ? adjusted : row.logits, row.weights, row.vocab, row.begin, row.end,
+                          cluster, turn};
     if (what.state != nullptr) {
-      float* const adjusted = row.weights + a.vocab;
-      Adjust(what, row.logits, a.vocab, adjusted);
-      drawn_by.logits = adjusted;
-      token = IdOf(drawn_by.Next(~uint64_t{0}));
-      likeliest = adjusted[token];
+      Adjust(what, row, adjusted);
+      const uint64_t first = drawn_by.Next(~uint64_t{0});
+      token = IdOf(first);
+      likeliest = ValueOf(first);
     }
     if (what.forced_token >= 0) {
       token = what.forced_token;
@@ -269,7 +330,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
     for (int32_t i = 0; i < top; ++i, key = row.Next(key)) {
       if (!writes) continue;
       result.top_ids[i] = IdOf(key);
-      result.top_logprobs[i] = row.logits[IdOf(key)] - maximum - lse;
+      result.top_logprobs[i] = ValueOf(key) - maximum - lse;
     }
     if (writes) {
       result.logprob = row.logits[token] - maximum - lse;
@@ -286,7 +347,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleArgs a) {
 
 cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   if (args.rows.count == 0) return cudaSuccess;
-  return LaunchOn(stream, SampleKernel, dim3(args.rows.count), kThreads, 0, args);
+  return LaunchClustersOn(stream, SampleKernel, args.rows.count, Cluster::kMost, kThreads, args);
 }
 
 cudaError_t LoadSample() { return LoadDecodeKernel(SampleKernel); }

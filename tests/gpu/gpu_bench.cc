@@ -335,10 +335,21 @@ class Bench {
     norm.epsilon = 1e-5f;
     std::printf("norm of 1 row, one after the other: %.2f us\n",
                 Time([&](int) { return device_->RmsNorm(stream_, norm); }));
-    for (const float temperature : {0.0f, 1.0f}) {
+    const struct {
+      const char* name;
+      float temperature, top_p;
+      int32_t top_k, top_logprobs;
+    } ways[] = {{"greedy", 0, 1, 0, 0},
+                {"of all", 1, 1, 0, 0},
+                {"top-p", 1, 0.9f, 0, 0},
+                {"top-k and top-p", 1, 0.9f, 50, 0},
+                {"greedy with 20 log-probabilities", 0, 1, 0, 20}};
+    for (const auto& way : ways) {
       kernels::SampleRow row;
-      row.temperature = temperature;
-      row.top_p = temperature > 0 ? 0.9f : 1.0f;
+      row.temperature = way.temperature;
+      row.top_p = way.top_p;
+      row.top_k = way.top_k;
+      row.num_top_logprobs = way.top_logprobs;
       const std::vector<kernels::SampleRow> rows = {row};
       Require(device_->Upload(tables_, rows.data(), sizeof(row)));
       kernels::SampleArgs sample;
@@ -350,7 +361,7 @@ class Bench {
       sample.num_slots = 1;
       sample.vocab = kVocab;
       sample.scratch = scratch_;
-      std::printf("sampling 1 row, %s: %.0f us\n", temperature > 0 ? "top-p" : "greedy",
+      std::printf("sampling 1 row, %s: %.1f us\n", way.name,
                   Time([&](int) { return device_->Sample(stream_, sample); }));
     }
   }

@@ -629,18 +629,27 @@ TEST_F(SampleTest, SaysWhichRowsAreNotFinite) {
 // where the uniform number falls within rounding of a border between two tokens.
 TEST_F(SampleTest, DrawsWhatTheCpuDraws) {
   Random random(9);
-  constexpr int kRows = 400;
   const struct {
     float temperature, top_p, min_p;
     int32_t top_k;
   } ways[] = {{1, 1, 0, 0},      {0.3f, 1, 0, 0},    {1.5f, 0.9f, 0, 0}, {1, 1, 0.05f, 0},
               {1, 1, 0, 1},      {1, 1, 0, 40},      {0.8f, 0.7f, 0.02f, 50},
-              {1, 0.0f, 0, 0},   {2, 0.999f, 0, 3},  {1, 1, 2.0f, 0},    {1, 1, 0, 5000}};
-  for (const int64_t vocab : {3, 211, 3001}) {
+              {1, 0.0f, 0, 0},   {2, 0.999f, 0, 3},  {1, 1, 1.0f, 0},    {1, 1, 0, 5000}};
+  // Some of few different logits, so that tokens tie.
+  const struct {
+    int64_t vocab;
+    int32_t rows;
+    bool ties;
+  } sizes[] = {{3, 400, false}, {211, 400, false}, {211, 400, true}, {3001, 400, false}, {49153, 20, true},
+               {128256, 20, false}, {128256, 20, true}};
+  for (const auto& [vocab, num_rows, ties] : sizes) {
     for (const auto& way : ways) {
-      const std::vector<float> logits = random.Floats(kRows * vocab, 2);
-      std::vector<SampleRow> rows(kRows);
-      for (int32_t i = 0; i < kRows; ++i) {
+      std::vector<float> logits = random.Floats(num_rows * vocab, 2);
+      if (ties) {
+        for (float& logit : logits) logit = std::round(2 * logit) / 2;
+      }
+      std::vector<SampleRow> rows(static_cast<size_t>(num_rows));
+      for (int32_t i = 0; i < num_rows; ++i) {
         rows[i].seed = 1000 + static_cast<uint64_t>(i % 7) * 0x123456789abcull;
         rows[i].counter = static_cast<uint64_t>(i);
         rows[i].temperature = way.temperature;
@@ -652,8 +661,8 @@ TEST_F(SampleTest, DrawsWhatTheCpuDraws) {
       const auto got = Run(logits, rows);
       const auto want = OnHost(logits, rows, /*oracle=*/false);
       int differ = 0;
-      for (int i = 0; i < kRows; ++i) differ += got[i].token_id != want[i].token_id;
-      EXPECT_LE(differ, 2) << "vocab " << vocab << ", temperature " << way.temperature << ", top_p "
+      for (int i = 0; i < num_rows; ++i) differ += got[i].token_id != want[i].token_id;
+      EXPECT_LE(differ, 2) << "vocab " << vocab << (ties ? " with ties" : "") << ", temperature " << way.temperature << ", top_p "
                            << way.top_p << ", min_p " << way.min_p << ", top_k " << way.top_k;
     }
   }
