@@ -162,6 +162,13 @@ class GpuTest : public ::testing::Test {
  protected:
   ~GpuTest() override { gpu_.Reset(); }
 
+  // What the last launch wrote. Also fails if it failed.
+  template <typename T>
+  std::vector<T> After(const absl::Status& launched, const T* data, int64_t count) {
+    EXPECT_OK(launched);
+    return gpu_.Fetch(data, count);
+  }
+
   Gpu& gpu_ = Gpu::Get();
   Device& device_ = gpu_.device();
 };
