@@ -11,8 +11,10 @@ struct Cluster {
   static constexpr int kMost = 8;   // blocks
   static constexpr int kWords = 4;  // that one tells the others at a time
 
-  uint64_t told[2][kMost][kWords];  // by turns; whose
-  uint64_t of_warps[kWarp][kWords];
+  using Words = uint64_t[kWords];
+
+  Words told[2][kMost];  // by turns; whose
+  Words of_warps[kWarp];
 
   __device__ static uint32_t Rank() {
     uint32_t rank = 0;
@@ -39,9 +41,10 @@ struct Cluster {
 #endif
   }
 
-  // Every block's `values`, by rank, until the next call but one; those of a block are its first warp's.
+  // Every block's `values`, by rank, until the next call but one; those of a block are its first warp's. `turn` is 0
+  // at first, and nobody else's.
   template <int kN>
-  __device__ const uint64_t (*Tell(const uint64_t (&values)[kN], uint32_t& turn))[kWords] {
+  __device__ const Words* Tell(const uint64_t (&values)[kN], uint32_t& turn) {
     static_assert(kN <= kWords);
     auto& mine = told[turn++ % 2];
     if (threadIdx.x < Size()) {  // a thread for each of the others
@@ -70,7 +73,7 @@ struct Cluster {
         of_block[n] = ToWord(WarpReduce(lane < warps ? FromWord<T>(of_warps[lane][n]) : identity, op));
       }
     }
-    const auto all = Tell(of_block, turn);
+    const Words* const all = Tell(of_block, turn);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       values[n] = FromWord<T>(all[0][n]);

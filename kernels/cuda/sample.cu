@@ -154,7 +154,7 @@ struct Row {
       if (other == warp) before = of_block[0];
       of_block[0] += of_warps[other];
     }
-    const auto of_blocks = cluster.Tell(of_block, turn);
+    const Cluster::Words* const of_blocks = cluster.Tell(of_block, turn);
     uint64_t all = 0;
     for (uint32_t rank = 0; rank < Cluster::Size(); ++rank) {
       if (rank == Cluster::Rank()) before += all;
