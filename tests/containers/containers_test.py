@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The image and docker-compose.yml, run for real: three containers come up, answer through the published
-port, and answer the same after each of them was killed.
+port, and answer the same after each of them was killed. And the image for a GPU, whose libraries are found.
 
 No registry is asked: scripts/setup has made the base image, and the binary is one that is compiled
 already. All runs in namespaces of its own, so that bridge, firewall rules, mounts and whatever process is
@@ -22,11 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASE_IMAGE = ROOT / ".data/containers/debian-bookworm-slim.tar"
 MODEL = ROOT / ".data/models/SmolLM2-135M-Instruct"
+LIBRARIES = ROOT / ".venv/lib/python3.11/site-packages/nvidia"
+GPU_LIBRARIES = ("libcublasLt.so.13", "libcudnn.so.9", "libnvrtc.so.13")
 TOOLS = ROOT / ".venv/bin"
 PROGRAMS = ("podman", "crun", "netavark", "catatonit", "iptables", "ip", "unshare")
 SKIPPED = 77
 PATIENCE_S = 90  # for one wait, of some seconds on two idle cores
-WHOLE_S = 420
+COPIES_S = 240  # for a gigabyte of libraries into an image, of some 40 s
+WHOLE_S = 600
 PORT = 17410
 SERVICES = ("kvstore", "worker", "coordinator")
 UID = "10001"
@@ -53,8 +56,8 @@ def skip(why: str) -> None:
     sys.exit(SKIPPED)
 
 
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
+def run(*command: str, check: bool = True, patience: float = PATIENCE_S) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience, cwd=ROOT)
     if check and done.returncode != 0:
         fail(f"{' '.join(command)[:200]}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return done
@@ -148,8 +151,39 @@ def build_image(binary: Path, work: Path) -> None:
     run("strip", "-o", str(compiled / "headroom"), str(binary))
     run("podman", "build", "--network=host", "--format=docker", "--pull=never", "--layers=false",
         f"--build-context=build={compiled}", "--file=deploy/Dockerfile", "--tag=headroom", ".")
-    size = run("podman", "image", "inspect", "--format", "{{.Size}}", "headroom").stdout
-    say(f"the image is built: {int(size) / 1e6:.0f} MB, its base included")
+    say(f"the image is built: {megabytes('headroom')} MB, its base included")
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def megabytes(image: str) -> int:
+    return round(int(run("podman", "image", "inspect", "--format", "{{.Size}}", image).stdout) / 1e6)
+
+
+def check_gpu_image(work: Path) -> None:
+    """The dynamic linker finds there what a worker opens on a GPU, by name, and in the other image it does not."""
+    tools = work / "tools"
+    missing = [library for library in GPU_LIBRARIES if not list(LIBRARIES.glob(f"*/lib/{library}"))]
+    if missing:
+        say(f"no image for a GPU: {' '.join(missing)} not in .venv (scripts/setup without --cpu-only)")
+        return
+    shutil.copytree(LIBRARIES, tools / "src" / LIBRARIES.relative_to(ROOT), copy_function=link_or_copy,
+                    ignore=lambda folder, names: set(names) - {"lib"} if Path(folder).parent == LIBRARIES else ())
+    run("podman", "build", "--network=host", "--format=docker", "--pull=never", "--layers=false",
+        f"--build-context=build={work / 'build'}", f"--build-context=tools={tools}", "--target=gpu",
+        "--file=deploy/Dockerfile", "--tag=headroom-gpu", ".", patience=COPIES_S)
+    for image, expected in (("headroom", len(GPU_LIBRARIES)), ("headroom-gpu", 0)):
+        said = run("podman", "run", "--rm", "--network=none", "--cap-drop=ALL", "--read-only",
+                   f"--env=LD_PRELOAD={' '.join(GPU_LIBRARIES)}", image, "--help").stderr
+        if said.count("cannot be preloaded") != expected:
+            fail(f"{image}: expected {expected} of {GPU_LIBRARIES} to be missing: {said}")
+    say(f"an image for a GPU: {megabytes('headroom-gpu')} MB, its libraries are found")
+    run("podman", "image", "rm", "headroom-gpu")
 
 
 def compose(*command: str) -> None:
@@ -253,6 +287,7 @@ def inside(binary: Path, work: Path) -> int:
     os.environ.update(HEADROOM_MODEL_DIR=str(MODEL), HEADROOM_PORT=str(PORT), HEADROOM_GPU_MEMORY="600MiB",
                       HEADROOM_HOST_MEMORY="128MiB")
     build_image(binary, work)
+    check_gpu_image(work)
     try:
         scenario(binary)
     except BaseException:
