@@ -6,15 +6,20 @@
 
 namespace headroom::kernels::cuda {
 
-// In shared memory of each of them. All threads of all blocks call everything together.
-struct Cluster {
+// As a thread has it. All threads of all blocks call everything together.
+class Cluster {
+ public:
   static constexpr int kMost = 8;   // blocks
   static constexpr int kWords = 4;  // that one tells the others at a time
 
   using Words = uint64_t[kWords];
+  // In shared memory of each block.
+  struct Shared {
+    Words told[2][kMost];  // by turns; whose
+    Words of_warps[kWarp];
+  };
 
-  Words told[2][kMost];  // by turns; whose
-  Words of_warps[kWarp];
+  explicit __device__ Cluster(Shared& shared) : shared_(shared) {}
 
   __device__ static uint32_t Rank() {
     uint32_t rank = 0;
@@ -41,12 +46,11 @@ struct Cluster {
 #endif
   }
 
-  // Every block's `values`, by rank, until the next call but one; those of a block are its first warp's. `turn` is 0
-  // at first, and nobody else's.
+  // Every block's `values`, by rank, until the next call but one; those of a block are its first warp's.
   template <int kN>
-  __device__ const Words* Tell(const uint64_t (&values)[kN], uint32_t& turn) {
+  __device__ const Words* Tell(const uint64_t (&values)[kN]) {
     static_assert(kN <= kWords);
-    auto& mine = told[turn++ % 2];
+    auto& mine = shared_.told[turn_++ % 2];
     if (threadIdx.x < Size()) {  // a thread for each of the others
 #pragma unroll
       for (int n = 0; n < kN; ++n) Store(&mine[Rank()][n], threadIdx.x, values[n]);
@@ -57,23 +61,23 @@ struct Cluster {
 
   // values[n] = op over those of all threads, in a fixed order.
   template <typename T, int kN, typename Op>
-  __device__ void Reduce(T (&values)[kN], T identity, Op op, uint32_t& turn) {
+  __device__ void Reduce(T (&values)[kN], T identity, Op op) {
     const auto lane = static_cast<int>(threadIdx.x) % kWarp;
     const auto warps = static_cast<int>(blockDim.x) / kWarp;
     uint64_t of_block[kN];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const T of_warp = WarpReduce(values[n], op);
-      if (lane == 0) of_warps[threadIdx.x / kWarp][n] = ToWord(of_warp);
+      if (lane == 0) shared_.of_warps[threadIdx.x / kWarp][n] = ToWord(of_warp);
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        of_block[n] = ToWord(WarpReduce(lane < warps ? FromWord<T>(of_warps[lane][n]) : identity, op));
+        of_block[n] = ToWord(WarpReduce(lane < warps ? FromWord<T>(shared_.of_warps[lane][n]) : identity, op));
       }
     }
-    const Words* const all = Tell(of_block, turn);
+    const Words* const all = Tell(of_block);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       values[n] = FromWord<T>(all[0][n]);
@@ -104,6 +108,9 @@ struct Cluster {
     *own = value;
 #endif
   }
+
+  Shared& shared_;
+  uint32_t turn_ = 0;
 };
 
 }  // namespace headroom::kernels::cuda

@@ -200,40 +200,30 @@ inline bool RunsHopperCode() {
 #endif
 }
 
-// Likewise, for a kernel that calls BeginDependent().
+// Likewise, for a kernel that calls BeginDependent(), whose grid is of clusters of `blocks` blocks each in x
+// (kernels/cuda/cluster.cuh), of one block on devices that run other code.
 template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
-                              int threads, int64_t shared_bytes, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = RunsHopperCode() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// ... and whose grid is `clusters` of `blocks` each (kernels/cuda/cluster.cuh), of one block on other devices.
-template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchClustersOn(cudaStream_t stream, void (*kernel)(Parameters...), int clusters, int blocks, int threads,
-                             const Arguments&... arguments) {
+cudaError_t LaunchClustersOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 clusters, unsigned blocks,
+                             int threads, int64_t shared_bytes, const Arguments&... arguments) {
+  if (!RunsHopperCode()) blocks = 1;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  if (!RunsHopperCode()) blocks = 1;
+  attributes[1].val.clusterDim = {blocks, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+  config.gridDim = dim3(clusters.x * blocks, clusters.y, clusters.z);
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = RunsHopperCode() ? 2 : 0;
+  config.numAttrs = !RunsHopperCode() ? 0 : blocks == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchDependentOn(cudaStream_t stream, void (*kernel)(Parameters...), dim3 grid,
+                              int threads, int64_t shared_bytes, const Arguments&... arguments) {
+  return LaunchClustersOn(stream, kernel, grid, 1, threads, shared_bytes, arguments...);
 }
 
 // Of the device.

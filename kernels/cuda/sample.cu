@@ -59,7 +59,6 @@ struct Row {
   int64_t vocab;
   int64_t begin, end;  // the block's slice
   Cluster& cluster;
-  uint32_t& turn;
 
   // f(values[id], id) of the thread's part of the slice: as far ahead as it can.
   template <typename F>
@@ -80,7 +79,7 @@ struct Row {
   template <typename T, typename Op>
   __device__ T Reduce(T value, T identity, Op op) const {
     T values[1] = {value};
-    cluster.Reduce(values, identity, op, turn);
+    cluster.Reduce(values, identity, op);
     return values[0];
   }
 
@@ -154,7 +153,7 @@ struct Row {
       if (other == warp) before = of_block[0];
       of_block[0] += of_warps[other];
     }
-    const Cluster::Words* const of_blocks = cluster.Tell(of_block, turn);
+    const Cluster::Words* const of_blocks = cluster.Tell(of_block);
     uint64_t all = 0;
     for (uint32_t rank = 0; rank < Cluster::Size(); ++rank) {
       if (rank == Cluster::Rank()) before += all;
@@ -194,7 +193,7 @@ struct Row {
         if (bits >= cuts[1]) sums[1] += mass;
         if (bits >= cuts[2]) sums[2] += mass;
       });
-      cluster.Reduce(sums, uint64_t{0}, Sum(), turn);
+      cluster.Reduce(sums, uint64_t{0}, Sum());
       for (int i = 0; i < kCuts; ++i) {  // cuts that do not reach it follow those that do
         if (sums[i] >= need) {
           low = cuts[i];
@@ -283,15 +282,15 @@ __device__ void Adjust(const SampleRow& what, const Row& row, float* adjusted) {
 
 // A cluster a row.
 __global__ void __launch_bounds__(kThreads) SampleKernel(const __grid_constant__ SampleArgs a) {
-  __shared__ Cluster cluster;
-  uint32_t turn = 0;
+  __shared__ Cluster::Shared shared;
+  Cluster cluster(shared);
   const uint32_t blocks = Cluster::Size();
   const uint32_t index = blockIdx.x / blocks;
   const SampleRow what = a.rows.device[index];
   float* const scratch = a.scratch + index * SampleScratchFloats(a.vocab);
   const int64_t each = (a.vocab + 4 * blocks - 1) / (4 * blocks) * 4;
   const int64_t begin = min(Cluster::Rank() * each, a.vocab);
-  const Row row = {a.logits + index * a.vocab, scratch, a.vocab, begin, min(begin + each, a.vocab), cluster, turn};
+  const Row row = {a.logits + index * a.vocab, scratch, a.vocab, begin, min(begin + each, a.vocab), cluster};
   Cluster::Sync();
   BeginDependent();
   SampleResult& result = a.results[what.result_index];
@@ -310,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const __grid_constant__
     float likeliest = maximum;
     float* const adjusted = scratch + a.vocab;
     const Row drawn_by = {what.state != nullptr ? adjusted : row.logits, row.weights, row.vocab, row.begin, row.end,
-                          cluster, turn};
+                          cluster};
     if (what.state != nullptr) {
       Adjust(what, row, adjusted);
       const uint64_t first = drawn_by.Next(~uint64_t{0});
@@ -347,7 +346,8 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(const __grid_constant__
 
 cudaError_t LaunchSample(const SampleArgs& args, cudaStream_t stream) {
   if (args.rows.count == 0) return cudaSuccess;
-  return LaunchClustersOn(stream, SampleKernel, args.rows.count, Cluster::kMost, kThreads, args);
+  return LaunchClustersOn(stream, SampleKernel, dim3(static_cast<unsigned>(args.rows.count)), Cluster::kMost, kThreads,
+                          0, args);
 }
 
 cudaError_t LoadSample() { return LoadDecodeKernel(SampleKernel); }
