@@ -170,7 +170,7 @@ def check_gpu_image(work: Path) -> None:
     tools = work / "tools"
     missing = [library for library in GPU_LIBRARIES if not list(LIBRARIES.glob(f"*/lib/{library}"))]
     if missing:
-        say(f"no image for a GPU: {' '.join(missing)} not in .venv (scripts/setup without --cpu-only)")
+        print(f"SKIPPED: containers: the image for a GPU: {' '.join(missing)} not in .venv", flush=True)  # goes on
         return
     shutil.copytree(LIBRARIES, tools / "src" / LIBRARIES.relative_to(ROOT), copy_function=link_or_copy,
                     ignore=lambda folder, names: set(names) - {"lib"} if Path(folder).parent == LIBRARIES else ())
