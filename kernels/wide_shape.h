@@ -12,6 +12,9 @@
 // head of 8,192 rows took 0.21 ms at an H100's base clock, 330 TFLOP/s. So its call takes more heads:
 // Llama-3-8B's prefill of 32K tokens went from 1,316 to 1,275 ms.
 //
+// Where rows see a window, the keys that only the first of them see are a square too, with rows and
+// keys backwards: row i misses the first i.
+//
 // Keys are cut at multiples of kWidePieceTokens absolute positions, wherever they lie.
 #ifndef HEADROOM_KERNELS_WIDE_SHAPE_H_
 #define HEADROOM_KERNELS_WIDE_SHAPE_H_
@@ -25,9 +28,13 @@ namespace headroom::kernels {
 // waves of some 54 us whatever is in it, and our own kernels, at 100 TFLOP/s, about as long for 128
 // rows of 32 query heads.
 inline constexpr int64_t kWideRows = 128;
-// Longer pieces cost fewer calls and folds (by bytes and FLOPs some 8% of the time at 4,096 keys,
-// half of that at 8,192); shorter ones let lanes share more borders.
-inline constexpr int64_t kWidePieceTokens = 4096;
+// Blocks of rows are no longer than their window, and each takes two squares: 8,192 rows of Llama-3-8B's
+// heads with a window of 4,096 take 1.25 ms on an H200 (by our own kernels 9.9), with one of 512 1.5
+// (2.0).
+inline constexpr int64_t kWideWindow = 512;
+// Longer pieces cost fewer calls and folds: 8,192 rows of Llama-3-8B's heads on 32,768 keys take 6.5 ms on an
+// H200, with pieces of 4,096 6.9. Shorter ones let lanes share more borders.
+inline constexpr int64_t kWidePieceTokens = 8192;
 // Partials that are folded at once: a fold reads and writes the float32 state, 1,024 of its 1,280
 // bytes a query if it took one partial only.
 inline constexpr int32_t kWidePartials = 4;
@@ -49,6 +56,8 @@ struct WideShape {
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
+  float soft_cap = 0;     // of scores, as AttendArgs has it
+  bool windowed = false;  // some layers have a window
 
   constexpr int32_t group() const { return num_q_heads / num_kv_heads; }
 };
@@ -109,6 +118,8 @@ struct WideLayout {
   int64_t lse = 0;            // [lane][kWidePartials]
   int64_t square_o = 0;       // as q
   int64_t square_lse = 0;     // [query heads of a square][rows]
+  int64_t edge_o = 0;         // likewise, where there are windows
+  int64_t edge_lse = 0;
   int64_t keys = 0;  // [heads of a square][rows][head_dim], or [lane] of pieces
   int64_t values = 0;
   int64_t piece_bytes = 0;  // keys of a piece: [heads][kWidePieceTokens][head_dim]
@@ -137,6 +148,9 @@ struct WideLayout {
     lse = take(kWideLanes * kWidePartials * lse_bytes);
     square_o = take(squares * shape.head_dim * kElement);
     square_lse = take(squares * static_cast<int64_t>(sizeof(float)));
+    const int64_t edges = shape.windowed ? squares : 0;
+    edge_o = take(edges * shape.head_dim * kElement);
+    edge_lse = take(edges * static_cast<int64_t>(sizeof(float)));
     keys = take(key_bytes);
     values = take(key_bytes);
     lengths = take(kWideLanes * kWideLengthsBytes);
@@ -146,11 +160,9 @@ struct WideLayout {
 
 // Floats of scratch with which items of many rows are computed that way; 0 if none can have as
 // many.
-inline constexpr int64_t WideAttendScratchFloats(int64_t rows, int32_t num_q_heads,
-                                                 int32_t num_kv_heads, int32_t head_dim) {
-  if (rows < kWideRows) return 0;
-  return WideLayout(WideShape{rows, num_q_heads, num_kv_heads, head_dim}).bytes /
-         static_cast<int64_t>(sizeof(float));
+inline constexpr int64_t WideAttendScratchFloats(const WideShape& shape) {
+  if (shape.max_rows < kWideRows) return 0;
+  return WideLayout(shape).bytes / static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace headroom::kernels

@@ -95,6 +95,7 @@ struct WideQueriesArgs {
   int32_t head_capacity = 0;
   int32_t head_dim = 0;
   float scale = 0;
+  bool backwards = false;  // the last row first
 };
 [[nodiscard]] cudaError_t LaunchWideQueries(const WideQueriesArgs& args, cudaStream_t stream);
 
@@ -117,6 +118,7 @@ struct WideKeysArgs {
   BFloat16* values = nullptr;
   int32_t* lengths = nullptr;  // if given, becomes {query_rows, count}
   int32_t query_rows = 0;
+  bool backwards = false;  // the last key first
 };
 [[nodiscard]] cudaError_t LaunchWideKeys(const WideKeysArgs& args, cudaStream_t stream);
 
@@ -126,6 +128,8 @@ struct WideFoldArgs {
   struct Partial {
     const BFloat16* o = nullptr;  // [heads, row_capacity, head_dim]
     const float* lse = nullptr;   // [heads, row_capacity]
+    int64_t rows = 0;             // that it is of: the others are not changed by it
+    bool backwards = false;       // the last of them is its first
   };
   Partial partials[kWidePartials];
   int32_t num_partials = 0;

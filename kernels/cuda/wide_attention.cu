@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kThreads) WideQueriesKernel(WideQueriesArgs a)
   const int column = static_cast<int>(i % pieces) * kColumns;
   uint32_t word[4] = {};
   if (row < a.rows && head < a.heads) {
+    const int64_t from = a.backwards ? a.rows - 1 - row : row;
     const Columns q =
-        LoadFloats(a.q + row * a.q_stride + int64_t{head} * a.head_dim + column);
+        LoadFloats(a.q + from * a.q_stride + int64_t{head} * a.head_dim + column);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const BFloat16 low = RoundToBFloat16(__fmul_rn(q.value[2 * w], a.scale));
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) WideKeysKernel(const __grid_constant
   uint4 key = make_uint4(0, 0, 0, 0);
   uint4 value = key;
   if (row < a.count) {
-    const int64_t pos = a.begin + row;
+    const int64_t pos = a.begin + (a.backwards ? a.count - 1 - row : row);
     const KvSpan* span = a.spans + head.span_begin;
     const KvSpan* const last = span + head.span_count - 1;
     while (span < last && pos >= span->first_pos + span->count) ++span;
@@ -122,15 +123,17 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int column = lane * kColumns;
   const int64_t head = blockIdx.y;
-  const int64_t query = head * a.row_capacity + row;
 
   uint4 word[kWidePartials];
   float lse[kWidePartials];
 #pragma unroll
   for (int p = 0; p < kWidePartials; ++p) {
     if (p >= a.num_partials) break;
-    word[p] = *reinterpret_cast<const uint4*>(a.partials[p].o + query * kD + column);
-    lse[p] = a.partials[p].lse[query];
+    const WideFoldArgs::Partial& its = a.partials[p];
+    if (row >= its.rows) continue;
+    const int64_t query = head * a.row_capacity + (its.backwards ? its.rows - 1 - row : row);
+    word[p] = *reinterpret_cast<const uint4*>(its.o + query * kD + column);
+    lse[p] = its.lse[query];
   }
   const int64_t q_head = row * a.num_q_heads + head;
   float* const r = a.state + q_head * (2 * (kD + 2));  // AttentionStateFloats()
@@ -156,6 +159,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int p = 0; p < kWidePartials; ++p) {
     if (p >= a.num_partials) break;
+    if (row >= a.partials[p].rows) continue;
     fold(lse[p], 1.0f, WidenAll(word[p]));
   }
   if (a.finish) {

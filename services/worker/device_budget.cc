@@ -49,11 +49,19 @@ int64_t AttendScratchFloats(const ModelConfig& config, kernels::ElementType prod
   const int64_t units = max_context_tokens / kUnitTokens + 2;
   return std::max(std::clamp(units * config.num_q_heads * (config.head_dim + 2),
                              kernels::kMinAttendScratchFloats, kMaxUnitScratchFloats),
-                  kernels::WideAttendScratchFloats(rows, config.num_q_heads, config.num_kv_heads,
-                                                   config.head_dim));
+                  kernels::WideAttendScratchFloats(WideShapeOf(config, rows)));
 }
 
 }  // namespace
+
+kernels::WideShape WideShapeOf(const ModelConfig& config, int64_t rows) {
+  return {rows,
+          config.num_q_heads,
+          config.num_kv_heads,
+          config.head_dim,
+          config.attention_soft_cap,
+          !config.windows.empty()};
+}
 
 int64_t WorkspaceBytes(const ModelConfig& config, int64_t rows, const DeviceBudget& budget) {
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;

@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/types.h"
+#include "kernels/wide_shape.h"
 #include "services/worker/model/model_config.h"
 
 namespace headroom {
@@ -41,6 +42,9 @@ struct DeviceBudget {
   int64_t attend_scratch_floats = 0;
   kernels::ElementType product_type = kernels::ElementType::kFloat32;
 };
+
+// The attention of chunks of `rows` tokens.
+kernels::WideShape WideShapeOf(const ModelConfig& config, int64_t rows);
 
 // Buffers that live within one layer of one step, shared by the contexts: they take turns at layer
 // borders on one stream. Uses of `budget`: mlp_slice_rows, attend_scratch_floats, product_type.

@@ -1,5 +1,5 @@
 // How fast the CUDA kernels are in Llama-3-8B's shapes, beside what the card can move in the same
-// run: gpu_bench [copies|gemm|chain|decode|prefill|small]. No model is needed: contents are random, but not
+// run: gpu_bench [copies|gemm|chain|decode|sdpa|prefill|small]. No model is needed: contents are random, but not
 // zero.
 #include <algorithm>
 #include <chrono>
@@ -27,9 +27,8 @@ constexpr int64_t kQkvWidth = (kQHeads + 2 * kKvHeads) * kHeadDim;
 constexpr int64_t kScratchFloats = int64_t{4} << 20;  // of a decode step: no more than kWideFloats
 constexpr int64_t kMiB = int64_t{1} << 20;
 constexpr int64_t kMostRows = 8192;  // of an attention
-constexpr kernels::WideShape kHeads = {kMostRows, kQHeads, kKvHeads, kHeadDim};
-constexpr int64_t kWideFloats =
-    kernels::WideAttendScratchFloats(kMostRows, kQHeads, kKvHeads, kHeadDim);
+constexpr kernels::WideShape kHeads = {kMostRows, kQHeads, kKvHeads, kHeadDim, 0, true};
+constexpr int64_t kWideFloats = kernels::WideAttendScratchFloats(kHeads);
 
 class Bench {
  public:
@@ -54,6 +53,7 @@ class Bench {
                  {"gemm", &Bench::Gemms},
                  {"chain", &Bench::Chains},
                  {"decode", &Bench::Decodes},
+                 {"sdpa", &Bench::Sdpas},
                  {"prefill", &Bench::Prefills},
                  {"small", &Bench::Small}};
     for (const auto& [name, run] : parts) {
@@ -237,7 +237,8 @@ class Bench {
 
   // Microseconds of the rows at the end of `keys` keys, all in one place; of several sequences in one
   // launch, one for each number of keys.
-  double Attend(int64_t rows, const std::vector<int64_t>& keys, int64_t scratch_floats) {
+  double Attend(int64_t rows, const std::vector<int64_t>& keys, int64_t scratch_floats,
+                int64_t window = 0) {
     if (q_ == nullptr) {
       const int64_t queries = kMostRows * kQHeads;
       q_ = Random<float>(queries * kHeadDim);
@@ -281,6 +282,7 @@ class Bench {
     args.num_q_heads = kQHeads;
     args.num_kv_heads = kKvHeads;
     args.head_dim = kHeadDim;
+    args.window = window;
     return Time([&](int) { return device_->Attend(stream_, args); });
   }
 
@@ -295,19 +297,25 @@ class Bench {
     std::printf("attention, 1 row on 131072 keys beside 15 on 1024: %.1f us\n",
                 Attend(1, ragged, kScratchFloats));
   }
-  // Our own kernels, and cuDNN's plans first by themselves, then with all that is around them.
+  // Our own kernels, and cuDNN's plans with all that is around them.
   void Prefills() {
-    const auto prefill = [this](const char* by, int64_t rows, int64_t keys, int64_t floats) {
-      const double us = Attend(rows, {keys}, floats);
-      const double pairs = static_cast<double>(rows) * (static_cast<double>(keys) - rows / 2.0);
-      std::printf("attention by %s, %d rows on %d keys: %.0f us, %.1f TFLOP/s\n", by,
-                  static_cast<int>(rows), static_cast<int>(keys), us,
+    const auto prefill = [this](const char* by, int64_t rows, int64_t keys, int64_t floats,
+                                int64_t window = 0) {
+      const double us = Attend(rows, {keys}, floats, window);
+      const double seen = static_cast<double>(keys) - static_cast<double>(rows) / 2;
+      const double pairs = static_cast<double>(rows) *
+                           (window == 0 ? seen : std::min(seen, static_cast<double>(window)));
+      std::printf("attention by %s, %d rows on %d keys, window %d: %.0f us, %.1f TFLOP/s\n", by,
+                  static_cast<int>(rows), static_cast<int>(keys), static_cast<int>(window), us,
                   4e-6 * pairs * kQHeads * kHeadDim / us);
     };
+    constexpr int64_t kWindows[] = {512, 1024, 2048, 4096, 5000};
     for (const int64_t keys : {4096, 32768}) {
       prefill("our kernels", 4096, keys, kernels::kMinAttendScratchFloats);
     }
-    BenchSdpa(kHeads, reinterpret_cast<uint8_t*>(scratch_));
+    for (const int64_t window : kWindows) {
+      prefill("our kernels", 8192, 32768, kernels::kMinAttendScratchFloats, window);
+    }
     const auto begin = std::chrono::steady_clock::now();
     if (const absl::Status ready = device_->PrepareWideAttend(kHeads, scratch_, kWideFloats);
         !ready.ok()) {
@@ -322,6 +330,21 @@ class Bench {
         prefill("cuDNN", rows, rows + past, kWideFloats);
       }
     }
+    for (const int64_t window : kWindows) prefill("cuDNN", 8192, 32768, kWideFloats, window);
+  }
+
+  // The plans of the families' heads.
+  void Sdpas() {
+    constexpr kernels::WideShape kFamilies[] = {{8192, 32, 8, 128},       // Llama-3-8B, Mistral-7B
+                                                {8192, 32, 32, 128},      // Llama-2-7B
+                                                {8192, 28, 4, 128},       // Qwen2-7B
+                                                {8192, 16, 8, 256, 50}};  // Gemma-2-9B
+    int64_t floats = 0;
+    for (const auto& shape : kFamilies) {
+      floats = std::max(floats, kernels::WideAttendScratchFloats(shape));
+    }
+    uint8_t* const scratch = Take(floats * 4);
+    for (const auto& shape : kFamilies) BenchSdpa(shape, scratch);
   }
 
   void Small() {

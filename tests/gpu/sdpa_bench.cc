@@ -45,8 +45,9 @@ void Fill(uint8_t* to, int64_t bytes) {
 void BenchPlan(CudnnSdpa& cudnn, const SdpaShape& shape, const SdpaBuffers& buffers,
                uint8_t* workspace, int64_t keys_seen, cudaStream_t stream) {
   constexpr const char* kMasks[] = {"none", "causal", "lengths"};
-  std::printf("cuDNN, %d rows of %d + %d heads on %d keys, mask %s", static_cast<int>(shape.rows),
-              shape.num_q_heads, shape.num_kv_heads, static_cast<int>(shape.keys),
+  std::printf("cuDNN, %d rows of %d + %d heads of %d on %d keys, cap %.0f, mask %s",
+              static_cast<int>(shape.rows), shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
+              static_cast<int>(shape.keys), static_cast<double>(shape.soft_cap),
               kMasks[static_cast<int>(shape.mask)]);
   if (shape.mask == Mask::kLengths) std::printf(" %d", static_cast<int>(keys_seen));
   const double begin = Seconds();
@@ -108,8 +109,9 @@ void BenchSdpa(const WideShape& shape, uint8_t* scratch) {
         its.lse = scratch + layout.square_lse;
       }
       BenchPlan(**cudnn,
-                {of.rows, keys, its_heads * shape.group(), its_heads, shape.head_dim, mask}, its,
-                scratch + layout.workspace, keys_seen, stream.get());
+                {of.rows, keys, its_heads * shape.group(), its_heads, shape.head_dim, mask,
+                 shape.soft_cap},
+                its, scratch + layout.workspace, keys_seen, stream.get());
     };
     bench(heads, kWidePieceTokens, Mask::kNone, kWidePieceTokens);
     bench(heads, kWidePieceTokens, Mask::kLengths, kWidePieceTokens);

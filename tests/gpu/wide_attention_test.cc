@@ -15,6 +15,7 @@ namespace headroom {
 namespace {
 
 constexpr int64_t kMaxRows = 4096;
+constexpr int64_t kPiece = kernels::kWidePieceTokens;
 
 // q, p and each piece's result are rounded to bfloat16, which leaves out up to 2^-9 of each.
 constexpr double kRelativeL2 = 1e-2;
@@ -42,14 +43,15 @@ constexpr float kLargestError = 4e-2f;  // of results up to 4.5: those of rows t
 
 class WideAttentionTest : public AttentionTest {
  protected:
-  // Plans for such heads, once in the program.
+  // Plans for such heads, and the window and the cap that are set, once in the program.
   void Prepare(const Shape& shape) {
-    static auto* const prepared = new std::set<std::tuple<int32_t, int32_t, int32_t>>;
-    floats_ = kernels::WideAttendScratchFloats(kMaxRows, shape.num_q_heads(), shape.num_kv_heads,
-                                               shape.head_dim);
-    if (prepared->insert({shape.num_kv_heads, shape.group, shape.head_dim}).second) {
-      const kernels::WideShape wide = {kMaxRows, shape.num_q_heads(), shape.num_kv_heads,
-                                       shape.head_dim};
+    using Key = std::tuple<int32_t, int32_t, int32_t, float, bool>;
+    static auto* const prepared = new std::set<Key>;
+    const kernels::WideShape wide = {kMaxRows,       shape.num_q_heads(), shape.num_kv_heads,
+                                     shape.head_dim, soft_cap_,           window_ != 0};
+    floats_ = kernels::WideAttendScratchFloats(wide);
+    if (prepared->insert({shape.num_kv_heads, shape.group, shape.head_dim, soft_cap_, window_ != 0})
+            .second) {
       float* const scratch = gpu_.Take<float>(floats_);
       const auto begin = absl::Now();
       ASSERT_OK(device_.PrepareWideAttend(wide, scratch, floats_));
@@ -113,9 +115,9 @@ TEST_F(WideAttentionTest, MatchesOurOwnKernelsAndTheReference) {
     for (const int32_t group : {1, 2, 4, 8}) {
       const Shape shape = {2, group, head_dim};
       ASSERT_NO_FATAL_FAILURE(Prepare(shape));
-      const Sequence s(shape, 5000 + kMaxRows, 100 * head_dim + group);
+      const Sequence s(shape, kPiece + 904 + kMaxRows, 100 * head_dim + group);
       for (const int64_t rows : {128, 129, 1000, 1024, 4096}) {
-        for (const int64_t past : {0, 1, 63, 4096, 5000}) {
+        for (const int64_t past : {int64_t{0}, int64_t{1}, int64_t{63}, kPiece, kPiece + 904}) {
           SCOPED_TRACE(testing::Message() << "head_dim " << head_dim << ", group " << group << ", "
                                           << rows << " rows at " << past);
           const std::vector<float> out = Wide(s, past, rows, {{{Everything(past + rows)}}});
@@ -127,13 +129,84 @@ TEST_F(WideAttentionTest, MatchesOurOwnKernelsAndTheReference) {
   }
 }
 
+// Gemma-2's heads, with its cap and such that bend more, and Qwen2's groups; pieces that are whole, and
+// others.
+TEST_F(WideAttentionTest, MatchesWithEveryFamilysHeads) {
+  const struct {
+    Shape shape;
+    float soft_cap;
+  } families[] = {{{2, 2, 256}, 50}, {{2, 2, 256}, 1.5f}, {{2, 2, 256}, 0},
+                  {{2, 3, 64}, 2},   {{2, 4, 128}, 5},    {{4, 7, 128}, 0}};
+  for (const auto& [shape, soft_cap] : families) {
+    soft_cap_ = soft_cap;
+    ASSERT_NO_FATAL_FAILURE(Prepare(shape));
+    const Sequence s(shape, kPiece + 1100, 58);
+    for (const int64_t rows : {200, 1000}) {
+      for (const int64_t past : {int64_t{0}, int64_t{100}, kPiece + 100}) {
+        SCOPED_TRACE(testing::Message() << shape.num_kv_heads << " x " << shape.group
+                                        << " heads of " << shape.head_dim << ", cap " << soft_cap
+                                        << ", " << rows << " rows at " << past);
+        const std::vector<float> out = Wide(s, past, rows, {{{Everything(past + rows)}}});
+        EXPECT_TRUE(Close(out, Own(s, past, rows)));
+        if (rows == 200 && past == 100) ExpectReference(s, past, rows, out);
+      }
+    }
+  }
+}
+
+// Rows around the window's end, windows that end in pieces and between them, launches that begin with the
+// window, and such that end inside it.
+TEST_F(WideAttentionTest, MatchesWithWindows) {
+  const auto piece = [](int64_t begin, int64_t end) {
+    return Piece{begin, end - begin, begin, static_cast<int32_t>(CeilToBlock(end - begin))};
+  };
+  const struct {
+    Shape shape;
+    float soft_cap;
+  } families[] = {{{2, 4, 128}, 0}, {{2, 2, 256}, 3}};
+  for (const auto& [shape, soft_cap] : families) {
+    const Sequence s(shape, kPiece + 3000, 59);
+    soft_cap_ = soft_cap;
+    for (const int64_t window : {1024, 1500, 4096}) {
+      window_ = window;
+      ASSERT_NO_FATAL_FAILURE(Prepare(shape));
+      for (const int64_t rows : {129, 3000}) {
+        for (const int64_t past : {int64_t{0}, int64_t{700}, int64_t{5000}, kPiece}) {
+          SCOPED_TRACE(testing::Message() << "heads of " << shape.head_dim << ", window " << window
+                                          << ", " << rows << " rows at " << past);
+          const int64_t end = past + rows;
+          const std::vector<float> own = Own(s, past, rows);
+          const std::vector<float> out = Wide(s, past, rows, {{{Everything(end)}}});
+          EXPECT_TRUE(Close(out, own));
+          if (rows == 129 && past == 5000) ExpectReference(s, past, rows, out);
+          const int64_t first = kernels::FirstSeen(window, past) / 64 * 64;
+          EXPECT_TRUE(Close(Wide(s, past, rows, {{{piece(first, end)}}}), own));
+          const int64_t cut = (end - window / 2) / 64 * 64;
+          if (cut > first) {
+            EXPECT_TRUE(Close(Wide(s, past, rows, {{{piece(first, cut)}}, {{piece(cut, end)}}}), own));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(WideAttentionTest, SmallWindowsGoThroughOurOwnKernels) {
+  window_ = kernels::kWideWindow - 1;
+  const Shape shape = {2, 4, 128};
+  ASSERT_NO_FATAL_FAILURE(Prepare(shape));
+  const Sequence s(shape, 3000, 60);
+  Attend(s, 0, 3000, {{{Everything(3000)}, false, -1, floats_}});
+  EXPECT_EQ(Calls(), 0);
+}
+
 // Llama-3-8B's heads: calls of one to eight KV heads.
 TEST_F(WideAttentionTest, MatchesWithManyHeads) {
   const Shape shape = {8, 4, 128};
   ASSERT_NO_FATAL_FAILURE(Prepare(shape));
-  const Sequence s(shape, 8500, 51);
+  const Sequence s(shape, kPiece + 300 + kMaxRows, 51);
   for (const int64_t rows : {200, 1500, 3000, 4096}) {
-    for (const int64_t past : {0, 100, 4300}) {
+    for (const int64_t past : {int64_t{0}, int64_t{100}, kPiece + 300}) {
       SCOPED_TRACE(testing::Message() << rows << " rows at " << past);
       EXPECT_TRUE(Close(Wide(s, past, rows, {{{Everything(past + rows)}}}), Own(s, past, rows)));
     }
@@ -144,8 +217,9 @@ TEST_F(WideAttentionTest, MatchesWithManyHeads) {
 TEST_F(WideAttentionTest, MatchesOverManyPieces) {
   const Shape shape = {2, 4, 128};
   ASSERT_NO_FATAL_FAILURE(Prepare(shape));
-  const Sequence s(shape, 41000, 52);
-  EXPECT_TRUE(Close(Wide(s, 40000, 1000, {{{Everything(41000)}}}), Own(s, 40000, 1000)));
+  const int64_t past = 5 * kPiece + 100;
+  const Sequence s(shape, past + 1000, 52);
+  EXPECT_TRUE(Close(Wide(s, past, 1000, {{{Everything(past + 1000)}}}), Own(s, past, 1000)));
 }
 
 TEST_F(WideAttentionTest, RunsTheSameTwice) {
@@ -164,23 +238,23 @@ TEST_F(WideAttentionTest, RunsTheSameTwice) {
 TEST_F(WideAttentionTest, KeysGiveTheSameBitsInEveryLane) {
   for (const Shape& shape : {Shape{8, 4, 128}, Shape{2, 2, 64}}) {
     ASSERT_NO_FATAL_FAILURE(Prepare(shape));
-    const Sequence s(shape, 12700, 54);
+    const Sequence s(shape, 2 * kPiece + 37 + kMaxRows, 54);
     for (const int64_t rows : {300, 1024, 4096}) {
       SCOPED_TRACE(testing::Message() << shape.num_kv_heads << " heads, " << rows << " rows");
-      const int64_t first_pos = 8192 + 37;
-      const Piece own = {8192, rows + 37, 8192, static_cast<int32_t>(CeilToBlock(rows + 37))};
+      const int64_t sealed = 2 * kPiece, first_pos = sealed + 37;
+      const Piece own = {sealed, rows + 37, sealed, static_cast<int32_t>(CeilToBlock(rows + 37))};
       std::vector<Piece> extents;
-      for (int64_t pos = 0, capacity = 64; pos < 8192; pos += capacity) {
+      for (int64_t pos = 0, capacity = 64; pos < sealed; pos += capacity) {
         if (pos >= 2 * capacity) capacity = std::min<int64_t>(2 * capacity, 4096);
-        const int64_t count = std::min(capacity, 8192 - pos);
+        const int64_t count = std::min(capacity, sealed - pos);
         extents.push_back({pos, count, pos, static_cast<int32_t>(capacity)});
       }
       std::vector<Piece> resident = extents;
       resident.push_back(own);
       const std::vector<float> expected = Wide(s, first_pos, rows, {{resident, true}});
       EXPECT_TRUE(Close(expected, Own(s, first_pos, rows)));
-      const Piece tile = {0, 8192, 0, 8192}, low = {0, 4096, 0, 4096};
-      const Piece high = {4096, 4096, 4096, 4096};
+      const Piece tile = {0, sealed, 0, static_cast<int32_t>(sealed)}, low = {0, kPiece, 0, kPiece};
+      const Piece high = {kPiece, kPiece, kPiece, kPiece};
       EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{tile, own}}}), expected));
       EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{tile}}, {{own}}}), expected));
       EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{tile}, true}, {{own}}}), expected));
@@ -192,6 +266,27 @@ TEST_F(WideAttentionTest, KeysGiveTheSameBitsInEveryLane) {
       const std::vector<float> there = Wide(s, first_pos, rows, {{resident, true, head}});
       EXPECT_TRUE(SameBits(Columns(s, rows, alone, head), Columns(s, rows, expected, head)));
       EXPECT_TRUE(SameBits(Columns(s, rows, there, head), Columns(s, rows, expected, head)));
+    }
+  }
+}
+
+TEST_F(WideAttentionTest, KeysOfAWindowGiveTheSameBitsInEveryLane) {
+  window_ = 4096;
+  const Shape shape = {8, 4, 128};
+  ASSERT_NO_FATAL_FAILURE(Prepare(shape));
+  const Sequence s(shape, kPiece + 37 + kMaxRows, 61);
+  for (const int64_t rows : {300, 1024, 4096}) {
+    for (const int64_t past : {37, 0}) {
+      const int64_t first_pos = kPiece + past;
+      const Piece own = {kPiece, rows + past, kPiece, static_cast<int32_t>(CeilToBlock(rows + past))};
+      const int64_t first = kernels::FirstSeen(window_, first_pos) / 64 * 64;
+      const Piece seen = {first, kPiece - first, first, static_cast<int32_t>(kPiece - first)};
+      const Piece all = {0, kPiece, 0, kPiece};
+      const std::vector<float> expected = Wide(s, first_pos, rows, {{{seen, own}}});
+      EXPECT_TRUE(Close(expected, Own(s, first_pos, rows)));
+      EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{all, own}}}), expected));
+      EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{seen}}, {{own}}}), expected));
+      EXPECT_TRUE(SameBits(Wide(s, first_pos, rows, {{{seen}, true}, {{own}}}), expected));
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -155,6 +156,38 @@ Tensor_attributes Length(Uid uid, const char* name) {
       .set_stride({1, 1, 1, 1});
 }
 
+using Tensor = std::shared_ptr<Tensor_attributes>;
+
+// The scores with a soft cap, then with the shape's mask: it must come behind the cap, and the frontend's
+// own come before. `keys` is their number where the mask is of lengths. (The frontend's padding mask would
+// look at rows too; rows that are not there have no use.)
+Tensor CappedScores(const SdpaShape& s, const Tensor& keys, fe::graph::Graph& graph, Tensor score) {
+  using fe::PointwiseMode_t;
+  const auto op = [](const char* name, PointwiseMode_t mode, fe::DataType_t type) {
+    return fe::graph::Pointwise_attributes().set_name(name).set_mode(mode).set_compute_data_type(
+        type);
+  };
+  score = graph.pointwise(score, op("tanh", PointwiseMode_t::TANH_FWD, fe::DataType_t::FLOAT));
+  score = graph.pointwise(score, std::make_shared<Tensor_attributes>(s.soft_cap),
+                          op("cap", PointwiseMode_t::MUL, fe::DataType_t::FLOAT));
+  if (s.mask == SdpaShape::Mask::kNone) return score;
+  const auto index = [&](const char* name, int64_t axis) {
+    Tensor of = graph.pointwise(
+        score, op(name, PointwiseMode_t::GEN_INDEX, fe::DataType_t::INT32).set_axis(axis));
+    of->set_data_type(fe::DataType_t::INT32);
+    return of;
+  };
+  const Tensor key = index("key", 3);
+  const bool causal = s.mask == SdpaShape::Mask::kCausal;
+  const Tensor seen = graph.pointwise(
+      causal ? index("row", 2) : key, causal ? key : keys,
+      op("seen", causal ? PointwiseMode_t::CMP_GE : PointwiseMode_t::CMP_LT, fe::DataType_t::BOOLEAN));
+  seen->set_data_type(fe::DataType_t::BOOLEAN);
+  return graph.pointwise(
+      score, std::make_shared<Tensor_attributes>(-std::numeric_limits<float>::infinity()), seen,
+      op("masked", PointwiseMode_t::BINARY_SELECT, fe::DataType_t::FLOAT));
+}
+
 void Describe(const SdpaShape& s, fe::graph::Graph& graph) {
   graph.set_io_data_type(fe::DataType_t::BFLOAT16)
       .set_intermediate_data_type(fe::DataType_t::FLOAT)
@@ -168,14 +201,23 @@ void Describe(const SdpaShape& s, fe::graph::Graph& graph) {
                        .set_implementation(fe::AttentionImplementation_t::COMPOSITE)
                        .set_generate_stats(true)
                        .set_attn_scale(1.0f);
-  if (s.mask == SdpaShape::Mask::kCausal) {
+  const bool capped = s.soft_cap != 0;
+  Tensor keys;
+  if (s.mask == SdpaShape::Mask::kLengths) {
+    keys = graph.tensor(Length(kKeys, "keys"));
+    // With a cap they only say what need not be computed.
+    attention.set_padding_mask(!capped)
+        .set_seq_len_q(graph.tensor(Length(kRows, "rows")))
+        .set_seq_len_kv(keys);
+  }
+  if (s.mask == SdpaShape::Mask::kCausal && !capped) {
     attention.set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
         .set_diagonal_band_right_bound(0);
   }
-  if (s.mask == SdpaShape::Mask::kLengths) {
-    attention.set_padding_mask(true)
-        .set_seq_len_q(graph.tensor(Length(kRows, "rows")))
-        .set_seq_len_kv(graph.tensor(Length(kKeys, "keys")));
+  if (capped) {
+    attention.set_score_mod([s, keys](const std::shared_ptr<fe::graph::Graph>& its, Tensor score) {
+      return CappedScores(s, keys, *its, std::move(score));
+    });
   }
   const auto [o, lse] = graph.sdpa(q, k, v, attention);
   o->set_output(true)

@@ -29,6 +29,7 @@ struct SdpaShape {
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
   Mask mask = Mask::kNone;
+  float soft_cap = 0;  // c > 0: of softmax(c tanh(q k)) v, else of softmax(q k) v
 };
 
 // Device memory, aligned to 16 bytes; all but lse and lengths are bfloat16.
@@ -48,7 +49,7 @@ class CudnnSdpa {
   static absl::StatusOr<std::unique_ptr<CudnnSdpa>> Open();
   ~CudnnSdpa();
 
-  // The index of a new plan for softmax(q k) v, unscaled. UNAVAILABLE if cuDNN has none whose
+  // The index of a new plan for softmax(q k) v, unscaled, or with a soft cap. UNAVAILABLE if cuDNN has none whose
   // workspace is within `most_workspace_bytes`, or cannot compile it.
   absl::StatusOr<int> Build(const SdpaShape& shape, int64_t most_workspace_bytes);
   // Enqueues it. `workspace` has as many bytes as were allowed when the plan was built.

@@ -44,10 +44,12 @@ SdpaBuffers BuffersIn(const kernels::WideLayout& layout, uint8_t* scratch, int32
   b.lengths = scratch + layout.lengths + lane * kernels::kWideLengthsBytes;
   return b;
 }
-SdpaBuffers SquareBuffersIn(const kernels::WideLayout& layout, uint8_t* scratch) {
+SdpaBuffers SquareBuffersIn(const kernels::WideLayout& layout, uint8_t* scratch,
+                            WidePiece::Of of) {
+  const bool edge = of == WidePiece::Of::kEdge;
   SdpaBuffers b = BuffersIn(layout, scratch, 0, 0);
-  b.o = scratch + layout.square_o;
-  b.lse = scratch + layout.square_lse;
+  b.o = scratch + (edge ? layout.edge_o : layout.square_o);
+  b.lse = scratch + (edge ? layout.edge_lse : layout.square_lse);
   return b;
 }
 
@@ -55,13 +57,6 @@ SdpaBuffers SquareBuffersIn(const kernels::WideLayout& layout, uint8_t* scratch)
 absl::Status Follow(cudaStream_t stream, cudaEvent_t event, cudaStream_t first) {
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(cudaEventRecord(event, first)));
   return HEADROOM_CUDA_STATUS(cudaStreamWaitEvent(stream, event, 0));
-}
-
-// Whether no key lies behind a row's window: the library's kernel has none.
-bool SeesAll(const AttendArgs& a, const AttendItem& item) {
-  const int64_t last_pos = item.first_pos + item.row_count - 1;
-  return item.span_count == 0 ||
-         kernels::FirstSeen(a.window, last_pos) <= a.spans.host[item.span_begin].first_pos;
 }
 
 // The spans of an item that hold keys of [begin, end).
@@ -133,8 +128,7 @@ absl::Status WideAttend::Prepare(const WideShape& shape, float* scratch, int64_t
                                                " rows are none of many"));
   }
   auto prepared = std::make_unique<Prepared>(shape);
-  const int64_t floats = kernels::WideAttendScratchFloats(shape.max_rows, shape.num_q_heads,
-                                                          shape.num_kv_heads, shape.head_dim);
+  const int64_t floats = kernels::WideAttendScratchFloats(shape);
   if (scratch_floats < floats || !Aligned(scratch)) {
     return absl::InvalidArgumentError(absl::StrCat("PrepareWideAttend: ", scratch_floats,
                                                    " floats of scratch, ", floats,
@@ -166,8 +160,8 @@ absl::Status WideAttend::BuildPlans(Prepared& prepared) {
                   {&plans.lengths, kWidePieceTokens, heads, SdpaShape::Mask::kLengths},
                   {&plans.square, plans.of.rows, plans.of.square_heads, SdpaShape::Mask::kCausal}};
     for (const auto& [plan, keys, its_heads, mask] : wanted) {
-      const SdpaShape its = {plans.of.rows, keys,           its_heads * shape.group(),
-                             its_heads,     shape.head_dim, mask};
+      const SdpaShape its = {plans.of.rows,  keys, its_heads * shape.group(), its_heads,
+                             shape.head_dim, mask, shape.soft_cap};
       HEADROOM_ASSIGN_OR_RETURN(*plan, cudnn_->Build(its, kernels::kWideWorkspaceBytes));
       ++plans_built_;
     }
@@ -186,7 +180,7 @@ absl::Status WideAttend::WarmUp(const Prepared& prepared, uint8_t* scratch, cuda
   lengths.count = lengths.row_capacity = lengths.query_rows = 1;
   lengths.lengths = static_cast<int32_t*>(buffers.lengths);
   HEADROOM_RETURN_IF_ERROR(HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(lengths, stream)));
-  const SdpaBuffers square = SquareBuffersIn(prepared.layout, scratch);
+  const SdpaBuffers square = SquareBuffersIn(prepared.layout, scratch, WidePiece::Of::kSquare);
   uint8_t* const workspace = scratch + prepared.layout.workspace;
   for (const Plans& plans : prepared.plans) {
     HEADROOM_RETURN_IF_ERROR(cudnn_->Run(plans.piece, buffers, workspace, stream));
@@ -211,7 +205,8 @@ const WideAttend::Prepared* WideAttend::Find(const AttendArgs& a) const {
   for (auto p = prepared_.rbegin(); p != prepared_.rend(); ++p) {
     const WideShape& shape = (*p)->shape;
     if (shape.num_q_heads == a.num_q_heads && shape.num_kv_heads == a.num_kv_heads &&
-        shape.head_dim == a.head_dim &&
+        shape.head_dim == a.head_dim && shape.soft_cap == a.soft_cap &&
+        (shape.windowed || a.window == 0) &&
         (*p)->layout.bytes <= a.scratch_floats * static_cast<int64_t>(sizeof(float))) {
       return p->get();
     }
@@ -223,8 +218,8 @@ absl::Status WideAttend::Attend(const AttendArgs& a, uint32_t* tickets, cudaStre
   const Prepared* const prepared = Find(a);
   const auto wide = [&](int32_t i) {
     const AttendItem& item = a.items.host[i];
-    return prepared != nullptr && item.row_count >= kernels::kWideRows && KeysFollow(a, item) &&
-           a.soft_cap == 0 && SeesAll(a, item);
+    return prepared != nullptr && item.row_count >= kernels::kWideRows &&
+           (a.window == 0 || a.window >= kernels::kWideWindow) && KeysFollow(a, item);
   };
   for (int32_t begin = 0; begin < a.items.count;) {
     const bool is_wide = wide(begin);
@@ -240,7 +235,7 @@ absl::Status WideAttend::Attend(const AttendArgs& a, uint32_t* tickets, cudaStre
       const WideJob job = JobAt(a, begin, end);
       begin += job.num_items;
       const AttendItem& item = a.items.host[job.first_item];
-      const Plans& plans = prepared->For(item.row_count);
+      const Plans& plans = prepared->For(RowsOfCall(item, job));
       for (int32_t head = job.kv_head_begin; head < job.kv_head_end;
            head += plans.of.square_heads) {
         const int32_t heads = std::min(plans.of.square_heads, job.kv_head_end - head);
@@ -255,28 +250,22 @@ absl::Status WideAttend::Attend(const AttendArgs& a, uint32_t* tickets, cudaStre
 }
 
 absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
-  const AttendItem& item = pass.item();
-  const WideShape& shape = pass.prepared.shape;
   const WideClass& of = pass.plans.of;
-  if (block.seen_end > pass.job.keys_begin || block.square) {
-    kernels::cuda::WideQueriesArgs q;
-    q.q = pass.a.q + (item.row_begin + block.row) * pass.a.q_stride +
-          int64_t{pass.kv_head_begin} * shape.group() * shape.head_dim;
-    q.q_stride = pass.a.q_stride;
-    q.to = reinterpret_cast<kernels::BFloat16*>(pass.scratch() + pass.prepared.layout.q);
-    q.rows = block.rows;
-    q.row_capacity = of.rows;
-    q.heads = pass.heads * shape.group();
-    // What calls take and is not there is computed for nothing, but with numbers.
-    q.head_capacity =
-        (block.square ? of.square_heads : (pass.heads + of.heads - 1) / of.heads * of.heads) *
-        shape.group();
-    q.head_dim = shape.head_dim;
-    q.scale = pass.a.scale;
-    HEADROOM_RETURN_IF_ERROR(
-        HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideQueries(q, pass.stream)));
+  if (block.edge > 0) {
+    HEADROOM_RETURN_IF_ERROR(Queries(pass, block.row, block.edge, of.square_heads, true));
+    HEADROOM_RETURN_IF_ERROR(AttendSquare(
+        pass, block, {block.seen_begin - block.edge, block.edge, WidePiece::Of::kEdge}));
   }
-  if (block.square) HEADROOM_RETURN_IF_ERROR(AttendSquare(pass, block));
+  if (block.seen_end > block.seen_begin || block.square) {
+    // What calls take and is not there is computed for nothing, but with numbers.
+    const int32_t of_pieces = (pass.heads + of.heads - 1) / of.heads * of.heads;
+    HEADROOM_RETURN_IF_ERROR(Queries(pass, block.row, block.rows,
+                                     block.square ? of.square_heads : of_pieces, false));
+  }
+  if (block.square) {
+    HEADROOM_RETURN_IF_ERROR(
+        AttendSquare(pass, block, {block.seen_end, block.rows, WidePiece::Of::kSquare}));
+  }
   const bool lanes = pass.heads > of.heads;
   if (lanes) HEADROOM_RETURN_IF_ERROR(Follow(aside_.get(), forked_.get(), pass.stream));
   absl::Status status;
@@ -292,11 +281,33 @@ absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
   return status;
 }
 
-absl::Status WideAttend::AttendSquare(const Pass& pass, const WideBlock& block) {
+// The pass's rows [row, row + count), as calls of `heads` KV heads take them.
+absl::Status WideAttend::Queries(const Pass& pass, int64_t row, int64_t count, int32_t heads,
+                                 bool backwards) {
+  const AttendArgs& a = pass.a;
+  const WideShape& shape = pass.prepared.shape;
+  kernels::cuda::WideQueriesArgs q;
+  q.q = a.q + (pass.item().row_begin + row) * a.q_stride +
+        int64_t{pass.kv_head_begin} * shape.group() * shape.head_dim;
+  q.q_stride = a.q_stride;
+  q.to = reinterpret_cast<kernels::BFloat16*>(pass.scratch() + pass.prepared.layout.q);
+  q.rows = count;
+  q.row_capacity = pass.plans.of.rows;
+  q.heads = pass.heads * shape.group();
+  q.head_capacity = heads * shape.group();
+  q.head_dim = shape.head_dim;
+  q.scale = a.soft_cap == 0 ? a.scale : a.scale / a.soft_cap;
+  q.backwards = backwards;
+  return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideQueries(q, pass.stream));
+}
+
+// Of all heads of the pass.
+absl::Status WideAttend::AttendSquare(const Pass& pass, const WideBlock& block,
+                                      const WidePiece& piece) {
   const kernels::WideLayout& layout = pass.prepared.layout;
-  const SdpaBuffers buffers = SquareBuffersIn(layout, pass.scratch());
-  HEADROOM_RETURN_IF_ERROR(Gather(pass, block, {block.seen_end, block.rows, true}, 0, pass.heads,
-                                  pass.plans.of.rows, buffers, pass.stream));
+  const SdpaBuffers buffers = SquareBuffersIn(layout, pass.scratch(), piece.of);
+  HEADROOM_RETURN_IF_ERROR(Gather(pass, block, piece, 0, pass.heads, pass.plans.of.rows, buffers,
+                                  pass.stream));
   ++calls_;
   return cudnn_->Run(pass.plans.square, buffers, pass.scratch() + layout.workspace, pass.stream);
 }
@@ -322,10 +333,11 @@ absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, 
   fold.state = pass.a.state + first_query * kernels::AttentionStateFloats(shape.head_dim);
   fold.out = pass.a.out + first_query * shape.head_dim;  // read if it finishes
   fold.reset = item.reset != 0;
-  const auto add = [&fold](const SdpaBuffers& result, int64_t query) {
+  const auto add = [&fold](const SdpaBuffers& result, int64_t query, int64_t rows,
+                           bool backwards) {
     fold.partials[fold.num_partials++] = {
         static_cast<const kernels::BFloat16*>(result.o) + query * fold.head_dim,
-        static_cast<const float*>(result.lse) + query};
+        static_cast<const float*>(result.lse) + query, rows, backwards};
   };
   HEADROOM_RETURN_IF_ERROR(
       ForEachPiece(pass.job, block, [&](const WidePiece& piece) -> absl::Status {
@@ -335,13 +347,14 @@ absl::Status WideAttend::AttendPieces(const Pass& pass, const WideBlock& block, 
           fold.num_partials = 0;
           fold.reset = false;
         }
-        if (piece.square) {
-          add(SquareBuffersIn(layout, pass.scratch()), at);
+        if (piece.of != WidePiece::Of::kAllRows) {
+          const bool edge = piece.of == WidePiece::Of::kEdge;
+          add(SquareBuffersIn(layout, pass.scratch(), piece.of), at, piece.count, edge);
           return absl::OkStatus();
         }
         SdpaBuffers buffers = BuffersIn(layout, pass.scratch(), lane, fold.num_partials);
         buffers.q = static_cast<kernels::BFloat16*>(buffers.q) + at * shape.head_dim;
-        add(buffers, 0);
+        add(buffers, 0, block.rows, false);
         return AttendPiece(pass, block, piece, head, heads, lane, buffers);
       }));
   fold.finish = item.finish != 0;
@@ -398,6 +411,7 @@ absl::Status WideAttend::Gather(const Pass& pass, const WideBlock& block, const 
   keys.values = static_cast<kernels::BFloat16*>(to.v);
   keys.lengths = static_cast<int32_t*>(to.lengths);
   keys.query_rows = static_cast<int32_t>(block.rows);
+  keys.backwards = piece.of == WidePiece::Of::kEdge;
   return HEADROOM_CUDA_STATUS(kernels::cuda::LaunchWideKeys(keys, stream));
 }
 

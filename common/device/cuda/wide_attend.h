@@ -3,7 +3,8 @@
 // streams at once must come with scratch of its own.
 //
 // A job's rows (wide_jobs.h) go through block by block, with as many heads as a square takes: q
-// becomes bfloat16, and the square is attended to. Then with as many heads as a piece takes: each
+// becomes bfloat16, and the square is attended to; before that, with rows and keys backwards, the edge,
+// which so is a square as well. Then with as many heads as a piece takes: each
 // piece of keys that the block sees is attended to, read in place where it is all that a call of one
 // head takes and lies in one run, else gathered, with zeros behind; partials are folded into the
 // states in the order of positions, the square's last, kWidePartials at once, the last time into the
@@ -63,7 +64,10 @@ class WideAttend {
   absl::Status WarmUp(const Prepared& prepared, uint8_t* scratch, cudaStream_t stream);
   const Prepared* Find(const kernels::AttendArgs& args) const;
   absl::Status AttendBlock(const Pass& pass, const WideBlock& block);
-  absl::Status AttendSquare(const Pass& pass, const WideBlock& block);
+  absl::Status Queries(const Pass& pass, int64_t row, int64_t count, int32_t heads,
+                       bool backwards);
+  // The block's square, or its edge.
+  absl::Status AttendSquare(const Pass& pass, const WideBlock& block, const WidePiece& piece);
   // Heads [head, head + heads) of the pass's, in a lane: lane 0 is the pass's stream.
   absl::Status AttendPieces(const Pass& pass, const WideBlock& block, int32_t head, int32_t heads,
                             int32_t lane);

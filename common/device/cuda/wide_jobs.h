@@ -10,10 +10,17 @@
 // these come in a span of their own, behind what was fetched or lay on the device. Nothing else
 // cuts them, least of all where they lie; so pieces are the same in all lanes whose launches end at
 // multiples of kWidePieceTokens.
+//
+// With a window of w tokens a block has an edge: the keys that its first row sees and its last does not,
+// row i all but the first i. Blocks then have at most w rows, so that the edge ends before their own
+// positions, and are cut where a row is the first not to see a key in front of one of the borders above:
+// so an edge lies between two borders, in one launch. (Rows that see from the first key on have no edge,
+// but are cut as the others are.)
 #ifndef HEADROOM_COMMON_DEVICE_CUDA_WIDE_JOBS_H_
 #define HEADROOM_COMMON_DEVICE_CUDA_WIDE_JOBS_H_
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "kernels/attention.h"
@@ -30,19 +37,23 @@ struct WideJob {
   int64_t keys_begin = 0;  // the launch's keys
   int64_t keys_end = 0;
   int64_t own_begin = 0;  // where the span with the rows' own keys begins, else keys_end
+  int64_t window = 0;     // AttendArgs's
 };
 
 struct WideBlock {
   int64_t row = 0;  // of the item
   int64_t rows = 0;
-  int64_t seen_end = 0;  // all rows see the launch's keys before this
-  bool square = false;   // and then those of their own positions
+  int64_t edge = 0;        // keys before seen_begin of which row i sees all but the first i
+  int64_t seen_begin = 0;  // all rows see the launch's keys from here on
+  int64_t seen_end = 0;    // and before this
+  bool square = false;     // and then those of their own positions
 };
 
 struct WidePiece {
+  enum class Of { kAllRows, kEdge, kSquare };
   int64_t begin = 0;
   int64_t count = 0;
-  bool square = false;
+  Of of = Of::kAllRows;
 };
 
 // Whether an item's spans follow each other without a gap.
@@ -69,6 +80,7 @@ inline WideJob JobAt(const kernels::AttendArgs& a, int32_t first, int32_t end) {
   job.num_items = 1;
   job.kv_head_begin = item.kv_head_begin;
   job.kv_head_end = item.kv_head_end;
+  job.window = a.window;
   keys_of(item, job);
   for (int32_t i = first + 1; i < end; ++i) {
     const kernels::AttendItem& next = a.items.host[i];
@@ -85,6 +97,24 @@ inline WideJob JobAt(const kernels::AttendArgs& a, int32_t first, int32_t end) {
     job.kv_head_end = next.kv_head_end;
   }
   return job;
+}
+
+// The first of the borders behind `pos`.
+inline int64_t BorderBehind(const WideJob& job, int64_t pos) {
+  constexpr int64_t kPiece = kernels::kWidePieceTokens;
+  int64_t behind = pos < 0 ? 0 : (pos / kPiece + 1) * kPiece;
+  for (const int64_t border : {job.keys_begin, job.own_begin, job.keys_end}) {
+    if (border > pos) behind = std::min(behind, border);
+  }
+  return behind;
+}
+
+// How many rows of the item a call should take. Calls take powers of two, of which the next above a window
+// would leave half of the rows empty.
+inline int64_t RowsOfCall(const kernels::AttendItem& item, const WideJob& job) {
+  const int64_t rows = item.row_count;
+  if (job.window == 0) return rows;
+  return std::min(rows, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(job.window))));
 }
 
 // Calls f(block) for an item's rows in blocks of at most `most` rows, until one is not OK.
@@ -104,7 +134,18 @@ auto ForEachBlock(const kernels::AttendItem& item, const WideJob& job, int64_t m
     block.row = row;
     block.rows = std::min(most, end - row);
     block.square = in;
+    block.seen_begin = job.keys_begin;
     block.seen_end = row < first_in ? job.keys_begin : in ? item.first_pos + row : job.keys_end;
+    if (job.window > 0) {
+      const int64_t pos = item.first_pos + row;
+      const int64_t first_seen = pos - job.window + 1;
+      block.rows = std::min({block.rows, job.window,
+                             BorderBehind(job, first_seen) - first_seen + 1});
+      if (first_seen >= job.keys_begin) {
+        block.seen_begin = std::min(first_seen + block.rows - 1, block.seen_end);
+        block.edge = std::max<int64_t>(0, block.seen_begin - first_seen);
+      }
+    }
     if (auto status = f(block); !status.ok()) return status;
     row += block.rows;
   }
@@ -116,15 +157,20 @@ auto ForEachBlock(const kernels::AttendItem& item, const WideJob& job, int64_t m
 template <typename F>
 auto ForEachPiece(const WideJob& job, const WideBlock& block, F&& f)
     -> decltype(f(WidePiece())) {
-  for (int64_t pos = job.keys_begin; pos < block.seen_end;) {
+  using Of = WidePiece::Of;
+  if (block.edge > 0) {
+    const WidePiece edge = {block.seen_begin - block.edge, block.edge, Of::kEdge};
+    if (auto status = f(edge); !status.ok()) return status;
+  }
+  for (int64_t pos = block.seen_begin; pos < block.seen_end;) {
     int64_t end = (pos / kernels::kWidePieceTokens + 1) * kernels::kWidePieceTokens;
     if (pos < job.own_begin) end = std::min(end, job.own_begin);
     end = std::min(end, block.seen_end);
-    if (auto status = f(WidePiece{pos, end - pos, false}); !status.ok()) return status;
+    if (auto status = f(WidePiece{pos, end - pos, Of::kAllRows}); !status.ok()) return status;
     pos = end;
   }
   if (!block.square) return {};
-  return f(WidePiece{block.seen_end, block.rows, true});
+  return f(WidePiece{block.seen_end, block.rows, Of::kSquare});
 }
 
 }  // namespace headroom

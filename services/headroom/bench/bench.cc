@@ -119,12 +119,14 @@ absl::StatusOr<std::unique_ptr<BenchRun>> BenchRun::Create(const BenchOptions& o
 
 absl::Status BenchRun::Init(const BenchOptions& options, const std::vector<WorkItem>& items) {
   const absl::Time begin = absl::Now();
-  const GpuProbeShape shape;
   EngineOptions engine = EngineOptionsOf(options);
+  HEADROOM_ASSIGN_OR_RETURN(ModelConfig config, ConfigOf(engine));
+  GpuProbeShape shape;
+  shape.attend = WideShapeOf(config, shape.attend.max_rows);
   gpu_ = engine.device == "cuda";
   if (gpu_) probe_bytes_ = GpuCeilingProbe::ArenaBytes(shape);
   engine.beside_bytes = probe_bytes_;
-  HEADROOM_ASSIGN_OR_RETURN(engine_, BenchEngine::Create(engine, items));
+  HEADROOM_ASSIGN_OR_RETURN(engine_, BenchEngine::Create(engine, std::move(config), items));
   Device& device = engine_->device();
   known_ = KnownCeilings(device.name());
   if (gpu_) {
@@ -222,8 +224,10 @@ int Fail(const absl::Status& status, int exit_status) {
 absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options) {
   // Lays out a segment that is larger than the caches.
   const WorkItem item{WorkItem::Kind::kDecode, 4096, Lane::kFetched, 1};
+  const EngineOptions engine = EngineOptionsOf(options);
+  HEADROOM_ASSIGN_OR_RETURN(ModelConfig config, ConfigOf(engine));
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<BenchEngine> measured,
-                            BenchEngine::Create(EngineOptionsOf(options), {item}));
+                            BenchEngine::Create(engine, std::move(config), {item}));
   return measured->Calibrate();
 }
 

@@ -93,9 +93,15 @@ absl::StatusOr<std::unique_ptr<Step>> BenchEngine::DoneQueue::Take() {
   return step;
 }
 
+absl::StatusOr<ModelConfig> ConfigOf(const EngineOptions& options) {
+  if (!options.model_dir.empty()) return ReadModelConfig(options.model_dir);
+  return options.geometry.empty() ? ReadModelConfigFile(options.random_weights)
+                                  : GeometryOf(options.geometry);
+}
+
 absl::StatusOr<std::unique_ptr<BenchEngine>> BenchEngine::Create(
-    const EngineOptions& options, const std::vector<WorkItem>& items) {
-  std::unique_ptr<BenchEngine> engine(new BenchEngine());
+    const EngineOptions& options, ModelConfig config, const std::vector<WorkItem>& items) {
+  std::unique_ptr<BenchEngine> engine(new BenchEngine(std::move(config)));
   HEADROOM_RETURN_IF_ERROR(engine->Init(options, items));
   return engine;
 }
@@ -109,10 +115,6 @@ BenchEngine::~BenchEngine() {
 absl::Status BenchEngine::Init(const EngineOptions& options, const std::vector<WorkItem>& items) {
   chunk_tokens_ = options.chunk_tokens;
   const bool random = options.model_dir.empty();
-  HEADROOM_ASSIGN_OR_RETURN(config_,
-                            !random                     ? ReadModelConfig(options.model_dir)
-                            : options.geometry.empty() ? ReadModelConfigFile(options.random_weights)
-                                                       : GeometryOf(options.geometry));
   HEADROOM_ASSIGN_OR_RETURN(device_, MakeDevice(options, config_));
   // A batch's tables name the keys of all its sequences.
   int64_t positions = 1;

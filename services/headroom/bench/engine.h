@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -40,6 +41,8 @@ struct EngineOptions {
   int64_t chunk_tokens = 0;
 };
 
+absl::StatusOr<ModelConfig> ConfigOf(const EngineOptions& options);
+
 // One measurement: sums over the prefill's steps, or means over the window's; beside a prefill, means
 // over the decode's steps.
 struct Measurement : StepTimes {
@@ -61,6 +64,7 @@ class BenchEngine {
   // an item waits for what it needs. Errors as those of the model's parts; UNAVAILABLE for a device that
   // is not there.
   static absl::StatusOr<std::unique_ptr<BenchEngine>> Create(const EngineOptions& options,
+                                                             ModelConfig config,
                                                              const std::vector<WorkItem>& items);
   ~BenchEngine();
 
@@ -108,7 +112,7 @@ class BenchEngine {
     std::deque<std::unique_ptr<Step>> steps_ ABSL_GUARDED_BY(mutex_);
   };
 
-  BenchEngine() = default;
+  explicit BenchEngine(ModelConfig config) : config_(std::move(config)) {}
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
   absl::Status MapSegment(const std::vector<WorkItem>& items, int32_t threads);
   absl::Status OpenInPlace(int32_t threads);
@@ -129,7 +133,7 @@ class BenchEngine {
   absl::Status CheckResident(const WorkItem& item, const Measurement& measurement) const;
 
   std::unique_ptr<Device> device_;
-  ModelConfig config_;
+  const ModelConfig config_;
   ModelWeights weights_;
   DeviceBudget budget_;
   std::unique_ptr<BenchSegment> segment_;

@@ -41,17 +41,17 @@ struct AttendBytes {
   int64_t scratch_floats;
 };
 AttendBytes AttendBytesOf(const GpuProbeShape& s) {
+  const kernels::WideShape& of = s.attend;
   const int64_t most_keys = *std::max_element(s.attend_keys.begin(), s.attend_keys.end());
-  const int64_t q = s.attend_rows * s.num_q_heads * s.head_dim * kFloat;
+  const int64_t q = of.max_rows * of.num_q_heads * of.head_dim * kFloat;
   AttendBytes bytes;
   bytes.q = Aligned(q);
-  bytes.keys = 2 * most_keys * s.num_kv_heads * s.head_dim * kElement;
-  bytes.state = Aligned(s.attend_rows * s.num_q_heads * kFloat *
-                        kernels::AttentionStateFloats(s.head_dim));
+  bytes.keys = 2 * most_keys * of.num_kv_heads * of.head_dim * kElement;
+  bytes.state = Aligned(of.max_rows * of.num_q_heads * kFloat *
+                        kernels::AttentionStateFloats(of.head_dim));
   bytes.out = Aligned(q);
-  bytes.scratch_floats = std::max(
-      kernels::kMinAttendScratchFloats,
-      kernels::WideAttendScratchFloats(s.attend_rows, s.num_q_heads, s.num_kv_heads, s.head_dim));
+  bytes.scratch_floats =
+      std::max(kernels::kMinAttendScratchFloats, kernels::WideAttendScratchFloats(of));
   bytes.scratch = bytes.scratch_floats * kFloat;
   bytes.used = bytes.state + bytes.out + bytes.scratch + kTableBytes;
   return bytes;
@@ -162,6 +162,7 @@ absl::StatusOr<double> GpuCeilingProbe::GemmFlops() {
 }
 
 absl::StatusOr<double> GpuCeilingProbe::AttentionFlops(int64_t keys) {
+  const kernels::WideShape& of = shape_.attend;
   const AttendBytes bytes = AttendBytesOf(shape_);
   uint8_t* const state = results_;
   uint8_t* const out = state + bytes.state;
@@ -170,37 +171,38 @@ absl::StatusOr<double> GpuCeilingProbe::AttentionFlops(int64_t keys) {
   kernels::KvSpan span;
   span.base = inputs_ + bytes.q;
   span.count = span.capacity = static_cast<int32_t>(keys);
-  span.kv_head_end = shape_.num_kv_heads;
+  span.kv_head_end = of.num_kv_heads;
   kernels::AttendItem item;
-  item.row_count = static_cast<int32_t>(shape_.attend_rows);
-  item.first_pos = keys - shape_.attend_rows;
-  item.kv_head_end = shape_.num_kv_heads;
+  item.row_count = static_cast<int32_t>(of.max_rows);
+  item.first_pos = keys - of.max_rows;
+  item.kv_head_end = of.num_kv_heads;
   item.span_count = item.reset = item.finish = 1;
   HEADROOM_RETURN_IF_ERROR(device_.Upload(tables, &span, sizeof(span)));
   uint8_t* const item_table = tables + Aligned(sizeof(span));
   HEADROOM_RETURN_IF_ERROR(device_.Upload(item_table, &item, sizeof(item)));
   kernels::AttendArgs args;
   args.q = reinterpret_cast<const float*>(inputs_);
-  args.q_stride = int64_t{shape_.num_q_heads} * shape_.head_dim;
+  args.q_stride = int64_t{of.num_q_heads} * of.head_dim;
   args.state = reinterpret_cast<float*>(state);
   args.out = {out, device_.product_type()};
-  args.rows = shape_.attend_rows;
+  args.rows = of.max_rows;
   args.items = {reinterpret_cast<const kernels::AttendItem*>(item_table), &item, 1};
   args.spans = {reinterpret_cast<const kernels::KvSpan*>(tables), &span, 1};
   args.scratch = reinterpret_cast<float*>(scratch);
   args.scratch_floats = bytes.scratch_floats;
-  args.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
-  args.num_q_heads = shape_.num_q_heads;
-  args.num_kv_heads = shape_.num_kv_heads;
-  args.head_dim = shape_.head_dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(of.head_dim));
+  args.soft_cap = of.soft_cap;
+  args.num_q_heads = of.num_q_heads;
+  args.num_kv_heads = of.num_kv_heads;
+  args.head_dim = of.head_dim;
   HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, [&]() -> absl::Status {
     for (int i = 0; i < kAttends; ++i) HEADROOM_RETURN_IF_ERROR(device_.Attend(compute_, args));
     return Await(compute_, computed_);
   }));
   // A row sees the keys up to its own.
-  const double rows = static_cast<double>(shape_.attend_rows);
+  const double rows = static_cast<double>(of.max_rows);
   const double pairs = rows * (static_cast<double>(keys) - rows) + rows * (rows + 1) / 2;
-  return 4.0 * kAttends * pairs * shape_.num_q_heads * shape_.head_dim / seconds;
+  return 4.0 * kAttends * pairs * of.num_q_heads * of.head_dim / seconds;
 }
 
 absl::StatusOr<double> GpuCeilingProbe::CopyWithinDevice() {

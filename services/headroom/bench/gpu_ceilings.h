@@ -11,15 +11,16 @@
 #include "common/device/device.h"
 #include "common/segment/mapped_region.h"
 #include "kernels/cpu/team.h"
+#include "kernels/wide_shape.h"
 #include "services/headroom/bench/ceilings.h"
 
 namespace headroom {
 
-// What is run; the defaults are Llama-3-8B's MLP and attention at the longest chunk.
+// What is run; the defaults are Llama-3-8B's MLP and attention at the longest chunk. With a model's heads
+// attention goes by what the device has prepared for it.
 struct GpuProbeShape {
   int64_t gemm_m = 8192, gemm_n = 14336, gemm_k = 4096;
-  int32_t num_q_heads = 32, num_kv_heads = 8, head_dim = 128;
-  int64_t attend_rows = 8192;
+  kernels::WideShape attend = {8192, 32, 8, 128};
   std::vector<int64_t> attend_keys = {8192, 24576};  // each at least the rows, which are the last
   // Device memory that is read, and host memory: more than the caches hold (of a host's processor
   // 320 MB and more).

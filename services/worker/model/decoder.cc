@@ -68,9 +68,9 @@ absl::StatusOr<Decoder> Decoder::Create(Device& device, StreamId stream, const M
       decoder.gate_up_ + decoder.mlp_slice_rows_ * 2 * int64_t{config.intermediate};
   // What cannot be had is done by the kernels that take any number of rows.
   if (type != kernels::ElementType::kFloat32) {
-    const absl::Status wide = device.PrepareWideAttend(
-        {budget.max_chunk_tokens, config.num_q_heads, config.num_kv_heads, config.head_dim},
-        decoder.attend_scratch_, decoder.attend_scratch_floats_);
+    const absl::Status wide =
+        device.PrepareWideAttend(WideShapeOf(config, budget.max_chunk_tokens),
+                                 decoder.attend_scratch_, decoder.attend_scratch_floats_);
     if (!wide.ok()) LogWarning(absl::StrCat("prefill runs without cuDNN: ", wide.message()));
   }
   HEADROOM_ASSIGN_OR_RETURN(

@@ -18,10 +18,7 @@ GpuProbeShape SmallShape() {
   shape.gemm_m = 33;
   shape.gemm_n = 70;
   shape.gemm_k = 64;
-  shape.num_q_heads = 4;
-  shape.num_kv_heads = 2;
-  shape.head_dim = 64;
-  shape.attend_rows = 64;
+  shape.attend = {64, 4, 2, 64};
   shape.attend_keys = {64, 192};
   shape.least_bytes = 1 << 20;
   shape.copy_bytes = 64 << 20;
