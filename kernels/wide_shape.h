@@ -158,6 +158,12 @@ struct WideLayout {
   }
 };
 
+// KV heads of an item of `rows` rows that all lanes together take at a time; 1 where items are not taken that way.
+inline constexpr int32_t WideHeadsAtOnce(const WideShape& shape, int64_t rows) {
+  if (rows < kWideRows || shape.max_rows < kWideRows) return 1;
+  return WideClasses(shape).For(rows).heads * kWideLanes;
+}
+
 // Floats of scratch with which items of many rows are computed that way; 0 if none can have as
 // many.
 inline constexpr int64_t WideAttendScratchFloats(const WideShape& shape) {

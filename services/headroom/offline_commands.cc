@@ -84,6 +84,9 @@ int BenchCommand(const std::vector<std::string>& args) {
                 "8192 on cuda, 1024 on cpu");
   flags.Group("Output");
   flags.Text("json", "FILE", &options.json_path, "Writes one JSON object a line into this file.");
+  flags.Text("trace", "FILE", &options.trace_path,
+             "Appends what runs when on the device's streams, for ui.perfetto.dev. Operations are timed "
+             "one by one for it, which costs time.");
   if (const auto code = ParseOrExit("bench", args, flags)) return *code;
   return RunBench(options);
 }

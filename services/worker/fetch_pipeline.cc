@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/status.h"
+#include "common/trace.h"
 
 namespace headroom {
 
@@ -108,6 +109,7 @@ absl::StatusOr<bool> FetchPipeline::MakeRoom(const Tile& tile) {
 }
 
 absl::Status FetchPipeline::Fill(const Tile& tile) {
+  const TraceScope trace("fill tile", "bytes", tile.bytes);
   const absl::Status status = device_.CopyEach(
       copy_,
       absl::MakeConstSpan(copies_).subspan(tile.copy_begin, tile.copy_end - tile.copy_begin),

@@ -31,13 +31,15 @@ KvSpan Clip(KvSpan span, int64_t begin, int64_t end) {
 
 }  // namespace
 
-StepContext::StepContext(const ModelConfig& config, int64_t fast_queries, int64_t max_rows,
-                         GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
+StepContext::StepContext(const ModelConfig& config, int64_t fast_queries,
+                         const kernels::WideShape& wide, int64_t max_rows, GpuKv& kv,
+                         InPlaceLane& in_place, uint32_t slot,
                          std::unique_ptr<FetchPipeline> pipeline)
     : config_(config),
       geometry_(config.kv_geometry()),
       group_(config.num_q_heads / config.num_kv_heads),
       fast_queries_(fast_queries),
+      wide_(wide),
       max_rows_(max_rows),
       kv_(kv),
       in_place_(in_place),
@@ -74,9 +76,11 @@ absl::StatusOr<std::unique_ptr<StepContext>> StepContext::Create(
   // Of the store's pool, which runs on the same processors, and multiplies in tiles for GPUs alone.
   const bool tiles = device.product_type() == kernels::ElementType::kBFloat16 &&
                      kernels::cpu::BestTileAttention() != nullptr;
+  const bool wide = has_chunks && device.product_type() == kernels::ElementType::kBFloat16;
   auto context = std::unique_ptr<StepContext>(
-      new StepContext(config, tiles ? kFastQueriesInTiles : kFastQueries, max_rows, kv, in_place,
-                      slot, std::move(pipeline)));
+      new StepContext(config, tiles ? kFastQueriesInTiles : kFastQueries,
+                      wide ? WideShapeOf(config, max_rows) : kernels::WideShape(), max_rows, kv,
+                      in_place, slot, std::move(pipeline)));
   constexpr int64_t kFloat = sizeof(float);
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const x,
                             device.Allocate(max_rows * config.hidden * kFloat, "activations"));
@@ -265,6 +269,7 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, const Plan& plan
   BuildRows(flight.tables);
   HEADROOM_RETURN_IF_ERROR(BuildResults(s, flight.tables));
   flight.num_results = sample_rows_.count;
+  heads_at_once_ = kernels::WideHeadsAtOnce(wide_, rows_);
   pipeline_->BeginStep(&flight.accounts[static_cast<int>(Lane::kFetched)], &flight.fetch_wait);
   plan_ = &plan;
   may_ask_store_ = rows_ <= kMaxInPlaceRows && in_place_.ready();
@@ -626,7 +631,7 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     const int64_t begin = std::max(part.kv->runs[run].first_pos, first_key);
     while (run + 1 < runs && LaneOf(part, run + 1, layer, head_begin) == Lane::kFetched) ++run;
     const Run& last = part.kv->runs[run];
-    CutIntoTiles(tiling_, geometry_,
+    CutIntoTiles(tiling_, heads_at_once_, geometry_,
                  {head_begin, head_end, begin,
                   std::min(last.first_pos + last.capacity_tokens, sealed)},
                  pipeline_->max_tile_bytes(), tile_scratch_);

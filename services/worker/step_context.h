@@ -119,8 +119,9 @@ class StepContext {
     bool prelude_sealed = false;      // own keys in front of the new ones come from extents
   };
 
-  StepContext(const ModelConfig& config, int64_t fast_queries, int64_t max_rows, GpuKv& kv,
-              InPlaceLane& in_place, uint32_t slot, std::unique_ptr<FetchPipeline> pipeline);
+  StepContext(const ModelConfig& config, int64_t fast_queries, const kernels::WideShape& wide,
+              int64_t max_rows, GpuKv& kv, InPlaceLane& in_place, uint32_t slot,
+              std::unique_ptr<FetchPipeline> pipeline);
 
   absl::Status AddPart(const StepSequence& sequence);
   // INVALID_ARGUMENT if the part would read or write an extent that the store has given to another.
@@ -154,6 +155,7 @@ class StepContext {
   const KvGeometry geometry_;
   const int64_t group_;  // query heads of a KV head
   const int64_t fast_queries_;  // HeadsInPlace()'s
+  const kernels::WideShape wide_;  // of chunks' attention; no rows where the device has no such way
   const int64_t max_rows_;
   GpuKv& kv_;
   InPlaceLane& in_place_;
@@ -180,6 +182,7 @@ class StepContext {
   int64_t chunk_bytes_ = 0;
   bool seals_ = false;
   Tiling tiling_ = Tiling::kDecode;
+  int32_t heads_at_once_ = 1;  // CutIntoTiles()'s
 
   // Scratch of BeginStep, kept for its capacity.
   std::vector<kernels::EmbedRow> embed_scratch_;

@@ -15,8 +15,8 @@ int64_t TokensThatFit(const KvGeometry& geometry, int64_t heads, int64_t max_byt
 
 }  // namespace
 
-void CutIntoTiles(Tiling tiling, const KvGeometry& geometry, const Rectangle& fetched,
-                  int64_t max_bytes, std::vector<Rectangle>& tiles) {
+void CutIntoTiles(Tiling tiling, int32_t heads_at_once, const KvGeometry& geometry,
+                  const Rectangle& fetched, int64_t max_bytes, std::vector<Rectangle>& tiles) {
   const int64_t all_heads = fetched.kv_head_end - fetched.kv_head_begin;
   const int64_t all_tokens = fetched.end_pos - fetched.first_pos;
   if (all_heads <= 0 || all_tokens <= 0) return;
@@ -24,7 +24,11 @@ void CutIntoTiles(Tiling tiling, const KvGeometry& geometry, const Rectangle& fe
   int64_t heads = all_heads;
   if (tiling == Tiling::kPrefill) {
     const int64_t length = std::min(all_tokens, kMaxTileTokens);
-    heads = std::clamp<int64_t>(max_bytes / (length * geometry.BytesPerTokenPerHead()), 1, all_heads);
+    const int64_t step =
+        TokensThatFit(geometry, heads_at_once, max_bytes) < kernels::kWidePieceTokens ? 1
+                                                                                     : heads_at_once;
+    heads = max_bytes / (length * geometry.BytesPerTokenPerHead()) / step * step;
+    heads = std::min(std::max(heads, step), all_heads);
   }
   while (heads > 1 && TokensThatFit(geometry, heads, max_bytes) < kUnitTokens) --heads;
   int64_t tokens = TokensThatFit(geometry, heads, max_bytes);

@@ -11,6 +11,7 @@
 #include "common/device/card_probe.h"
 #include "common/device/device_factory.h"
 #include "common/status.h"
+#include "common/trace.h"
 #include "kernels/cpu/team.h"
 #include "services/headroom/bench/ceilings.h"
 #include "services/headroom/bench/costs.h"
@@ -235,7 +236,12 @@ int RunBench(const BenchOptions& options) {
   if (const absl::Status status = CheckOptions(options); !status.ok()) return Fail(status, 2);
   const absl::StatusOr<std::vector<WorkItem>> items = ItemsOf(options);
   if (!items.ok()) return Fail(items.status(), 2);
+  if (!options.trace_path.empty()) {
+    const absl::Status started = StartTrace(options.trace_path, "bench");
+    if (!started.ok()) return Fail(started, 2);
+  }
   const absl::Status status = MeasureAll(options, *items);
+  StopTrace();
   return status.ok() ? 0 : Fail(status, 1);
 }
 

@@ -44,6 +44,7 @@ struct BenchOptions {
   int64_t stop_after_seconds = 0;
   // If set: one JSON object per line, flushed line by line; of a prefill one for each chunk, too.
   std::string json_path;
+  std::string trace_path;
 };
 
 inline constexpr int32_t kMinBenchRepeats = 3;

@@ -74,7 +74,11 @@ TEST(DiscardedSteps, AnAbandonedSequenceIsNotRunUntilItIsClosed) {
 // ---------------------------------------------------------------- tiling
 
 TEST(Tiling, CoversEveryKeyOnceInOrderWithinTheSize) {
-  for (const Tiling tiling : {Tiling::kDecode, Tiling::kPrefill}) {
+  const struct {
+    Tiling tiling;
+    int32_t heads_at_once;
+  } ways[] = {{Tiling::kDecode, 1}, {Tiling::kPrefill, 1}, {Tiling::kPrefill, 4}, {Tiling::kPrefill, 16}};
+  for (const auto& [tiling, heads_at_once] : ways) {
     for (const int32_t heads : {1, 2, 3, 8}) {
       for (const int64_t blocks : {1, 2, 3, 4, 5, 9, 64, 700}) {
         for (const Rectangle& fetched : std::vector<Rectangle>{{0, heads, 0, 64},
@@ -85,7 +89,7 @@ TEST(Tiling, CoversEveryKeyOnceInOrderWithinTheSize) {
           const KvGeometry geometry{2, 16, 64};
           const int64_t max_bytes = blocks * kBlockTokens * geometry.BytesPerTokenPerHead();
           std::vector<Rectangle> tiles;
-          CutIntoTiles(tiling, geometry, fetched, max_bytes, tiles);
+          CutIntoTiles(tiling, heads_at_once, geometry, fetched, max_bytes, tiles);
           // Per head: what has been covered so far. Heads of a tile lie together.
           std::map<int32_t, int64_t> covered;
           int64_t bytes = 0;
@@ -122,23 +126,47 @@ TEST(Tiling, CoversEveryKeyOnceInOrderWithinTheSize) {
 
 TEST(Tiling, NothingGivesNoTiles) {
   std::vector<Rectangle> tiles;
-  CutIntoTiles(Tiling::kDecode, {1, 1, 64}, {0, 0, 0, 64}, 1 << 20, tiles);
-  CutIntoTiles(Tiling::kPrefill, {1, 1, 64}, {0, 1, 64, 64}, 1 << 20, tiles);
+  CutIntoTiles(Tiling::kDecode, 1, {1, 1, 64}, {0, 0, 0, 64}, 1 << 20, tiles);
+  CutIntoTiles(Tiling::kPrefill, 1, {1, 1, 64}, {0, 1, 64, 64}, 1 << 20, tiles);
   EXPECT_TRUE(tiles.empty());
 }
 
 TEST(Tiling, DecodeTakesAllHeadsOfAnExtentPrefillFewHeadsOfManyTokens) {
   const KvGeometry geometry{32, 8, 128};  // 4 KiB a token and layer
   std::vector<Rectangle> tiles;
-  CutIntoTiles(Tiling::kDecode, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
+  CutIntoTiles(Tiling::kDecode, 1, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
   ASSERT_EQ(tiles.size(), 4u);
   EXPECT_EQ(tiles[0].kv_head_end, 8);
   EXPECT_EQ(tiles[0].end_pos, 4096);
   tiles.clear();
-  CutIntoTiles(Tiling::kPrefill, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
+  CutIntoTiles(Tiling::kPrefill, 1, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
   ASSERT_EQ(tiles.size(), 4u);
   EXPECT_EQ(tiles[0].kv_head_end, 2);
   EXPECT_EQ(tiles[0].end_pos, 16384);
+}
+
+// However long the context: a call of attention is filled, and no tile leaves one half empty.
+TEST(Tiling, PrefillTakesHeadsAsAttentionDoes) {
+  const KvGeometry geometry{42, 8, 256};  // 1 KiB a token, layer and head
+  for (const int64_t tokens : {16384, 24576, 40960, 73728, 131072, 1 << 20}) {
+    std::vector<Rectangle> tiles;
+    CutIntoTiles(Tiling::kPrefill, 4, geometry, {0, 8, 0, tokens}, 128 << 20, tiles);
+    for (const Rectangle& tile : tiles) {
+      EXPECT_EQ((tile.kv_head_end - tile.kv_head_begin) % 4, 0) << tokens;
+      EXPECT_TRUE(tile.end_pos % kernels::kWidePieceTokens == 0 || tile.end_pos == tokens);
+    }
+    if (tokens == 131072) {
+      EXPECT_EQ(tiles.size(), 8u);
+    }
+  }
+  // Not where only shorter ones than a piece would fit.
+  std::vector<Rectangle> tiles;
+  CutIntoTiles(Tiling::kPrefill, 4, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
+  EXPECT_EQ(tiles[0].kv_head_end, 1);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 16, 8, 256}, 8192), 4);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 8192), 2);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 100), 1);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({}, 8192), 1);
 }
 
 // ---------------------------------------------------------------- pool
