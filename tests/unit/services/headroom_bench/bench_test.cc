@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -336,7 +337,13 @@ TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
   BenchOptions options = TinyBench(dir);
   options.seed = 11;
   options.work = {"prefill:300", "decode:300:resident:2"};
+  options.trace_path = dir.File("trace.json");
   ASSERT_EQ(RunBench(options), 0);
+  std::stringstream trace;
+  trace << std::ifstream(options.trace_path).rdbuf();
+  for (const char* const name : {"chunk step", "token step", "Attend"}) {
+    EXPECT_NE(trace.str().find(name), std::string::npos) << name;
+  }
   std::ifstream file(options.json_path);
   std::string line;
   ASSERT_TRUE(std::getline(file, line));
@@ -345,6 +352,14 @@ TEST(BenchWithRandomWeights, PrefillsAndDecodesWithFiniteLogits) {
   EXPECT_NE(setup->Find("model")->as_string().find("random weights of"), std::string::npos);
   EXPECT_EQ(setup->Find("decode_keys")->as_string(), "generated, not prefilled");
   EXPECT_EQ(setup->Find("chunk_tokens")->as_int(), 1024);
+}
+
+TEST(Bench, ATraceThatCannotBeWrittenIsAWrongFlag) {
+  const TempDir dir;
+  BenchOptions options = TinyBench(dir);
+  options.work = {"prefill:300"};
+  options.trace_path = dir.File("no/such/folder");
+  EXPECT_EQ(RunBench(options), 2);
 }
 
 TEST(Bench, TimesTokensBesideAPrefill) {
