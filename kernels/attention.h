@@ -17,8 +17,9 @@
 // those > p - w. A score is q . k * scale, or, with a soft cap c, c * tanh(q . k * scale / c).
 //
 // A device may have a faster way for items of at least kWideRows rows (kernels/wide_shape.h), which
-// rounds q, p and each piece's result to bfloat16 and cuts keys at multiples of kWidePieceTokens; then
-// the bits of such rows depend on the item's first_pos and row_count, and on where launches end, too.
+// rounds q, p and each piece's result to bfloat16 and cuts keys at multiples of kWidePieceTokens, and where some
+// rows' windows begin; then the bits of such rows depend on the item's first_pos and row_count, and on where
+// launches end, too.
 // The states it leaves have an empty U.
 #ifndef HEADROOM_KERNELS_ATTENTION_H_
 #define HEADROOM_KERNELS_ATTENTION_H_

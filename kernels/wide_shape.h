@@ -29,8 +29,8 @@ namespace headroom::kernels {
 // rows of 32 query heads.
 inline constexpr int64_t kWideRows = 128;
 // Blocks of rows are no longer than their window, and each takes two squares: 8,192 rows of Llama-3-8B's
-// heads with a window of 4,096 take 1.25 ms on an H200 (by our own kernels 9.9), with one of 512 1.5
-// (2.0).
+// heads with a window of 4,096 take 1.28 ms on an H200 (by our own kernels 9.8), with one of 512 1.48
+// (1.95).
 inline constexpr int64_t kWideWindow = 512;
 // Longer pieces cost fewer calls and folds: 8,192 rows of Llama-3-8B's heads on 32,768 keys take 6.5 ms on an
 // H200, with pieces of 4,096 6.9. Shorter ones let lanes share more borders.
@@ -158,10 +158,18 @@ struct WideLayout {
   }
 };
 
+// How many rows of an item of `rows` rows a call should take. Calls take powers of two, of which the next above a
+// window would leave half of the rows empty.
+inline constexpr int64_t WideRowsOfCall(int64_t rows, int64_t window) {
+  if (window == 0) return rows;
+  const auto most = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(window)));
+  return rows < most ? rows : most;
+}
+
 // KV heads of an item of `rows` rows that all lanes together take at a time; 1 where items are not taken that way.
-inline constexpr int32_t WideHeadsAtOnce(const WideShape& shape, int64_t rows) {
+inline constexpr int32_t WideHeadsAtOnce(const WideShape& shape, int64_t rows, int64_t window) {
   if (rows < kWideRows || shape.max_rows < kWideRows) return 1;
-  return WideClasses(shape).For(rows).heads * kWideLanes;
+  return WideClasses(shape).For(WideRowsOfCall(rows, window)).heads * kWideLanes;
 }
 
 // Floats of scratch with which items of many rows are computed that way; 0 if none can have as

@@ -77,7 +77,7 @@ int BenchCommand(const std::vector<std::string>& args) {
                 "Threads of the CPU device, and those that read and attend in host memory.",
                 "as many as may run");
   flags.Bytes("gpu-memory", &options.gpu_memory_bytes,
-              "Device memory for everything but, on cuda, the 1.25 GiB that measure the machine.",
+              "Device memory for everything but, on cuda, up to 1.75 GiB that measure the machine.",
               "what is free less 1 GiB on cuda, weights and 2 GiB on cpu");
   flags.Integer("chunk-tokens", &options.chunk_tokens, 0, kMaxChunkTokens,
                 "Longest chunk of a prefill, beside what the memory allows.",

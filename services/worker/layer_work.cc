@@ -200,6 +200,24 @@ void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
   work.merge = tables.Add(merge_scratch_);
 }
 
+// Where the resident keys of a head end that follow `pos`; `most` at most.
+int64_t StepContext::ResidentTo(const Part& part, int32_t layer, int32_t head, int64_t pos,
+                                int64_t most) const {
+  for (int run = FirstRun(part, layer); run < SealedRuns(part) && pos < most; ++run) {
+    const int64_t end = part.kv->runs[run].first_pos + part.kv->runs[run].capacity_tokens;
+    if (end <= pos) continue;
+    if (LaneOf(part, run, layer, head) != Lane::kResident) break;
+    pos = std::min(end, most);
+  }
+  return pos;
+}
+
+// Where the piece ends, in which a chunk's attention takes the key before `end`; a decode step has none.
+int64_t StepContext::PieceEnd(int64_t end) const {
+  constexpr int64_t kPiece = kernels::kWidePieceTokens;
+  return tiling_ == Tiling::kPrefill ? (end + kPiece - 1) / kPiece * kPiece : end;
+}
+
 // What the store is asked to attend to: the runs in place of heads that lie alike.
 void StepContext::AskStore(const Part& part, int32_t layer, int32_t head_begin, int32_t head_end) {
   mailbox_scratch_.clear();
@@ -236,9 +254,10 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
   const int runs = SealedRuns(part);
   const KvSpan own = Clip(OwnKeys(part, layer), first_key, part.what->end_pos());
   std::fill(progress_.begin(), progress_.end(), first_key);
-  // Adds an item of `kind` with the local keys of [progress of the head, pos) and then `more`.
+  // Adds an item of `kind` with the resident keys of [progress of the head, pos), then `more`, then those that
+  // are resident behind it, up to `behind`.
   const auto add = [&](LaunchKind kind, int32_t begin, int32_t end, int64_t pos,
-                       const KvSpan& more, bool finish) {
+                       const KvSpan& more, int64_t behind, bool finish) {
     AttendItem item;
     item.row_begin = part.row_begin;
     item.row_count = static_cast<int32_t>(part.what->num_tokens());
@@ -248,22 +267,27 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     item.span_begin = static_cast<int32_t>(span_scratch_[kind].size());
     item.reset = progress_[begin] == first_key ? 1 : 0;
     item.finish = finish ? 1 : 0;
-    for (int run = first_run; run < runs && progress_[begin] < pos; ++run) {
-      const KvSpan span =
-          Clip(kv_.Resident(*part.kv, run, layer, begin), progress_[begin], pos);
-      if (span.base != nullptr && span.count > 0) span_scratch_[kind].push_back(span);
-    }
+    const auto add_resident = [&](int64_t from, int64_t to) {
+      for (int run = first_run; run < runs && from < to; ++run) {
+        const KvSpan span = Clip(kv_.Resident(*part.kv, run, layer, begin), from, to);
+        if (span.base != nullptr && span.count > 0) span_scratch_[kind].push_back(span);
+      }
+    };
+    add_resident(progress_[begin], pos);
     span_scratch_[kind].push_back(more);
+    add_resident(more.first_pos + more.count, behind);
     item.span_count = static_cast<int32_t>(span_scratch_[kind].size()) - item.span_begin;
     item_scratch_[kind].push_back(item);
   };
   // Resident copies lie apart, head by head; without any, all heads are one item.
   const auto add_heads = [&](LaunchKind kind, int32_t begin, int32_t end, int64_t pos,
-                             const KvSpan& more, bool finish) {
-    if (progress_[begin] >= pos) {
-      add(kind, begin, end, pos, more, finish);
+                             const KvSpan& more, int64_t behind, bool finish) {
+    if (progress_[begin] >= pos && behind <= more.first_pos + more.count) {
+      add(kind, begin, end, pos, more, behind, finish);
     } else {
-      for (int32_t head = begin; head < end; ++head) add(kind, head, head + 1, pos, more, finish);
+      for (int32_t head = begin; head < end; ++head) {
+        add(kind, head, head + 1, pos, more, behind, finish);
+      }
     }
   };
 
@@ -285,7 +309,7 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
   }
   if (whole) {
     std::fill(progress_.begin(), progress_.end(), sealed);
-    add(kAfter, head_begin, head_end, sealed, own, /*finish=*/true);
+    add(kAfter, head_begin, head_end, sealed, own, own.first_pos + own.count, /*finish=*/true);
     return;
   }
 
@@ -295,7 +319,7 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     const int64_t begin = std::max(part.kv->runs[run].first_pos, first_key);
     while (run + 1 < runs && LaneOf(part, run + 1, layer, head_begin) == Lane::kFetched) ++run;
     const Run& last = part.kv->runs[run];
-    CutIntoTiles(tiling_, heads_at_once_, geometry_,
+    CutIntoTiles(tiling_, kernels::WideHeadsAtOnce(wide_, rows_, config_.window(layer)), geometry_,
                  {head_begin, head_end, begin,
                   std::min(last.first_pos + last.capacity_tokens, sealed)},
                  pipeline_->max_tile_bytes(), tile_scratch_);
@@ -304,15 +328,19 @@ void StepContext::AttendHeads(const Part& part, int32_t layer, int32_t head_begi
     item_scratch_[kTile].clear();
     span_scratch_[kTile].clear();
     const int tile = pipeline_->AddTile(*part.kv, layer, rectangle);
+    // A chunk's attention cuts keys where launches end, and rounds what it has of each piece: a launch that would
+    // end inside one takes the keys up to its end that are resident, as it would if all were.
+    const int64_t behind = ResidentTo(part, layer, head_begin, rectangle.end_pos,
+                                      std::min(sealed, PieceEnd(rectangle.end_pos)));
     add_heads(kTile, rectangle.kv_head_begin, rectangle.kv_head_end, rectangle.first_pos,
-              pipeline_->SpanOf(tile), /*finish=*/false);
+              pipeline_->SpanOf(tile), behind, /*finish=*/false);
     for (int32_t head = rectangle.kv_head_begin; head < rectangle.kv_head_end; ++head) {
-      progress_[head] = rectangle.end_pos;
+      progress_[head] = behind;
     }
     tile_launches_.push_back({tables.Add(item_scratch_[kTile]), tables.Add(span_scratch_[kTile])});
   }
   add_heads(tile_scratch_.empty() ? kLocal : kLast, head_begin, head_end, sealed, own,
-            /*finish=*/asked == 0);
+            own.first_pos + own.count, /*finish=*/asked == 0);
 }
 
 }  // namespace headroom

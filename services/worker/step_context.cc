@@ -254,7 +254,6 @@ absl::Status StepContext::BeginStep(std::unique_ptr<Step> step, const Plan& plan
   BuildRows(flight.tables);
   HEADROOM_RETURN_IF_ERROR(BuildResults(s, flight.tables));
   flight.num_results = sample_rows_.count;
-  heads_at_once_ = kernels::WideHeadsAtOnce(wide_, rows_);
   pipeline_->BeginStep(&flight.accounts[static_cast<int>(Lane::kFetched)], &flight.fetch_wait);
   plan_ = &plan;
   may_ask_store_ = rows_ <= kMaxInPlaceRows && in_place_.ready();

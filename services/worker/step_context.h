@@ -150,12 +150,14 @@ class StepContext {
   int SealedRuns(const Part& part) const;
   int FirstRun(const Part& part, int32_t layer) const;
   int64_t FirstKey(const Part& part, int32_t layer) const;
+  int64_t ResidentTo(const Part& part, int32_t layer, int32_t head, int64_t pos, int64_t most) const;
+  int64_t PieceEnd(int64_t end) const;
 
   const ModelConfig& config_;
   const KvGeometry geometry_;
   const int64_t group_;  // query heads of a KV head
   const int64_t fast_queries_;  // HeadsInPlace()'s
-  const kernels::WideShape wide_;  // of chunks' attention; no rows where the device has no such way
+  const kernels::WideShape wide_;  // of chunks' attention; no rows on a device of float32
   const int64_t max_rows_;
   GpuKv& kv_;
   InPlaceLane& in_place_;
@@ -182,7 +184,6 @@ class StepContext {
   int64_t chunk_bytes_ = 0;
   bool seals_ = false;
   Tiling tiling_ = Tiling::kDecode;
-  int32_t heads_at_once_ = 1;  // CutIntoTiles()'s
 
   // Scratch of BeginStep, kept for its capacity.
   std::vector<kernels::EmbedRow> embed_scratch_;

@@ -24,22 +24,22 @@ void CutIntoTiles(Tiling tiling, int32_t heads_at_once, const KvGeometry& geomet
   int64_t heads = all_heads;
   if (tiling == Tiling::kPrefill) {
     const int64_t length = std::min(all_tokens, kMaxTileTokens);
-    const int64_t step =
-        TokensThatFit(geometry, heads_at_once, max_bytes) < kernels::kWidePieceTokens ? 1
-                                                                                     : heads_at_once;
+    int64_t step = std::min<int64_t>(heads_at_once, all_heads);
+    while (step > 1 && TokensThatFit(geometry, step, max_bytes) < kernels::kWidePieceTokens) step /= 2;
     heads = max_bytes / (length * geometry.BytesPerTokenPerHead()) / step * step;
     heads = std::min(std::max(heads, step), all_heads);
   }
   while (heads > 1 && TokensThatFit(geometry, heads, max_bytes) < kUnitTokens) --heads;
-  int64_t tokens = TokensThatFit(geometry, heads, max_bytes);
-  if (tiling == Tiling::kPrefill && tokens >= kernels::kWidePieceTokens) {
-    tokens -= tokens % kernels::kWidePieceTokens;  // where attention cuts keys anyway
-  }
+  const int64_t tokens = TokensThatFit(geometry, heads, max_bytes);
+  const bool by_pieces = tiling == Tiling::kPrefill && tokens >= kernels::kWidePieceTokens;
   for (int64_t head = fetched.kv_head_begin; head < fetched.kv_head_end; head += heads) {
-    for (int64_t pos = fetched.first_pos; pos < fetched.end_pos; pos += tokens) {
+    for (int64_t pos = fetched.first_pos, end; pos < fetched.end_pos; pos = end) {
+      end = std::min(pos + tokens, fetched.end_pos);
+      // Where attention cuts keys anyway.
+      if (by_pieces && end < fetched.end_pos) end -= end % kernels::kWidePieceTokens;
       tiles.push_back({static_cast<int32_t>(head),
                        static_cast<int32_t>(std::min<int64_t>(head + heads, fetched.kv_head_end)),
-                       pos, std::min(pos + tokens, fetched.end_pos)});
+                       pos, end});
     }
   }
 }

@@ -260,7 +260,7 @@ absl::StatusOr<int> CudnnSdpa::Build(const SdpaShape& shape, int64_t most_worksp
     return absl::UnavailableError(absl::StrCat(
         "cuDNN: no attention of ", shape.num_q_heads, " query heads and ", shape.num_kv_heads,
         " KV heads of ", shape.head_dim, ", ", shape.rows, " rows and ", shape.keys, " keys, with ",
-        kMasks[static_cast<int>(shape.mask)], ": ",
+        kMasks[static_cast<int>(shape.mask)], shape.soft_cap == 0 ? "" : " and a soft cap", ": ",
         absl::StrReplaceAll(built.message(), {{"\n", " "}})));
   }
   l.plans.push_back(std::move(plan));

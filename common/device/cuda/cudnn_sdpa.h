@@ -38,7 +38,7 @@ struct SdpaBuffers {
   void* k = nullptr;  // [num_kv_heads, keys, head_dim]
   void* v = nullptr;  // likewise
   void* o = nullptr;  // like q
-  // [num_q_heads, rows] float32: the natural logarithm of a query's sum of exp(q k)
+  // [num_q_heads, rows] float32: the natural logarithm of a query's sum of exp(score)
   void* lse = nullptr;
   void* lengths = nullptr;  // int32, read where the shape's mask is kLengths
 };

@@ -235,7 +235,7 @@ absl::Status WideAttend::Attend(const AttendArgs& a, uint32_t* tickets, cudaStre
       const WideJob job = JobAt(a, begin, end);
       begin += job.num_items;
       const AttendItem& item = a.items.host[job.first_item];
-      const Plans& plans = prepared->For(RowsOfCall(item, job));
+      const Plans& plans = prepared->For(kernels::WideRowsOfCall(item.row_count, job.window));
       for (int32_t head = job.kv_head_begin; head < job.kv_head_end;
            head += plans.of.square_heads) {
         const int32_t heads = std::min(plans.of.square_heads, job.kv_head_end - head);

@@ -7,20 +7,19 @@
 // rows [f, f + n) sees the keys before f as a whole and the square at f.
 //
 // Keys are cut at multiples of kWidePieceTokens, and where the rows' own keys begin: in every lane
-// these come in a span of their own, behind what was fetched or lay on the device. Nothing else
-// cuts them, least of all where they lie; so pieces are the same in all lanes whose launches end at
+// these come in a span of their own, behind what was fetched or lay on the device. But for windows nothing
+// else cuts them, least of all where they lie; so pieces are the same in all lanes whose launches end at
 // multiples of kWidePieceTokens.
 //
 // With a window of w tokens a block has an edge: the keys that its first row sees and its last does not,
 // row i all but the first i. Blocks then have at most w rows, so that the edge ends before their own
-// positions, and are cut where a row is the first not to see a key in front of one of the borders above:
-// so an edge lies between two borders, in one launch. (Rows that see from the first key on have no edge,
-// but are cut as the others are.)
+// positions, and are cut behind the row whose first key is the first behind one of the borders above: so an edge
+// lies between two borders, in one launch. (Rows that see from the first key on have no edge, but are cut as
+// the others are.)
 #ifndef HEADROOM_COMMON_DEVICE_CUDA_WIDE_JOBS_H_
 #define HEADROOM_COMMON_DEVICE_CUDA_WIDE_JOBS_H_
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 
 #include "kernels/attention.h"
@@ -107,14 +106,6 @@ inline int64_t BorderBehind(const WideJob& job, int64_t pos) {
     if (border > pos) behind = std::min(behind, border);
   }
   return behind;
-}
-
-// How many rows of the item a call should take. Calls take powers of two, of which the next above a window
-// would leave half of the rows empty.
-inline int64_t RowsOfCall(const kernels::AttendItem& item, const WideJob& job) {
-  const int64_t rows = item.row_count;
-  if (job.window == 0) return rows;
-  return std::min(rows, static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(job.window))));
 }
 
 // Calls f(block) for an item's rows in blocks of at most `most` rows, until one is not OK.

@@ -4,11 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "common/device/card_probe.h"
 #include "common/device/cpu/cpu_device.h"
+#include "services/headroom/bench/geometries.h"
 #include "services/headroom/bench/known_ceilings.h"
+#include "services/worker/device_budget.h"
 
 namespace headroom {
 namespace {
@@ -56,8 +59,12 @@ TEST(GpuCeilingProbe, MeasuresEveryCeilingInTheMemoryThatItSaysItTakes) {
   EXPECT_EQ(read_bytes % 32768, 0);
 }
 
-TEST(GpuCeilingProbe, OfTheDefaultShapeTakesWhatTheHelpSays) {
-  EXPECT_LE(GpuCeilingProbe::ArenaBytes(GpuProbeShape()), int64_t{5} << 28);  // 1.25 GiB
+TEST(GpuCeilingProbe, TakesNoMoreThanTheHelpSays) {
+  for (const std::string& geometry : GeometryNames()) {
+    GpuProbeShape shape;
+    shape.attend = WideShapeOf(*GeometryOf(geometry), shape.attend.max_rows);
+    EXPECT_LE(GpuCeilingProbe::ArenaBytes(shape), int64_t{7} << 28) << geometry;  // 1.75 GiB
+  }
 }
 
 TEST(GpuCeilingProbe, SaysWhenItsMemoryIsNotThere) {

@@ -155,14 +155,29 @@ TEST(Tiling, PrefillTakesHeadsAsAttentionDoes) {
       EXPECT_EQ(tiles.size(), 8u);
     }
   }
-  // Not where only shorter ones than a piece would fit.
+  // Fewer where a piece of so many does not fit.
+  const std::pair<int64_t, int32_t> sizes[] = {{int64_t{32} << 20, 4}, {int64_t{16} << 20, 2}, {int64_t{8} << 20, 1}};
+  for (const auto& [max_bytes, heads] : sizes) {
+    std::vector<Rectangle> tiles;
+    CutIntoTiles(Tiling::kPrefill, 4, geometry, {0, 8, 0, 65536}, max_bytes, tiles);
+    EXPECT_EQ(tiles[0].kv_head_end, heads);
+  }
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 16, 8, 256}, 8192, 0), 4);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 16, 8, 256}, 8192, 5000), 8);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 8192, 0), 2);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 100, 0), 1);
+  EXPECT_EQ(kernels::WideHeadsAtOnce({}, 8192, 0), 1);
+}
+
+// A layer's window lets its keys begin anywhere: tiles end where attention cuts keys all the same.
+TEST(Tiling, PrefillTilesEndWherePiecesDo) {
+  const KvGeometry geometry{42, 8, 256};
   std::vector<Rectangle> tiles;
-  CutIntoTiles(Tiling::kPrefill, 4, geometry, {0, 8, 0, 16384}, 16 << 20, tiles);
-  EXPECT_EQ(tiles[0].kv_head_end, 1);
-  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 16, 8, 256}, 8192), 4);
-  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 8192), 2);
-  EXPECT_EQ(kernels::WideHeadsAtOnce({8192, 32, 8, 128}, 100), 1);
-  EXPECT_EQ(kernels::WideHeadsAtOnce({}, 8192), 1);
+  CutIntoTiles(Tiling::kPrefill, 4, geometry, {0, 8, 4160, 70016}, 64 << 20, tiles);
+  ASSERT_EQ(tiles.size(), 10u);
+  for (const Rectangle& tile : tiles) {
+    EXPECT_TRUE(tile.end_pos % kernels::kWidePieceTokens == 0 || tile.end_pos == 70016) << tile.end_pos;
+  }
 }
 
 // ---------------------------------------------------------------- pool
