@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "common/device/device_factory.h"
 #include "gtest/gtest.h"
+#include "kernels/wide_shape.h"
 #include "tests/common/worker_harness.h"
 #include "tests/gpu/require.h"
 
@@ -260,6 +261,14 @@ TEST(WorkerOnGpuAtLength, ResidentIsFetchedIsMixed) {
                                                                               : Lane::kFetched;
                                              }))
                   .ok());
+  // A head in the middle of whose piece of keys the lane changes; those beside it are of one lane each.
+  constexpr uint64_t kCut = 100;
+  constexpr int64_t kBorder = 11 * 4096;
+  static_assert(kBorder % kernels::kWidePieceTokens != 0);
+  ASSERT_TRUE(executor
+                  .PreparePlan(SplitHeadPlan(kCut, geometry, 3, kBorder, Lane::kFetched,
+                                             Lane::kResident))
+                  .ok());
   TestRequest request;
   request.prompt = RandomTokens(9, kPrompt, spec.vocab_size);
   request.chunk_tokens = 8192;
@@ -267,7 +276,7 @@ TEST(WorkerOnGpuAtLength, ResidentIsFetchedIsMixed) {
   request.num_top_logprobs = 3;
   request.score = false;
   std::vector<TestOutput> outputs;
-  for (const uint64_t plan : {kResident, kFetched, kMixed}) {
+  for (const uint64_t plan : {kResident, kFetched, kMixed, kCut}) {
     (*harness)->set_segment_used(0);
     RunOptions run;
     run.plan_version = plan;
@@ -279,6 +288,7 @@ TEST(WorkerOnGpuAtLength, ResidentIsFetchedIsMixed) {
   }
   EXPECT_EQ(Difference(outputs[0], outputs[1]), "") << "fetched";
   EXPECT_EQ(Difference(outputs[0], outputs[2]), "") << "mixed";
+  EXPECT_EQ(Difference(outputs[0], outputs[3]), "") << "a head that is cut";
 }
 
 // The store's processors compute in float32 with another order of sums than the GPU: close, and the same
