@@ -40,20 +40,23 @@ int64_t StepContext::FirstKey(const Part& part, int32_t layer) const {
   return FloorToBlock(kernels::FirstSeen(config_.window(layer), part.what->first_pos));
 }
 
+// A long context has a thousand runs, and every head of every layer asks for its first and its last.
 int StepContext::FirstRun(const Part& part, int32_t layer) const {
   const int64_t first_key = FirstKey(part, layer);
-  int run = 0;
-  while (run < SealedRuns(part) && SealedTokens(part, run, first_key) == 0) ++run;
-  return run;
+  const auto& runs = part.kv->runs;
+  const auto lies_before = [first_key, sealed = part.what->sealed_tokens](const Run& run) {
+    return std::min(sealed, run.first_pos + run.capacity_tokens) <= first_key;
+  };
+  const auto first = std::partition_point(runs.begin(), runs.end(), lies_before);
+  return std::min(static_cast<int>(first - runs.begin()), SealedRuns(part));
 }
 
 int StepContext::SealedRuns(const Part& part) const {
-  int runs = 0;
-  while (runs < static_cast<int>(part.kv->runs.size()) &&
-         part.kv->runs[runs].first_pos < part.what->sealed_tokens) {
-    ++runs;
-  }
-  return runs;
+  const auto& runs = part.kv->runs;
+  const auto is_sealed = [sealed = part.what->sealed_tokens](const Run& run) {
+    return run.first_pos < sealed;
+  };
+  return static_cast<int>(std::partition_point(runs.begin(), runs.end(), is_sealed) - runs.begin());
 }
 
 int64_t StepContext::SealedTokens(const Part& part, int run, int64_t from) const {
@@ -200,14 +203,15 @@ void StepContext::BuildAttention(int32_t layer, StepTables& tables) {
   work.merge = tables.Add(merge_scratch_);
 }
 
-// Where the resident keys of a head end that follow `pos`; `most` at most.
+// Where the resident keys of a head end that follow `pos`; `most`, which is sealed, at most.
 int64_t StepContext::ResidentTo(const Part& part, int32_t layer, int32_t head, int64_t pos,
                                 int64_t most) const {
-  for (int run = FirstRun(part, layer); run < SealedRuns(part) && pos < most; ++run) {
-    const int64_t end = part.kv->runs[run].first_pos + part.kv->runs[run].capacity_tokens;
-    if (end <= pos) continue;
-    if (LaneOf(part, run, layer, head) != Lane::kResident) break;
-    pos = std::min(end, most);
+  const auto& runs = part.kv->runs;
+  const auto ends_by = [pos](const Run& run) { return run.first_pos + run.capacity_tokens <= pos; };
+  auto run = std::partition_point(runs.begin(), runs.end(), ends_by);
+  for (; pos < most; ++run) {
+    if (LaneOf(part, static_cast<int>(run - runs.begin()), layer, head) != Lane::kResident) break;
+    pos = std::min(run->first_pos + run->capacity_tokens, most);
   }
   return pos;
 }

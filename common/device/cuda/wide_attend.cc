@@ -281,7 +281,7 @@ absl::Status WideAttend::AttendBlock(const Pass& pass, const WideBlock& block) {
   return status;
 }
 
-// The pass's rows [row, row + count), as calls of `heads` KV heads take them.
+// The pass's rows [row, row + count), or the last of them first, as calls of `heads` KV heads take them.
 absl::Status WideAttend::Queries(const Pass& pass, int64_t row, int64_t count, int32_t heads,
                                  bool backwards) {
   const AttendArgs& a = pass.a;
