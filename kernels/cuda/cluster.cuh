@@ -35,8 +35,8 @@ class Cluster {
 #endif
     return size;
   }
-  // What any has written before is there for all afterwards. The first one also waits until all blocks have begun,
-  // which must be before the first Reduce().
+  // What any has written before is there for all afterwards. The first Store(), Tell() or Reduce() must be after a
+  // Sync(), or after Begin() and AwaitBegun(), which order nothing: all blocks have begun then.
   __device__ static void Sync() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
@@ -44,6 +44,34 @@ class Cluster {
 #else
     __syncthreads();
 #endif
+  }
+
+  __device__ static void Begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
+#endif
+  }
+  __device__ static void AwaitBegun() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" : : : "memory");
+#endif
+  }
+
+  // To where `own`, in shared memory, lies in the block `rank`, which has begun. There after the next Sync().
+  __device__ static void Store(uint64_t* own, [[maybe_unused]] uint32_t rank, uint64_t value) {
+#if __CUDA_ARCH__ >= 900
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.b64 [there], %2; }"
+                 :
+                 : "r"(address), "r"(rank), "l"(value)
+                 : "memory");
+#else
+    *own = value;
+#endif
+  }
+  __device__ static void Store(float2* own, uint32_t rank, float2 value) {
+    Store(reinterpret_cast<uint64_t*>(own), rank,
+          uint64_t{__float_as_uint(value.y)} << 32 | __float_as_uint(value.x));
   }
 
   // Every block's `values`, by rank, until the next call but one; those of a block are its first warp's.
@@ -95,18 +123,6 @@ class Cluster {
     } else {
       return word;
     }
-  }
-  // To where `own` lies in the block `rank`.
-  __device__ static void Store(uint64_t* own, [[maybe_unused]] uint32_t rank, uint64_t value) {
-#if __CUDA_ARCH__ >= 900
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.b64 [there], %2; }"
-                 :
-                 : "r"(address), "r"(rank), "l"(value)
-                 : "memory");
-#else
-    *own = value;
-#endif
   }
 
   Shared& shared_;

@@ -3,7 +3,7 @@
 // Units of kUnitTokens keys are computed side by side into scratch, and folded in order by a second kernel
 // (unit_fold.cu); attention.h states the fold. Each of a block's four warps takes one block of 64 keys of a unit alone
 // (warp_block.cuh); U is the fold of the four, in order. (On the CPU blocks go on from each other by online
-// softmax: the same but for rounding.)
+// softmax: the same but for rounding.) Where there are few units one kernel does both (short_attention.cu).
 //
 // Blocks of threads draw tickets for units, so that none idles while there is work: multiprocessors do not
 // get the same share of memory, and sequences are not of one length. Units that are read at one time lie side
@@ -11,55 +11,14 @@
 // turn. All that is not reading happens while keys or values are on their way: a unit is folded in the midst
 // of the next, so that no warp waits for the slowest. 131,072 keys of Llama-3-8B take 135 us of an H200, and with
 // 15 sequences of 1,024 beside them 180, where blocks that were dealt out evenly took 141 and 590 (gpu_bench).
-#include "kernels/cuda/attention_parts.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/mbarrier.cuh"
-#include "kernels/cuda/unit_window.cuh"
-#include "kernels/cuda/warp_block.cuh"
+#include "kernels/cuda/unit_task.cuh"
 
 namespace headroom::kernels::cuda {
 namespace {
 
 using namespace unit;  // NOLINT: its other half
-
-// U of one query and some columns: what an earlier launch has opened, if there is such, and then the
-// partials of the unit's blocks, in order. To `to`.
-template <int kD, int kColumns>
-__device__ void FoldPartials(const Partials<kD>& partials, int query, int column, const float* opened,
-                             const QueryPartials<kD>& to, uint32_t unit) {
-  float m = opened != nullptr ? opened[kD] : -CUDART_INF_F;
-  float l = opened != nullptr ? opened[kD + 1] : 0.0f;
-  float o[kColumns];
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) o[i] = opened != nullptr ? opened[column + i] : 0.0f;
-#pragma unroll
-  for (int part = 0; part < kWarps; ++part) {
-    const FoldWeights fold(m, l, partials.m[part][query], partials.l[part][query]);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) o[i] = fold(o[i], partials.o[part][query][column + i]);
-    m = fold.m;
-    l = fold.l;
-  }
-#pragma unroll
-  for (int i = 0; i < kColumns; i += 2) {
-    *reinterpret_cast<float2*>(to.Of(unit, column + i)) = make_float2(o[i], o[i + 1]);
-  }
-  if (column == 0) to.m_and_l[unit] = make_float2(m, l);
-}
-
-// What a ticket stands for.
-struct Task {
-  bool exists;
-  bool opened;  // an earlier launch has begun the unit
-  int32_t kv_head;
-  uint32_t of;      // a number that all units of the same queries have
-  uint32_t query;   // the first
-  uint32_t slot;    // of its first unit in the window; those of the others follow in steps of `units`
-  uint32_t unit;    // in the window
-  uint32_t units;
-  AttendItem item;
-  Keys keys[kWarps];
-};
 
 template <int kD>
 struct UnitShared {
@@ -71,7 +30,7 @@ struct UnitShared {
   MBarrier folded;      // ... and all have read them; turns are units
 };
 
-// By one warp. No kernel of a step writes what it reads: tables are copied to the device before.
+// What a ticket stands for.
 template <int kD>
 __device__ void LookUp(const AttendArgs& a, const UnitWindow& window, uint32_t ticket, Task& task) {
   const auto lane = static_cast<int32_t>(threadIdx.x) % kWarp;
@@ -84,76 +43,13 @@ __device__ void LookUp(const AttendArgs& a, const UnitWindow& window, uint32_t t
     const bool begun = base + lane < a.items.count && window.first_task[base + lane] <= ticket;
     item += __popc(__ballot_sync(kFullMask, begun));
   }
-  // The lanes have a span each: a long context has some forty. They do not wait for the item.
-  KvSpan span = {};
-  const int32_t first_span = window.first_span[item];
-  if (first_span + lane < a.spans.count) span = a.spans.device[first_span + lane];
-  constexpr auto kWords = static_cast<int32_t>(sizeof(AttendItem) / sizeof(uint32_t));
-  static_assert(kWords <= kWarp && sizeof(AttendItem) % sizeof(uint32_t) == 0);
-  if (lane < kWords) {
-    reinterpret_cast<uint32_t*>(&task.item)[lane] =
-        reinterpret_cast<const uint32_t*>(a.items.device + item)[lane];
-  }
-  __syncwarp();
-  const Work work(a, task.item);
-  const int32_t spans = task.item.span_count;
-  if (lane >= spans) span = {};
-  const int64_t begin_pos = __shfl_sync(kFullMask, span.first_pos, 0);
-  int64_t end_pos = __shfl_sync(kFullMask, span.first_pos + span.count, (spans - 1) % kWarp);
-  if (spans > kWarp) end_pos = work.end_pos();
-  const ItemUnits its(window, task.item, work.group, begin_pos, end_pos);
-  const uint32_t at = ticket - window.first_task[item];
-  const uint32_t tile = at % its.tiles();
-  const uint32_t unit = at / its.tiles() % its.count;
-  const uint32_t head = at / its.tiles() / its.count;
-  const uint32_t query = tile * kQueries;
-  const auto kv_head =
-      static_cast<int32_t>(task.item.kv_head_begin + window.first_head + static_cast<int32_t>(head));
-  const auto begin_of_unit =
-      static_cast<int32_t>((its.first_unit + window.first + unit) * kUnitTokens);
-  const uint32_t last_query = min(query + kQueries, its.queries) - 1;
-  const auto seen = static_cast<int32_t>(
-      min(task.item.first_pos + last_query / static_cast<uint32_t>(work.group) + 1, end_pos));
-  if (lane == 0) {
-    task.exists = true;
-    task.opened = begin_pos > begin_of_unit && task.item.reset == 0;
-    task.kv_head = kv_head;
-    task.of = ticket - unit * its.tiles();
-    task.query = query;
-    task.slot = window.first_slot[item] + (head * its.queries + query) * its.count;
-    task.unit = unit;
-    task.units = its.count;
-  }
-  // Of each of the first lanes, a block of keys: which lane has the span that it is in.
-  Keys keys = {nullptr, nullptr, begin_of_unit + lane * kBlock, 0};
-  for (int32_t base = 0; base < spans; base += kWarp) {
-    if (base > 0) span = base + lane < spans ? work.span(base + lane) : KvSpan();
-    const auto first_pos = static_cast<int32_t>(span.first_pos);
-    const int32_t span_end = first_pos + span.count;
-    unsigned of = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const int32_t begin = begin_of_unit + warp * kBlock;
-      const unsigned found = __ballot_sync(kFullMask, first_pos <= begin && begin < span_end);
-      if (lane == warp) of = found;
-    }
-    const int from = of == 0 ? 0 : __ffs(static_cast<int>(of)) - 1;
-    const auto base_of = reinterpret_cast<uint8_t*>(
-        __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(span.base), from));
-    const int32_t end = min(seen, __shfl_sync(kFullMask, span_end, from));
-    const auto row = static_cast<uint32_t>(
-        keys.pos - __shfl_sync(kFullMask, static_cast<int32_t>(span.origin_pos), from));
-    const int32_t capacity = __shfl_sync(kFullMask, span.capacity, from);
-    const int32_t first_head = __shfl_sync(kFullMask, span.kv_head_begin, from);
-    if (of == 0 || keys.pos >= end) continue;
-    const KvLayout layout{capacity, kD};
-    const auto in_ring = static_cast<int64_t>(row % static_cast<uint32_t>(capacity));
-    keys.rows = base_of + layout.KeyOffset(kv_head - first_head, in_ring);
-    keys.value_rows = base_of + layout.ValueOffset(kv_head - first_head, in_ring);
-    keys.count = min(end - keys.pos, kBlock);
-  }
-  if (lane < kWarps) task.keys[lane] = keys;
-  __syncwarp();
+  LookUp<kD>(
+      a, window, item,
+      [&](const ItemUnits& its) -> TaskOfItem {
+        const uint32_t at = ticket - window.first_task[item];
+        return {at / its.tiles() / its.count, at / its.tiles() % its.count, at % its.tiles()};
+      },
+      task);
 }
 
 // As many blocks as may be at once, which take tasks until there are none: three each by their own numbers, then
@@ -206,10 +102,14 @@ __global__ void __launch_bounds__(kThreads, kD <= 128 ? 2 : 1)
       const Task& its = task(n - 1);
       const Work work(a, its.item);
       if (its.query + query < work.num_queries()) {
+        const QueryPartials<kD> to(a, window, its.slot + query * its.units, its.units);
         FoldPartials<kD, kColumns>(
             shared.partials, static_cast<int>(query), column,
             its.opened ? work.state(its.kv_head, its.query + query) + kD + 2 : nullptr,
-            {a, window, its.slot + query * its.units, its.units}, its.unit);
+            [&](int first, float2 pair) {
+              *reinterpret_cast<float2*>(to.Of(its.unit, first)) = pair;
+            },
+            [&](float2 sums) { to.m_and_l[its.unit] = sums; });
       }
       if (!exists) return;
       shared.folded.Arrive();
@@ -250,15 +150,19 @@ cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, uint32_t* tick
                           cudaStream_t stream) {
   window.first = 0;
   window.count = kMostUnits;
-  int64_t rows = 0, slots = 0, units = 0;  // slots if all units were in one window
+  int64_t rows = 0, slots = 0, units = 0;  // slots if all units were in one window; units of the item with most
   bool whole = true;                       // no item has other launches
+  bool all_have_units = true;
   ForEachItem(a, window, [&](int32_t i, const ItemUnits& its) {
+    window.first_span[i] = a.items.host[i].span_begin;
+    all_have_units = all_have_units && its.units > 0;
     whole = whole && a.items.host[i].reset != 0 && a.items.host[i].finish != 0;
     rows += int64_t{its.heads} * its.queries;
     slots += int64_t{its.heads} * its.queries * its.units;
     units = units < its.units ? its.units : units;
   });
   if (rows == 0) return cudaSuccess;
+  if (whole && all_have_units && IsShort(a, window, units)) return LaunchShortAttend(a, window, units, stream);
   const int64_t most_slots = a.scratch_floats / (kD + 2);
   if (slots > most_slots) window.count = most_slots / rows;
   const int64_t at_once = int64_t{kD <= 128 ? 2 : 1} * Multiprocessors();
@@ -267,7 +171,6 @@ cudaError_t LaunchWindows(const AttendArgs& a, UnitWindow window, uint32_t* tick
     ForEachItem(a, window, [&](int32_t i, const ItemUnits& its) {
       window.first_task[i] = window.tasks;
       window.first_slot[i] = window.slots;
-      window.first_span[i] = a.items.host[i].span_begin;
       window.tasks += its.tasks();
       window.slots += its.slots();
     });
@@ -329,6 +232,7 @@ cudaError_t LoadUnitAttend() {
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<64>());
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<128>());
   HEADROOM_CUDA_RETURN_IF_ERROR(Load<256>());
+  HEADROOM_CUDA_RETURN_IF_ERROR(LoadShortAttend());
   return LoadUnitFold();
 }
 

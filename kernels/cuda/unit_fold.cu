@@ -5,14 +5,6 @@
 namespace headroom::kernels::cuda::unit {
 namespace {
 
-// Of what is before a unit and of the unit itself in their fold, and the unit's l. Where nothing is
-// before it, or nothing in it, the one has weight 0 and the other 1.
-struct __align__(16) UnitWeights {
-  float before;
-  float unit;
-  float l;
-};
-
 // Shared memory of a block that folds, of all columns or some. Each warp fetches its own 32: no warp waits
 // for another's. kLong: 24 KiB are on their way, what a multiprocessor that has one block wants; else a third
 // of that, and many sequences' blocks find room.
@@ -134,15 +126,8 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
     }
 #pragma unroll
     for (int n = 0; n < kLooks; ++n) {
-      const float with = fmaxf(before, m_and_l[n].x);
-      const bool nothing_before = before == -CUDART_INF_F;
-      UnitWeights weights = {1, 0, m_and_l[n].y};
-      if (m_and_l[n].y != 0) {
-        weights.before = nothing_before ? 0.0f : expf(__fsub_rn(before, with));
-        weights.unit = nothing_before ? 1.0f : expf(__fsub_rn(m_and_l[n].x, with));
-      }
-      shared.weights[i * kLooks + n] = weights;
-      before = with;
+      shared.weights[i * kLooks + n] = UnitWeights::Of(before, m_and_l[n]);
+      before = fmaxf(before, m_and_l[n].x);
     }
     __syncthreads();
     const int count = whole - begin < kRound ? whole - begin : kRound;
@@ -152,10 +137,6 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
       AwaitCopies<kStages - 1>();
       __syncwarp();
       const auto& stage = shared.o[warp][(begin + first) / kStageUnits % kStages];
-      const auto add = [&](float unit_o, const UnitWeights& weights) {
-        o = __fmaf_rn(unit_o, weights.unit, __fmul_rn(o, weights.before));
-        l = __fmaf_rn(weights.l, weights.unit, __fmul_rn(l, weights.before));
-      };
       // Additions wait for each other; what they need of shared memory is there before.
       int k = 0;
       for (; k < kStageUnits && first + k + kSome <= count; k += kSome) {
@@ -167,9 +148,11 @@ __global__ void __launch_bounds__(kD) FoldKernel(const __grid_constant__ AttendA
           weights[n] = shared.weights[first + k + n];
         }
 #pragma unroll
-        for (int n = 0; n < kSome; ++n) add(its_o[n], weights[n]);
+        for (int n = 0; n < kSome; ++n) weights[n].Fold(its_o[n], o, l);
       }
-      for (; k < kStageUnits && first + k < count; ++k) add(stage[k][lane], shared.weights[first + k]);
+      for (; k < kStageUnits && first + k < count; ++k) {
+        shared.weights[first + k].Fold(stage[k][lane], o, l);
+      }
     }
   }
   AwaitCopies<0>();

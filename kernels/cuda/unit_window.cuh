@@ -74,6 +74,13 @@ cudaError_t LaunchUnitFold(const AttendArgs& a, const UnitWindow& window, int64_
                            cudaStream_t stream);
 cudaError_t LoadUnitFold();
 
+// Likewise all of the attention, without scratch, where IsShort(): every item has a unit and no other launches than
+// this one.
+bool IsShort(const AttendArgs& a, const UnitWindow& window, int64_t units);
+cudaError_t LaunchShortAttend(const AttendArgs& a, const UnitWindow& window, int64_t units,
+                              cudaStream_t stream);
+cudaError_t LoadShortAttend();
+
 }  // namespace headroom::kernels::cuda::unit
 
 #endif  // HEADROOM_KERNELS_CUDA_UNIT_WINDOW_CUH_

@@ -1,4 +1,4 @@
-// A few queries over one block of keys, by one warp alone: what unit_attention.cu consists of.
+// A few queries over one block of keys, by one warp alone: what unit_attention.cu and short_attention.cu consist of.
 //
 // Keys and values go from memory straight into the fragments of m16n8k16 products: up to 16 KiB a warp
 // are on their way, 128 KiB a multiprocessor, the next unit's keys before this one's values are done.

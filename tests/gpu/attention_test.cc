@@ -105,6 +105,25 @@ TEST_F(AttentionTest, KeysGiveTheSameBitsHoweverTheyAreCutAndWhereverTheyLie) {
   }
 }
 
+// Up to eight units need one kernel, but two where another launch goes on.
+TEST_F(AttentionTest, AFewUnitsHaveTheSameBitsByOneKernelAndByTwo) {
+  for (const int32_t head_dim : {64, 128, 256}) {
+    for (const int32_t group : {1, 4, 9}) {
+      const Sequence s({2, group, head_dim}, 2049, 26);
+      for (const int64_t tokens : {1, 64, 65, 256, 257, 700, 1024, 1300, 2047, 2048, 2049}) {
+        for (const int64_t rows : {1, 3}) {
+          if (rows > tokens) continue;
+          const std::vector<float> expected =
+              Attend(s, tokens - rows, rows, {{Everything(tokens)}, {}});
+          EXPECT_TRUE(SameBits(Whole(s, tokens - rows, rows), expected))
+              << "head_dim " << head_dim << ", group " << group << ", " << tokens << " tokens, " << rows
+              << " rows";
+        }
+      }
+    }
+  }
+}
+
 TEST_F(AttentionTest, LittleScratchGivesTheSameBits) {
   const Sequence s({4, 2, 128}, 6000, 25);
   const std::vector<float> expected = Whole(s, 5999, 1);
@@ -153,13 +172,17 @@ TEST_F(AttentionTest, BlocksShareManyUnits) {
   }
 }
 
-// A ragged batch: sequences of other lengths, heads in items of their own, a row that only resets
-// and is finished by a later launch.
-TEST_F(AttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
+// A ragged batch: sequences of other lengths, heads in items of their own, rows that only reset and are finished by a
+// later launch. With the last one, and without: short ones alone need one kernel.
+class BatchAttentionTest : public AttentionTest, public testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(Sequences, BatchAttentionTest, testing::Values(4, 5));
+
+TEST_P(BatchAttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
   const Shape shape = {3, 3, 64};
-  const std::vector<Sequence> all = {{shape, 1, 31}, {shape, 64, 32}, {shape, 700, 33},
-                                     {shape, 3000, 34}, {shape, 130, 35}};
-  const std::vector<int64_t> rows = {1, 1, 4, 1, 2};
+  std::vector<Sequence> all = {{shape, 1, 31}, {shape, 64, 32}, {shape, 700, 33}, {shape, 130, 35},
+                               {shape, 3000, 34}};
+  all.erase(all.begin() + GetParam(), all.end());
+  const std::vector<int64_t> rows = {1, 1, 4, 2, 1};
   int64_t total_rows = 0;
   std::vector<float> q, expected;
   std::vector<AttendItem> items;
@@ -189,7 +212,7 @@ TEST_F(AttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
     spans.push_back(span);
     total_rows += rows[n];
   }
-  AttendArgs args = Args(all[3], 0, total_rows, kernels::kMinAttendScratchFloats);
+  AttendArgs args = Args(all.back(), 0, total_rows, kernels::kMinAttendScratchFloats);
   args.q = gpu_.Put(q);
   args.spans = gpu_.PutTable(spans);
   args.items = gpu_.PutTable(items);
