@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,37 +11,9 @@
 #include "absl/status/status.h"
 #include "common/kv_layout.h"
 #include "kernels/sample.h"
+#include "services/worker/plan.h"
 
 namespace headroom {
-
-enum class Lane : uint8_t { kResident, kFetched, kInPlace };
-inline constexpr int kNumLanes = 3;
-
-// A rectangle of KV heads and positions of one layer that is attended in one lane.
-struct LaneRange {
-  Lane lane = Lane::kFetched;
-  int32_t kv_head_begin = 0;
-  int32_t kv_head_end = 0;
-  int64_t first_pos = 0;
-  int64_t end_pos = std::numeric_limits<int64_t>::max();
-};
-
-// A versioned placement: per layer, ranges that cover every head and position once.
-struct Plan {
-  uint64_t version = 0;
-  std::vector<std::vector<LaneRange>> layers;
-
-  // The lane of the extent of `kv_head` in `layer` that begins at `pos`.
-  Lane LaneOf(int32_t layer, int32_t kv_head, int64_t pos) const {
-    for (const LaneRange& range : layers[layer]) {
-      if (kv_head >= range.kv_head_begin && kv_head < range.kv_head_end &&
-          pos >= range.first_pos && pos < range.end_pos) {
-        return range.lane;
-      }
-    }
-    return Lane::kFetched;
-  }
-};
 
 // The extents of all layers for one run of positions.
 struct Run {

@@ -112,49 +112,7 @@ StepExecutor::~StepExecutor() {
 // ---------------------------------------------------------------- messages
 
 absl::Status StepExecutor::PreparePlan(Plan plan) {
-  const auto wrong = [&](int layer, absl::string_view what) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("plan ", plan.version, ", layer ", layer, ": ", what));
-  };
-  if (static_cast<int32_t>(plan.layers.size()) != config_.num_layers) {
-    return absl::InvalidArgumentError(absl::StrCat("plan ", plan.version, " has ",
-                                                   plan.layers.size(), " layers, the model ",
-                                                   config_.num_layers));
-  }
-  constexpr int64_t kNoEnd = std::numeric_limits<int64_t>::max();
-  for (int layer = 0; layer < config_.num_layers; ++layer) {
-    const std::vector<LaneRange>& ranges = plan.layers[layer];
-    for (const LaneRange& range : ranges) {
-      if (range.kv_head_begin < 0 || range.kv_head_end > config_.num_kv_heads ||
-          range.kv_head_begin >= range.kv_head_end || range.first_pos >= range.end_pos) {
-        return wrong(layer, absl::StrCat("a range of KV heads [", range.kv_head_begin, ", ",
-                                         range.kv_head_end, ") and positions [", range.first_pos,
-                                         ", ", range.end_pos, ")"));
-      }
-    }
-    for (int32_t head = 0; head < config_.num_kv_heads; ++head) {
-      // All of the head's ranges, in order of position, must follow each other from 0 to the end.
-      const auto of_head = [head](const LaneRange& range) {
-        return head >= range.kv_head_begin && head < range.kv_head_end;
-      };
-      auto left = std::count_if(ranges.begin(), ranges.end(), of_head);
-      int64_t next = 0;
-      while (next < kNoEnd) {
-        const auto follows = std::find_if(
-            ranges.begin(), ranges.end(),
-            [&](const LaneRange& range) { return of_head(range) && range.first_pos == next; });
-        if (follows == ranges.end()) break;
-        next = follows->end_pos;
-        --left;
-      }
-      if (next != kNoEnd) {
-        return wrong(layer, absl::StrCat("KV head ", head, " has no lane from position ", next));
-      }
-      if (left != 0) {
-        return wrong(layer, absl::StrCat("KV head ", head, " has ranges that overlap"));
-      }
-    }
-  }
+  HEADROOM_RETURN_IF_ERROR(ValidatePlan(plan, config_.num_layers, config_.num_kv_heads));
   MutexLock lock(&mutex_);
   while (plans_.size() >= kMaxPlans) plans_.erase(plans_.begin());
   plans_[plan.version] = std::move(plan);

@@ -152,6 +152,9 @@ TEST_F(Steps, PlansMustCoverEveryHeadOnce) {
   EXPECT_EQ(code(plan), absl::StatusCode::kInvalidArgument);
   plan.layers[2].back().first_pos = 64;  // an overlap
   EXPECT_EQ(code(plan), absl::StatusCode::kInvalidArgument);
+  plan = SplitHeadPlan(10, geometry, 1, 128, Lane::kResident, Lane::kFetched);
+  std::reverse(plan.layers[2].begin(), plan.layers[2].end());
+  EXPECT_EQ(code(plan), absl::StatusCode::kOk);  // in any order
   plan = FetchedPlan(10, geometry);
   plan.layers[0].push_back(plan.layers[0][0]);  // twice
   EXPECT_EQ(code(plan), absl::StatusCode::kInvalidArgument);
