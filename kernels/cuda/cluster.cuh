@@ -6,7 +6,7 @@
 
 namespace headroom::kernels::cuda {
 
-// As a thread has it. All threads of all blocks call everything together.
+// As a thread has it. All threads of all blocks call everything together, but for Store().
 class Cluster {
  public:
   static constexpr int kMost = 8;   // blocks
@@ -36,7 +36,8 @@ class Cluster {
     return size;
   }
   // What any has written before is there for all afterwards. The first Store(), Tell() or Reduce() must be after a
-  // Sync(), or after Begin() and AwaitBegun(), which order nothing: all blocks have begun then.
+  // Sync(), or after Begin() and AwaitBegun(), which order nothing: all blocks have begun then. These two are one turn
+  // of what the others wait at, too: none of them may come in between.
   __device__ static void Sync() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");

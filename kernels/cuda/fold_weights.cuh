@@ -6,7 +6,7 @@
 
 namespace headroom::kernels::cuda {
 
-// The weights with which the later of two disjoint parts is folded into the earlier one: an open unit, a unit's blocks.
+// The weights with which the later of two disjoint parts is folded into the earlier one.
 struct FoldWeights {
   float a, b, m, l;
   bool keep;  // the later part is empty
@@ -31,8 +31,8 @@ struct FoldWeights {
   }
 };
 
-// Likewise of a whole unit and all that is before it, in the order of units. Where nothing is before it, or nothing
-// in it, the one has weight 0 and the other 1.
+// Likewise of a whole unit and all units before it. Where nothing is before it, or nothing in it, the one has weight 0
+// and the other 1.
 struct __align__(16) UnitWeights {
   float before;
   float unit;

@@ -1,8 +1,9 @@
 // Launchers of the CUDA kernels: each enqueues one operation of kernels/*.h on `stream`.
 //
 // They read Table::host, never Table::device, for what a grid must cover; kernels read the device
-// copies. A launch that is captured into a graph keeps its grid: a replay must come with tables of
-// the shape that was recorded. Results depend on no launch geometry, to the bit: sums have a fixed
+// copies. A launch that is captured into a graph keeps its grid, and which kernels it is: a replay must come with
+// tables of the shape that was recorded, of attention with as many units in each item, `reset` and `finish` as then.
+// Results depend on no launch geometry, to the bit: sums have a fixed
 // order, nothing is merged by atomics, and a row of a decode step (up to kFewGemmRows rows, up to
 // kUnitQueries queries a KV head) does not depend on the other rows of the batch.
 //

@@ -1,6 +1,6 @@
 // Attention over so few keys that it takes as long as the steps from one kernel to the next: up to eight units.
 //
-// A cluster of blocks has some queries of a KV head, each of its blocks one unit of the keys. Instead of leaving the
+// A cluster of blocks has up to eight queries of a KV head, each of its blocks one unit of the keys. Instead of leaving the
 // fold to a second kernel (unit_fold.cu), whose bits theirs are, the blocks send each other what they have: query q is
 // folded by block q % units. A step of Llama-3-8B behind 1,024 tokens takes 4.03 ms of an H200, by two kernels 4.18.
 //
@@ -122,7 +122,8 @@ int64_t TilesOf(const UnitWindow& window) { return CeilDiv(window.queries, kQuer
 }  // namespace
 
 bool IsShort(const AttendArgs& a, const UnitWindow& window, int64_t units) {
-  // A block each has a multiprocessor, or UnitKernel's blocks, which draw units, do better.
+  // About a multiprocessor for each block (a cluster is of one GPC, so that some may share); where there are more, the
+  // blocks of UnitKernel, which draw units, do better.
   return RunsHopperCode() && units <= Cluster::kMost &&
          a.items.count * window.heads * TilesOf(window) * units <= Multiprocessors();
 }

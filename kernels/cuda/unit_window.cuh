@@ -74,8 +74,8 @@ cudaError_t LaunchUnitFold(const AttendArgs& a, const UnitWindow& window, int64_
                            cudaStream_t stream);
 cudaError_t LoadUnitFold();
 
-// Likewise all of the attention, without scratch, where IsShort(): every item has a unit and no other launches than
-// this one.
+// Likewise all of the attention, without scratch. REQUIRES: IsShort(), which looks at sizes alone; every item has a unit
+// at least and no other launches than this one.
 bool IsShort(const AttendArgs& a, const UnitWindow& window, int64_t units);
 cudaError_t LaunchShortAttend(const AttendArgs& a, const UnitWindow& window, int64_t units,
                               cudaStream_t stream);
