@@ -145,7 +145,7 @@ TEST_F(AttentionTest, BlocksShareManyUnits) {
   const int64_t first_pos = s.tokens - rows;
   const std::vector<float> expected = Whole(s, first_pos, rows);
   const Piece piece = Everything(s.tokens);
-  uint8_t* const base = gpu_.Put(s.Lay(0, s.tokens, 0, piece.capacity));
+  uint8_t* const base = gpu_.Put(Lay(s, 0, s.tokens, 0, piece.capacity));
   std::vector<AttendItem> items;
   std::vector<KvSpan> spans;
   for (int32_t row = 0; row < rows; ++row) {
@@ -198,7 +198,7 @@ TEST_P(BatchAttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
     const int64_t first_pos = s.tokens - rows[n];
     q.insert(q.end(), s.q.begin() + first_pos * s.q_width(), s.q.end());
     const Piece piece = Everything(s.tokens);
-    const KvSpan span = {gpu_.Put(s.Lay(0, s.tokens, 0, piece.capacity)), 0, 0,
+    const KvSpan span = {gpu_.Put(Lay(s, 0, s.tokens, 0, piece.capacity)), 0, 0,
                          static_cast<int32_t>(s.tokens), piece.capacity, 0, shape.num_kv_heads};
     for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
       AttendItem item = ItemOf(s, first_pos, rows[n], {span});

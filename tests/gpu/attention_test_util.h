@@ -10,6 +10,7 @@
 
 #include "kernels/attention.h"
 #include "tests/gpu/gpu_test_util.h"
+#include "tests/unit/kernels/attention_sequence.h"
 #include "tests/unit/kernels/kernel_test_util.h"
 
 namespace headroom {
@@ -17,52 +18,28 @@ namespace headroom {
 using kernels::AttendArgs;
 using kernels::AttendItem;
 using kernels::AttentionStateFloats;
-using kernels::BFloat16;
 using kernels::KvSpan;
 using kernels::Near;
-using kernels::Random;
 using kernels::SameBits;
+using kernels::Sequence;
+using kernels::Shape;
 
-struct Shape {
-  int32_t num_kv_heads = 2;
-  int32_t group = 3;
-  int32_t head_dim = 64;
-  int32_t num_q_heads() const { return num_kv_heads * group; }
-};
-
-// One sequence's q, K and V at positions [0, tokens).
-struct Sequence {
-  Sequence(const Shape& the_shape, int64_t the_tokens, uint32_t seed)
-      : shape(the_shape), tokens(the_tokens) {
-    Random random(seed);
-    q = random.Floats(tokens * q_width(), 1.5f);
-    k = random.Bf16(tokens * shape.num_kv_heads * shape.head_dim, 1.5f);
-    v = random.Bf16(tokens * shape.num_kv_heads * shape.head_dim);
-  }
-  int64_t q_width() const { return int64_t{shape.num_q_heads()} * shape.head_dim; }
-
-  // The positions [first, first + count) of all heads as they lie in `capacity` rows; the rest is
-  // NaN.
-  std::vector<uint8_t> Lay(int64_t first, int64_t count, int64_t origin, int32_t capacity) const {
-    const int32_t d = shape.head_dim;
-    const KvLayout layout{capacity, d};
-    std::vector<uint8_t> bytes(static_cast<size_t>(layout.BytesFor(shape.num_kv_heads)), 0xff);
-    for (int64_t pos = first; pos < first + count; ++pos) {
-      const int64_t row = (pos - origin) % capacity;
-      for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
-        const int64_t from = (pos * shape.num_kv_heads + head) * d;
-        std::memcpy(&bytes[layout.KeyOffset(head, row)], &k[from], d * 2);
-        std::memcpy(&bytes[layout.ValueOffset(head, row)], &v[from], d * 2);
-      }
+// A sequence's positions [first, first + count), all heads, as they lie in `capacity` rows; the rest is NaN.
+inline std::vector<uint8_t> Lay(const Sequence& s, int64_t first, int64_t count, int64_t origin,
+                                int32_t capacity) {
+  const int32_t d = s.shape.head_dim;
+  const KvLayout layout{capacity, d};
+  std::vector<uint8_t> bytes(static_cast<size_t>(layout.BytesFor(s.shape.num_kv_heads)), 0xff);
+  for (int64_t pos = first; pos < first + count; ++pos) {
+    const int64_t row = (pos - origin) % capacity;
+    for (int32_t head = 0; head < s.shape.num_kv_heads; ++head) {
+      const int64_t from = (pos * s.shape.num_kv_heads + head) * d;
+      std::memcpy(&bytes[layout.KeyOffset(head, row)], &s.k[from], d * 2);
+      std::memcpy(&bytes[layout.ValueOffset(head, row)], &s.v[from], d * 2);
     }
-    return bytes;
   }
-
-  Shape shape;
-  int64_t tokens;
-  std::vector<float> q;  // [token][q_head][d]
-  std::vector<BFloat16> k, v;
-};
+  return bytes;
+}
 
 // A place with keys: [first, first + count), row 0 being `origin`.
 struct Piece {
@@ -94,7 +71,7 @@ class AttentionTest : public GpuTest {
       std::vector<KvSpan> spans;
       int64_t tokens = 0;
       for (const Piece& piece : launches[n].pieces) {
-        KvSpan span = {gpu_.Put(s.Lay(piece.first, piece.count, piece.origin, piece.capacity)),
+        KvSpan span = {gpu_.Put(Lay(s, piece.first, piece.count, piece.origin, piece.capacity)),
                        piece.origin, piece.first, static_cast<int32_t>(piece.count),
                        piece.capacity, 0, shape.num_kv_heads};
         spans.push_back(span);
@@ -143,7 +120,7 @@ class AttentionTest : public GpuTest {
 
   std::vector<float> Reference(const Sequence& s, int64_t first_pos, int64_t rows) {
     const Piece piece = Everything(first_pos + rows);
-    std::vector<uint8_t> bytes = s.Lay(piece.first, piece.count, piece.origin, piece.capacity);
+    std::vector<uint8_t> bytes = Lay(s, piece.first, piece.count, piece.origin, piece.capacity);
     const std::vector<KvSpan> spans = {{bytes.data(), 0, 0, static_cast<int32_t>(piece.count),
                                         piece.capacity, 0, s.shape.num_kv_heads}};
     AttendItem item = ItemOf(s, first_pos, rows, spans);

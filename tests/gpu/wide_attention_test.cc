@@ -340,7 +340,7 @@ TEST_F(WideAttentionTest, FewRowsKeepTheirBitsBesideMany) {
     to.insert(to.end(), alone.begin(), alone.end());
   }
   const Piece piece = Everything(2000);
-  const std::vector<KvSpan> spans = {{gpu_.Put(s.Lay(0, 2000, 0, piece.capacity)), 0, 0, 2000,
+  const std::vector<KvSpan> spans = {{gpu_.Put(Lay(s, 0, 2000, 0, piece.capacity)), 0, 0, 2000,
                                       piece.capacity, 0, shape.num_kv_heads}};
   std::vector<AttendItem> items;
   std::vector<float> q;

@@ -60,6 +60,18 @@ class ExecutorTest : public ::testing::Test {
     request.num_top_logprobs = 3;
     return request;
   }
+  // Five of other lengths, drawn in other ways, the longest prompt in chunks.
+  std::vector<TestRequest> RaggedRequests(int64_t chunk_tokens) {
+    std::vector<TestRequest> requests;
+    const int64_t lengths[] = {1, 63, 130, 257, Either(600, 320)};
+    for (int i = 0; i < 5; ++i) {
+      requests.push_back(Request(10 + i, lengths[i], Either(10 + 7 * i, 3 + i)));
+      requests.back().temperature = i % 2 == 0 ? 0.0f : 0.8f;
+      requests.back().seed = 77 + i;
+      requests.back().chunk_tokens = i == 4 ? chunk_tokens : 1000;
+    }
+    return requests;
+  }
   TestOutput Run(const TestRequest& request, const RunOptions& options) {
     harness_->set_segment_used(0);
     auto output = harness_->RunOne(request, options);

@@ -146,14 +146,7 @@ TEST_F(InPlace, TheChunksOfAPromptDoNotShow) {
 
 TEST_F(InPlace, OtherSequencesAndThePoolsThreadsDoNotShow) {
   Start(SmallModel());
-  std::vector<TestRequest> requests;
-  const int64_t lengths[] = {1, 63, 130, 257, Either(600, 320)};
-  for (int i = 0; i < 5; ++i) {
-    requests.push_back(Request(10 + i, lengths[i], Either(10 + 7 * i, 3 + i)));
-    requests.back().temperature = i % 2 == 0 ? 0.0f : 0.8f;
-    requests.back().seed = 77 + i;
-    requests.back().chunk_tokens = i == 4 ? 60 : 1000;
-  }
+  const std::vector<TestRequest> requests = RaggedRequests(60);
   std::vector<TestOutput> alone;
   for (const TestRequest& request : requests) alone.push_back(Run(request, kResident));
   for (const int threads : {1, 2}) {
