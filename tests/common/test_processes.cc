@@ -150,8 +150,8 @@ CommandResult RunCommand(const std::vector<std::string>& args, absl::Duration mo
 }
 
 std::string HeadroomBinary() {
-  const char* const dir = getenv("HEADROOM_BIN_DIR");
-  return absl::StrCat(dir == nullptr ? "." : dir, "/headroom");
+  if (const char* const dir = getenv("HEADROOM_BIN_DIR")) return absl::StrCat(dir, "/headroom");
+  return std::filesystem::read_symlink("/proc/self/exe").replace_filename("headroom");
 }
 
 bool WaitUntil(absl::Duration most, const std::function<bool()>& condition) {

@@ -68,7 +68,7 @@ struct CommandResult {
 };
 CommandResult RunCommand(const std::vector<std::string>& args, absl::Duration most);
 
-// build/<preset>/bin/headroom.
+// That of HEADROOM_BIN_DIR, or the one beside this test's program.
 std::string HeadroomBinary();
 // Whether this build's checks make everything some times slower.
 constexpr bool kSanitized =

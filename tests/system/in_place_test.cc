@@ -72,6 +72,16 @@ class InPlace : public testing::Test {
     Generation generation;
     absl::Duration longest_gap;
   };
+  // The longest pause so far. Many rounds take minutes: each tells, so that a run that is cut off has told what it saw.
+  static absl::Duration Longest(absl::Duration before, const Streamed& streamed, int round) {
+    const absl::Duration longest = std::max(before, streamed.longest_gap);
+    if (std::getenv("HEADROOM_TEST_ROUNDS") != nullptr) {
+      std::printf("round %d of %d: paused %s, longest %s\n", round + 1, Rounds(),
+                  absl::FormatDuration(streamed.longest_gap).c_str(), absl::FormatDuration(longest).c_str());
+      std::fflush(stdout);
+    }
+    return longest;
+  }
   // `fault` happens some random moments after the `at`-th token.
   Streamed StreamUnderFault(const v1::GenerateRequest& request, int at,
                             const std::function<void()>& fault) {
@@ -149,7 +159,7 @@ TEST_F(InPlace, AKilledStoreCostsAPause) {
     });
     ASSERT_TRUE(streamed.generation.status.ok()) << streamed.generation.status << ", " << round;
     ASSERT_EQ(Unlike(streamed.generation, expected), "") << round;
-    longest = std::max(longest, streamed.longest_gap);
+    longest = Longest(longest, streamed, round);
     retried += streamed.generation.finished.explanation().retried_steps() > 0 ? 1 : 0;
   }
   std::printf("%d rounds, %d with steps run again, longest pause %s\n", Rounds(), retried,
@@ -177,7 +187,7 @@ TEST_F(InPlace, AStoppedStoreCostsAPauseAndItsAnswersAreNotTaken) {
     ASSERT_TRUE(streamed.generation.status.ok()) << streamed.generation.status << ", " << round;
     ASSERT_EQ(Unlike(streamed.generation, expected), "") << round;
     EXPECT_GT(streamed.generation.finished.explanation().retried_steps(), 0);
-    longest = std::max(longest, streamed.longest_gap);
+    longest = Longest(longest, streamed, round);
   }
   AwaitInPlace();
   EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(10)), [&] {
@@ -205,7 +215,7 @@ TEST_F(InPlace, AKilledWorkerLosesNoToken) {
     });
     ASSERT_TRUE(streamed.generation.status.ok()) << streamed.generation.status << ", " << round;
     ASSERT_EQ(Unlike(streamed.generation, expected), "") << round;
-    longest = std::max(longest, streamed.longest_gap);
+    longest = Longest(longest, streamed, round);
   }
   std::printf("%d rounds, longest pause %s\n", Rounds(), absl::FormatDuration(longest).c_str());
   EXPECT_LT(longest, Patience(absl::Seconds(10)));
