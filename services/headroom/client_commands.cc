@@ -24,7 +24,7 @@ int GenerateCommand(const std::vector<std::string>& args) {
               "One answer. Its text goes to standard output as it comes.",
               "Exit codes: 1 if the call failed, 2 if the request was wrong. Ctrl-C cancels it.");
   flags.Group("Server (one of the first two)");
-  flags.Text("server", "ADDR", &options.server.address, "A running server: HOST:PORT or unix:PATH.");
+  flags.Address("server", &options.server.address, "A running server: HOST:PORT or unix:PATH.");
   flags.Text("model", "DIR", &options.model_dir,
              "A model's folder: starts a private serve for this call, and stops it. Not used with "
              "--server, and neither are the next four.");
@@ -49,7 +49,7 @@ int StatusCommand(const std::vector<std::string>& args) {
   absl::Duration timeout = absl::Seconds(5);
   Flags flags("headroom status", "What a server is doing: processes, memory, requests, lanes.");
   flags.Group("Server");
-  flags.Text("server", "ADDR", &server.address, "The coordinator's --admin; serve writes it into its log.");
+  flags.Address("server", &server.address, "The coordinator's --admin; serve writes it into its log.");
   flags.Duration("timeout", &timeout, "How long to wait for the answer.");
   AddClientSecurityFlags(flags, &server.security);
   flags.Group("Output");
@@ -73,7 +73,7 @@ int HealthCommand(const std::vector<std::string>& args) {
               "Whether a server is ready: exit code 0 only if it says SERVING. Works for "
               "coordinator, worker and kvstore.");
   flags.Group("Server");
-  flags.Text("server", "ADDR", &server.address, "HOST:PORT or unix:PATH.");
+  flags.Address("server", &server.address, "HOST:PORT or unix:PATH.");
   flags.Text("service", "NAME", &service,
              "One service, such as headroom.v1.InferenceService. Default: the whole server.");
   flags.Duration("timeout", &timeout, "How long to wait for the answer.");

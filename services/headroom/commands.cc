@@ -21,7 +21,7 @@ std::string Overview() {
   }
   absl::StrAppend(&text,
                   "\nheadroom SUBCOMMAND --help shows its options. Exit codes: 0 fine, 1 failed at "
-                  "run time,\n2 wrong usage, configuration or input files.\n");
+                  "run time,\n2 wrong usage, configuration or input files, 3 the worker's device is lost.\n");
   return text;
 }
 

@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "common/bytes_text.h"
 #include "services/headroom/nearest_name.h"
 
@@ -55,6 +56,23 @@ class HelpFormatter : public CLI::Formatter {
 const char* NonEmptyVariable(absl::string_view flag) {
   const char* const value = std::getenv(Flags::VariableOf(flag).c_str());
   return value != nullptr && *value != '\0' ? value : nullptr;
+}
+
+// gRPC would take what has no port for one of 443, and of a port its lower 16 bits.
+bool IsAddress(absl::string_view text) {
+  if (text.empty() || absl::StartsWith(text, "unix:") || absl::StartsWith(text, "unix-abstract:")) return true;
+  for (const absl::string_view scheme : {"dns:///", "dns:", "ipv4:", "ipv6:"}) {
+    if (absl::ConsumePrefix(&text, scheme)) break;
+  }
+  const size_t colon = text.rfind(':');
+  if (colon == absl::string_view::npos || colon == 0) return false;
+  const absl::string_view host = text.substr(0, colon);
+  const absl::string_view port = text.substr(colon + 1);
+  const bool bracketed = host.front() == '[' && host.back() == ']' && host.size() > 2;
+  if (host.find_first_of(":[]") != absl::string_view::npos && !bracketed) return false;
+  int number = -1;
+  return port.size() <= 5 && std::all_of(port.begin(), port.end(), absl::ascii_isdigit) &&
+         absl::SimpleAtoi(port, &number) && number <= 65535;
 }
 
 }  // namespace
@@ -211,6 +229,17 @@ void Flags::Text(const std::string& name, const std::string& metavar, std::strin
 void Flags::Text(const std::string& name, const std::string& metavar,
                  std::optional<std::string>* value, const std::string& what) {
   Add(name, metavar, "", what, [value](const std::string& text) {
+    *value = text;
+    return absl::OkStatus();
+  });
+}
+
+void Flags::Address(const std::string& name, std::string* value, const std::string& what) {
+  Add(name, "ADDR", *value, what, [value](const std::string& text) {
+    if (!IsAddress(text)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "'", text, "', expected HOST:PORT with a port of 0 to 65535 ([HOST]:PORT of IPv6), or unix:PATH"));
+    }
     *value = text;
     return absl::OkStatus();
   });

@@ -64,6 +64,9 @@ class Flags {
   // "30s", "1m30s", "500ms"; a plain number is seconds. Not negative.
   void Duration(const std::string& name, absl::Duration* value, const std::string& what);
 
+  // "HOST:PORT" or "unix:PATH"; an empty text is none.
+  void Address(const std::string& name, std::string* value, const std::string& what);
+
   using Take = std::function<absl::Status(const std::string& value)>;
   // A flag that `take` understands. Its error is shown after the flag's name.
   void Add(const std::string& name, const std::string& metavar, const std::string& default_text,
@@ -92,7 +95,7 @@ class Flags {
 template <std::integral Int>
 void Flags::Integer(const std::string& name, Int* value, int64_t low, int64_t high,
                     const std::string& what, const std::string& zero) {
-  AddInteger(name, low, high, *value == 0 && !zero.empty() ? zero : std::to_string(*value), what,
+  AddInteger(name, low, high, *value <= 0 && !zero.empty() ? zero : std::to_string(*value), what,
              [value](int64_t number) { *value = static_cast<Int>(number); });
 }
 

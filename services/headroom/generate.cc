@@ -36,6 +36,10 @@ absl::Status CheckServer(const GenerateCommandOptions& options) {
     return absl::InvalidArgumentError(
         "give --server (a running server) or --model (a private one for this call)");
   }
+  if (!options.server.address.empty() && !options.log.trace_path.empty()) {
+    return absl::InvalidArgumentError(
+        "--trace is of the private server that --model starts; a running one has a --trace of its own");
+  }
   return absl::OkStatus();
 }
 

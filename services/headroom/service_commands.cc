@@ -46,7 +46,7 @@ int ServeCommand(const std::vector<std::string>& args) {
   flags.Group("Model");
   flags.Text("model", "DIR", &options.coordinator.server.model_dir, kModelText);
   AddCoordinatorFlags(flags, &options.coordinator);
-  flags.Text("admin", "ADDR", &options.coordinator.server.admin_address,
+  flags.Address("admin", &options.coordinator.server.admin_address,
              absl::StrCat(kAdminText, " Default: a socket in a private folder, named in the log."));
   AddServerSecurityFlags(flags, &options.coordinator.server.security);
   AddWorkerFlags(flags, &options.worker);
@@ -73,10 +73,10 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   flags.Text("model", "DIR", &options.server.model_dir,
              "Folder of the model: tokenizer, chat template, config.json. The weights are the "
              "worker's.");
-  flags.Text("worker", "ADDR", &options.server.worker_address, "The worker's --listen.");
-  flags.Text("kvstore", "ADDR", &options.server.store_address, "The kvstore's --listen.");
+  flags.Address("worker", &options.server.worker_address, "The worker's --listen.");
+  flags.Address("kvstore", &options.server.store_address, "The kvstore's --listen.");
   AddCoordinatorFlags(flags, &options);
-  flags.Text("admin", "ADDR", &options.server.admin_address,
+  flags.Address("admin", &options.server.admin_address,
              absl::StrCat(kAdminText, " Default: nowhere."));
   AddServerSecurityFlags(flags, &options.server.security);
   AddPeerTlsFlags(flags, &options.server.peer_tls);
@@ -112,7 +112,7 @@ int WorkerCommand(const std::vector<std::string>& args) {
   Flags flags("headroom worker", "Holds the weights and the device's memory, and runs the steps.");
   flags.Group("Model and address");
   flags.Text("model", "DIR", &options.model_dir, kModelText);
-  flags.Text("listen", "ADDR", &options.listen_address,
+  flags.Address("listen", &options.listen_address,
              "Where the coordinator connects: HOST:PORT or unix:PATH. A port of 0 picks one.");
   AddWorkerFlags(flags, &options);
   AddPeerTlsFlags(flags, &options.peer_tls);
@@ -146,7 +146,7 @@ int KvStoreCommand(const std::vector<std::string>& args) {
   LogOptions log{.process = "kvstore"};
   Flags flags("headroom kvstore", "Keeps keys and values in shared memory of this host.");
   flags.Group("Address");
-  flags.Text("listen", "ADDR", &options.listen_address,
+  flags.Address("listen", &options.listen_address,
              "Where the coordinator connects: HOST:PORT or unix:PATH. A port of 0 picks one.");
   AddStoreFlags(flags, &options);
   AddPeerTlsFlags(flags, &options.peer_tls);

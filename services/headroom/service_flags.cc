@@ -118,7 +118,7 @@ void AddStoreFlags(Flags& flags, kvstore::KvStoreOptions* options) {
 void AddCoordinatorFlags(Flags& flags, CoordinatorProcessOptions* options) {
   coordinator::CoordinatorOptions& server = options->server;
   flags.Group("Serving");
-  flags.Text("listen", "ADDR", &server.listen_address,
+  flags.Address("listen", &server.listen_address,
              "Where clients connect: HOST:PORT or unix:PATH. A port of 0 picks one.");
   flags.Integer("max-queue", &server.max_queue, 1, kMost32, "Requests that may wait.");
   flags.Integer("max-sessions", &server.max_sessions, 1, kMost32, "Sessions that are kept.");

@@ -20,6 +20,7 @@
 #include "services/headroom/bench/known_ceilings.h"
 #include "services/headroom/bench/report.h"
 #include "services/headroom/bench/work_item.h"
+#include "services/headroom/exit_code.h"
 #include "services/worker/device_budget.h"
 
 namespace headroom {
@@ -242,7 +243,7 @@ int RunBench(const BenchOptions& options) {
   }
   const absl::Status status = MeasureAll(options, *items);
   StopTrace();
-  return status.ok() ? 0 : Fail(status, 1);
+  return status.ok() ? 0 : Fail(status, cli::ExitCodeOfStart(status));
 }
 
 }  // namespace headroom

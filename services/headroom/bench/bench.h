@@ -51,8 +51,8 @@ inline constexpr int32_t kMinBenchRepeats = 3;
 inline constexpr int32_t kMaxBenchRepeats = 1000;
 inline constexpr int64_t kMaxBenchStopAfterSeconds = 1000000;
 
-// Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for
-// options that are wrong.
+// Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for options or a model that
+// are wrong, or do not fit.
 int RunBench(const BenchOptions& options);
 
 // What decode steps of the model cost in each lane, with a store's pool in this process.

@@ -336,6 +336,29 @@ TEST(ServiceFlags, AWrittenCommandLineReadsAsTheSameCoordinator) {
   EXPECT_EQ(read.drain_timeout, written.drain_timeout);
 }
 
+TEST(Flags, AnAddressHasAPort) {
+  const auto error = [](const std::string& text) {
+    std::string address;
+    Flags flags("test", "");
+    flags.Address("listen", &address, "Where.");
+    const absl::Status status = flags.Parse({"--listen", text}).status();
+    if (status.ok()) {
+      EXPECT_EQ(address, text);
+    }
+    return std::string(status.message());
+  };
+  for (const char* const right : {"127.0.0.1:7410", "localhost:0", "[::1]:65535", "0.0.0.0:1", "dns:///host:80",
+                                  "ipv6:[::]:80", "unix:/tmp/a.sock", "unix:relative", ""}) {
+    EXPECT_EQ(error(right), "") << right;
+  }
+  for (const char* const wrong : {"127.0.0.1", "foo", "127.0.0.1:", ":7410", "127.0.0.1:65536", "127.0.0.1:99999",
+                                  "127.0.0.1:110536", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:7a", "::1", "[]:1",
+                                  "127.0.0.1:000001"}) {
+    EXPECT_THAT(error(wrong), HasSubstr("--listen")) << wrong;
+    EXPECT_THAT(error(wrong), HasSubstr("expected HOST:PORT")) << wrong;
+  }
+}
+
 TEST(ServiceFlags, ASocketPathThatIsTooLongIsRefused) {
   EXPECT_TRUE(CheckListenAddress("--listen", "127.0.0.1:7410").ok());
   EXPECT_TRUE(CheckListenAddress("--listen", "unix:/tmp/nobody-listens-here.sock").ok());

@@ -239,7 +239,7 @@ TEST(Bench, RefusesWrongOptions) {
   options.work = {"decode"};
   EXPECT_EQ(RunBench(options), 2);
   options.work = {"decode:64"};
-  EXPECT_EQ(RunBench(options), 1);  // no such model
+  EXPECT_EQ(RunBench(options), 2);  // no such model
   options.chunk_tokens = 32;
   EXPECT_EQ(RunBench(options), 2);
   options.chunk_tokens = 0;
@@ -306,13 +306,13 @@ TEST(BenchWithRandomWeights, NamesTheFileThatIsWrong) {
   options.random_weights = dir.File("geometry.json");
   options.repeat = 3;
   options.work = {"decode:64"};
-  EXPECT_NE(Said(1, options).find(options.random_weights), std::string::npos);  // not there
+  EXPECT_NE(Said(2, options).find(options.random_weights), std::string::npos);  // not there
   const std::string text = kTinyConfig;
   const std::string wrong[] = {"{", "[]", std::string(text).replace(text.find("64"), 2, "65"),
                                std::string(text).replace(text.find("256"), 3, "\"x\"")};
   for (const std::string& config : wrong) {
     std::ofstream(options.random_weights) << config;
-    EXPECT_NE(Said(1, options).find(options.random_weights), std::string::npos) << config;
+    EXPECT_NE(Said(2, options).find(options.random_weights), std::string::npos) << config;
   }
 }
 
@@ -469,7 +469,7 @@ TEST(Bench, SaysWhenTheMemoryDoesNotHoldWhatShouldBeResident) {
   options.chunk_tokens = 64;
   options.work = {"decode:65536:resident"};
   testing::internal::CaptureStderr();
-  EXPECT_EQ(RunBench(options), 1);
+  EXPECT_EQ(RunBench(options), 2);
   EXPECT_NE(testing::internal::GetCapturedStderr().find("raise --gpu-memory"), std::string::npos);
 }
 
