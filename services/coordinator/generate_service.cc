@@ -49,6 +49,7 @@ GenerateStream* GenerateStream::Begin(grpc::CallbackServerContext* context, Sche
   stream->self_ = stream;
   const absl::Status status =
       scheduler->Submit(request, stream, [&] { return model.MakeDecoder(request.prompt); });
+  stream->submitted_ = status.ok();
   if (!status.ok()) {
     MutexLock lock(&stream->mutex_);
     stream->Fail(status);
@@ -144,7 +145,9 @@ void GenerateStream::OnWriteDone(bool ok) {
   }
 }
 
-void GenerateStream::OnCancel() { scheduler_->Cancel(request_id_); }
+void GenerateStream::OnCancel() {
+  if (submitted_) scheduler_->Cancel(request_id_);
+}
 
 void GenerateStream::OnDone() { const std::shared_ptr<GenerateStream> self = std::move(self_); }
 
@@ -171,6 +174,7 @@ GenerateOnceCall* GenerateOnceCall::Begin(grpc::CallbackServerContext* context,
   call->self_ = call;
   const absl::Status status =
       scheduler->Submit(request, call, [&] { return model.MakeDecoder(request.prompt); });
+  call->submitted_ = status.ok();
   if (!status.ok()) call->Fail(status);
   return call.get();
 }

@@ -58,6 +58,9 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
+  // Else the id may be that of another call, which is not to be cancelled with this one. Set by Begin(), before gRPC
+  // calls anything.
+  bool submitted_ = false;
   std::shared_ptr<GenerateStream> self_;
 
   mutable Mutex mutex_;
@@ -88,12 +91,15 @@ class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
   GenerateOnceCall(grpc::CallbackServerContext* context, Scheduler* scheduler,
                    const Request& request, v1::GenerateOnceResponse* response);
   void Fail(const absl::Status& status);
-  void OnCancel() override { scheduler_->Cancel(request_id_); }
+  void OnCancel() override {
+    if (submitted_) scheduler_->Cancel(request_id_);
+  }
   void OnDone() override { const std::shared_ptr<GenerateOnceCall> self = std::move(self_); }
 
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
+  bool submitted_ = false;  // likewise
   v1::GenerateOnceResponse* const response_;  // not touched once answers_left_ is 0
   int32_t answers_left_;                      // scheduler's thread
   std::shared_ptr<GenerateOnceCall> self_;

@@ -91,6 +91,7 @@ class RunningRequest {
   int64_t reserved_runs = 0;
   size_t runs_on_worker = 0;    // the first so many runs have been sent
   bool open_on_worker = false;  // the opening has been sent
+  bool id_forgotten = false;  // another may have it: a client that was told to try again, say
   bool abandon_sent = false;
   bool close_sent = false;
   bool lease_in_flight = false;

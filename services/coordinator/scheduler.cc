@@ -139,15 +139,8 @@ void Scheduler::Enqueue(Waiting waiting) {
     Refuse(waiting, StoppingError());
     return;
   }
-  // What can never fit is refused at once, not when its turn comes.
-  if (connected_) {
-    const Request& request = *waiting.request;
-    const Verdict verdict = Judge(request, sessions_.Find(request.session_id), /*alone=*/true);
-    if (verdict.kind == Verdict::kNever) {
-      Refuse(waiting, NeverFitsError(verdict.reason));
-      return;
-    }
-  }
+  // What can never fit is refused at once, not when its turn comes; of peers that are not there, once they are.
+  if (connected_ && RefuseIfItNeverFits(waiting)) return;
   queue_.push_back(std::move(waiting));
 }
 
@@ -185,7 +178,11 @@ void Scheduler::ExpireRequests(absl::Time now) {
     return std::nullopt;
   };
   for (auto at = queue_.begin(); at != queue_.end();) {
-    const std::optional<absl::Status> status = over(*at->request);
+    std::optional<absl::Status> status = over(*at->request);
+    // Without the store nothing is released that the queue may be waiting for.
+    if (!status.has_value() && store_lost && now - at->request->arrival > options_.lost_peer_timeout) {
+      status = PeerLostError(now - store_away_since_, connect_failure_);
+    }
     if (status.has_value()) Refuse(*at, *status, v1::FINISH_REASON_TIME_LIMIT);
     at = status.has_value() ? queue_.erase(at) : at + 1;
   }
@@ -249,6 +246,10 @@ void Scheduler::ForgetId(const std::string& request_id) {
 void Scheduler::SweepEnded() {
   for (auto at = running_.begin(); at != running_.end();) {
     RunningRequest& request = **at;
+    if (request.ended() && !request.id_forgotten) {
+      ForgetId(request.request().id);
+      request.id_forgotten = true;
+    }
     // Tokens are there soon; a long prompt's chunk may take seconds.
     if (request.ended() && request.chunk_in_flight() && connected_ && worker_abandons_ &&
         !request.abandon_sent) {
@@ -273,7 +274,6 @@ void Scheduler::SweepEnded() {
 void Scheduler::LetGo(std::unique_ptr<RunningRequest> request) {
   plan_.wanted_anew = true;
   const Request& what = request->request();
-  ForgetId(what.id);
   LogInfo(absl::StrCat("ended: ", request->prompt_tokens(), " prompt tokens, ",
                        request->cached_tokens(), " of them cached, ", request->generated_tokens(),
                        " generated"),

@@ -144,6 +144,8 @@ class Scheduler {
   void AdmitFromQueue(absl::Time now);
   // Whether the head of the queue was taken out: admitted or refused.
   bool TryAdmit(Waiting& head, absl::Time now);
+  // REQUIRES: connected, so that capacities are known. True if it was refused.
+  bool RefuseIfItNeverFits(Waiting& waiting);
   void Begin(Waiting& waiting, const Verdict& verdict, absl::Time now);
   // The session's sequence for the request, without what it cannot use; sets `cached_tokens`.
   absl::StatusOr<Sequence> TakeSequence(const Request& request, absl::Time now,

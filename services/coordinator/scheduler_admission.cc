@@ -94,6 +94,14 @@ bool Scheduler::PlacementFits(const Request& request) const {
   return true;
 }
 
+bool Scheduler::RefuseIfItNeverFits(Waiting& waiting) {
+  const Request& request = *waiting.request;
+  const Verdict verdict = Judge(request, sessions_.Find(request.session_id), /*alone=*/true);
+  if (verdict.kind != Verdict::kNever) return false;
+  Refuse(waiting, NeverFitsError(verdict.reason));
+  return true;
+}
+
 bool Scheduler::TryAdmit(Waiting& head, absl::Time now) {
   const Request& request = *head.request;
   const Session* const session = sessions_.Find(request.session_id);

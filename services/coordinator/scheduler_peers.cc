@@ -88,6 +88,10 @@ void Scheduler::OnConnected(PeersFound found) {
   store_away_since_ = absl::InfiniteFuture();
   ++connections_;
   connect_failure_.clear();
+  // What came meanwhile has not been judged, and the worker may have come back with less memory.
+  for (auto at = queue_.begin(); at != queue_.end();) {
+    at = RefuseIfItNeverFits(*at) ? queue_.erase(at) : at + 1;
+  }
   auto facts = std::make_shared<PeerFacts>();
   facts->worker = std::move(found.worker);
   facts->store = std::move(found.store);

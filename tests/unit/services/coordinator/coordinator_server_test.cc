@@ -381,6 +381,42 @@ TEST_F(CoordinatorServerTest, AbortEndsARequestByItsId) {
   EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
 }
 
+// A call that was refused, since another has its id, may be cancelled: that is not the other's end.
+TEST_F(CoordinatorServerTest, ACancelledDuplicateLeavesWhoHasTheId) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  const auto context = Context();
+  context->AddMetadata("x-request-id", "job");
+  auto stream = api_->Generate(context.get(), Ids(100, 5000));
+  v1::GenerateResponse event;
+  ASSERT_TRUE(stream->Read(&event));
+  for (int i = 0; i < 200; ++i) {
+    grpc::ClientContext duplicate;
+    duplicate.AddMetadata("x-request-id", "job");
+    duplicate.set_deadline(std::chrono::system_clock::now() + std::chrono::microseconds(200 + 20 * i));
+    if (i % 2 == 0) {
+      v1::GenerateOnceRequest once;
+      *once.mutable_request() = Ids(100, 5000);
+      v1::GenerateOnceResponse response;
+      EXPECT_FALSE(api_->GenerateOnce(&duplicate, once, &response).ok());
+    } else {
+      auto refused = api_->Generate(&duplicate, Ids(100, 5000));
+      v1::GenerateResponse nothing;
+      while (refused->Read(&nothing)) {
+      }
+      EXPECT_FALSE(refused->Finish().ok());
+    }
+  }
+  v1::AbortRequest abort;
+  abort.set_request_id("job");
+  v1::AbortResponse aborted;
+  ASSERT_TRUE(api_->Abort(Context().get(), abort, &aborted).ok());
+  while (stream->Read(&event)) {
+  }
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
+}
+
 TEST_F(CoordinatorServerTest, SessionsAreListedUpdatedAndDeleted) {
   Start();
   v1::GenerateOnceResponse response;

@@ -146,12 +146,65 @@ TEST_F(SchedulerFaultsTest, AStoreThatStaysAwayEndsOnlyWhoNeedsItsExtents) {
   EXPECT_EQ(has_enough->tokens(), FakeAnswer(Prompt(200), 100));
 }
 
+// What ended while the store was away is not released, and the queue waits for it.
+TEST_F(SchedulerFaultsTest, AStoreThatStaysAwayEndsWhoWaits) {
+  machine_->step_time = absl::Milliseconds(2);
+  machine_->host_tokens = 1024;
+  SchedulerOptions options;
+  options.lost_peer_timeout = absl::Milliseconds(300);
+  Start(options);
+  auto runs = Submit(Prompt(600), 40);
+  ASSERT_TRUE(runs->WaitForTokens(1));
+  auto waits = Submit(Prompt(600, 2), 40);
+  auto behind = Submit(Prompt(10), 1);
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->store_away = true;
+  }
+  for (const auto& outcome : {waits, behind}) {
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_EQ(outcome->status().code(), absl::StatusCode::kUnavailable) << outcome->status();
+    EXPECT_EQ(ReasonOf(outcome->status()), "PEER_LOST");
+  }
+}
+
+TEST_F(SchedulerFaultsTest, WhatCameWhileTheWorkerWasAwayIsJudgedWhenItIsBack) {
+  machine_->pool_tokens = 512;
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto runs = Submit(Prompt(20), 50);
+  ASSERT_TRUE(runs->WaitForTokens(1));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->worker_away = true;
+  }
+  ASSERT_TRUE(Eventually([this] { return !serving_.load(); }));
+  auto request = MakeRequest(Prompt(1000), 10);
+  request->placement.automatic = false;
+  request->placement.shares = {1, 0, 0};
+  auto never_fits = Submit(std::move(request));
+  auto behind = Submit(Prompt(10), 3);
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->worker_away = false;
+  }
+  ASSERT_TRUE(never_fits->WaitForEnd());
+  EXPECT_EQ(ReasonOf(never_fits->status()), "DOES_NOT_FIT");
+  ASSERT_TRUE(behind->WaitForEnd());
+  EXPECT_EQ(behind->tokens(), FakeAnswer(Prompt(10), 3));
+}
+
 TEST_F(SchedulerFaultsTest, PeersThatStayAwayEndTheRequests) {
   machine_->step_time = absl::Milliseconds(5);
   SchedulerOptions options;
   options.lost_peer_timeout = absl::Milliseconds(300);
   Start(options);
-  auto outcome = Submit(Prompt(300), 5000);
+  const auto job = [this] {
+    auto request = MakeRequest(Prompt(300), 5000);
+    request->id = "job";
+    return request;
+  };
+  auto outcome = Submit(job());
   ASSERT_TRUE(outcome->WaitForTokens(3));
   {
     MutexLock lock(&machine_->mutex);
@@ -160,6 +213,11 @@ TEST_F(SchedulerFaultsTest, PeersThatStayAwayEndTheRequests) {
   ASSERT_TRUE(outcome->WaitForEnd());
   EXPECT_EQ(outcome->status().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(ReasonOf(outcome->status()), "PEER_LOST");
+  // Whoever tries again, as it was told, is told the same: its id is free, though the worker has the sequence still.
+  EXPECT_TRUE(Eventually([&] {
+    auto again = Submit(job());
+    return again->WaitForEnd() && ReasonOf(again->status()) == "PEER_LOST";
+  }));
   {
     MutexLock lock(&machine_->mutex);
     machine_->worker_away = false;
