@@ -32,7 +32,7 @@ TEST_F(CpuMailboxTest, AwaitPartialsReturnsWhenTheDoorbellHasRung) {
   EXPECT_OK(device_->Synchronize(event, kSoon));
   EXPECT_EQ(words_.status, kernels::kAwaitOk);
   EXPECT_EQ(words_.header.retired, 0u);
-  EXPECT_GE(account.busy_ns, 20'000'000);
+  EXPECT_GT(account.busy_ns, 0);  // how much hangs on when the stream's thread got a processor
   EXPECT_EQ(account.bytes, 0);
 }
 
