@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const Work work(a, task.item);
   const uint32_t units = task.units;
+  const uint32_t whole = units - (work.end_pos() % kUnitTokens != 0 ? 1 : 0);
   // Of the tile's.
   const uint32_t queries = task.exists ? static_cast<uint32_t>(work.num_queries()) - task.query : 0;
   if (task.exists) {
@@ -85,7 +86,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         [&](float2 m_and_l) { Cluster::Store(&shared.m_and_l[share], to, m_and_l); });
   }
   Cluster::Sync();
-  const uint32_t whole = units - (work.end_pos() % kUnitTokens != 0 ? 1 : 0);
   uint32_t first_share = 0;
   for (uint32_t query = task.unit; query < kQueries && query < queries; query += units) {
     for (int column = thread; column < kD; column += kThreads) {

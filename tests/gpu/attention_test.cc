@@ -172,8 +172,8 @@ TEST_F(AttentionTest, BlocksShareManyUnits) {
   }
 }
 
-// A ragged batch: sequences of other lengths, heads in items of their own, rows that only reset and are finished by a
-// later launch. With the last one, and without: short ones alone need one kernel.
+// A ragged batch: sequences of other lengths, an item for all heads or for each, rows that only reset and are finished
+// by a later launch. With the last sequence, and without: short ones alone need one kernel.
 class BatchAttentionTest : public AttentionTest, public testing::WithParamInterface<int> {};
 INSTANTIATE_TEST_SUITE_P(Sequences, BatchAttentionTest, testing::Values(4, 5));
 
@@ -200,11 +200,12 @@ TEST_P(BatchAttentionTest, ItemsOfABatchDoNotDisturbEachOther) {
     const Piece piece = Everything(s.tokens);
     const KvSpan span = {gpu_.Put(Lay(s, 0, s.tokens, 0, piece.capacity)), 0, 0,
                          static_cast<int32_t>(s.tokens), piece.capacity, 0, shape.num_kv_heads};
-    for (int32_t head = 0; head < shape.num_kv_heads; ++head) {
+    const int32_t heads = n % 2 == 0 ? shape.num_kv_heads : 1;  // of an item
+    for (int32_t head = 0; head < shape.num_kv_heads; head += heads) {
       AttendItem item = ItemOf(s, first_pos, rows[n], {span});
       item.row_begin = static_cast<int32_t>(total_rows);
       item.kv_head_begin = head;
-      item.kv_head_end = head + 1;
+      item.kv_head_end = head + heads;
       item.span_begin = static_cast<int32_t>(n);
       item.reset = item.finish = 1;
       items.push_back(item);
