@@ -126,14 +126,17 @@ absl::Status BenchRun::Init(const BenchOptions& options, const std::vector<WorkI
   GpuProbeShape shape;
   shape.attend = WideShapeOf(config, shape.attend.max_rows);
   gpu_ = engine.device == "cuda";
-  if (gpu_) probe_bytes_ = GpuCeilingProbe::ArenaBytes(shape);
-  engine.beside_bytes = probe_bytes_;
+  if (gpu_) {
+    engine.beside_bytes = probe_bytes_ = GpuCeilingProbe::ArenaBytes(shape);
+    engine.least_segment_bytes = GpuCeilingProbe::HostBytes(shape);
+  }
   HEADROOM_ASSIGN_OR_RETURN(engine_, BenchEngine::Create(engine, std::move(config), items));
   Device& device = engine_->device();
   known_ = KnownCeilings(device.name());
   if (gpu_) {
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const host, engine_->AwaitSegment(engine.least_segment_bytes));
     HEADROOM_ASSIGN_OR_RETURN(
-        probe_, GpuCeilingProbe::Create(device, shape, engine.threads, &CardReadRate));
+        probe_, GpuCeilingProbe::Create(device, shape, host, engine.threads, &CardReadRate));
   } else {
     HEADROOM_ASSIGN_OR_RETURN(probe_, CpuCeilingProbe::Create(engine.threads));
   }

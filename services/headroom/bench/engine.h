@@ -38,6 +38,7 @@ struct EngineOptions {
   // 0: the weights and 2 GiB on the CPU device, all that it gives on a GPU.
   int64_t gpu_memory_bytes = 0;
   int64_t beside_bytes = 0;  // of the arena, not of gpu_memory_bytes: for the ceilings' probe
+  int64_t least_segment_bytes = 0;  // of host memory: likewise
   int64_t chunk_tokens = 0;
 };
 
@@ -72,6 +73,10 @@ class BenchEngine {
   // FAILED_PRECONDITION if the device's memory does not hold what should be resident.
   absl::StatusOr<Measurement> Measure(const WorkItem& item, absl::Time deadline,
                                       const OnChunk& on_chunk);
+
+  // The first bytes of the segment: as many as least_segment_bytes are there. What lies in them matters to no item, but
+  // must be finite bfloat16 numbers.
+  absl::StatusOr<uint8_t*> AwaitSegment(int64_t bytes);
 
   // What the planner balances with, as of now. Takes some seconds.
   absl::StatusOr<LaneCosts> Calibrate();
@@ -114,7 +119,7 @@ class BenchEngine {
 
   explicit BenchEngine(ModelConfig config) : config_(std::move(config)) {}
   absl::Status Init(const EngineOptions& options, const std::vector<WorkItem>& items);
-  absl::Status MapSegment(const std::vector<WorkItem>& items, int32_t threads);
+  absl::Status MapSegment(const std::vector<WorkItem>& items, const EngineOptions& options);
   absl::Status OpenInPlace(int32_t threads);
   // Extents for `tokens` positions of a sequence, from byte `used_bytes` of the segment on.
   OpenSequence Layout(uint64_t id, int64_t tokens, int64_t& used_bytes) const;

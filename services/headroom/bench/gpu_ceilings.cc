@@ -33,6 +33,7 @@ constexpr int64_t kHalfStep = 16 * kMiB;
 constexpr int64_t kTableBytes = 4096;
 
 int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+int64_t WholeSteps(int64_t bytes) { return (bytes + kHalfStep - 1) / kHalfStep * kHalfStep; }
 
 // Where the operands of attention lie in the halves.
 struct AttendBytes {
@@ -63,25 +64,25 @@ int64_t HalfBytes(const GpuProbeShape& s) {
       Aligned(s.gemm_m * s.gemm_k * kFloat) + kernels::PackedWeightBytes(s.gemm_n, s.gemm_k);
   const int64_t most = std::max({gemm_inputs, s.gemm_m * s.gemm_n * kFloat,
                                  attend.q + attend.keys, attend.used, s.least_bytes / 2});
-  return (most + kHalfStep - 1) / kHalfStep * kHalfStep;
+  return WholeSteps(most);
 }
 
 }  // namespace
 
 int64_t GpuCeilingProbe::ArenaBytes(const GpuProbeShape& shape) { return 2 * HalfBytes(shape); }
 
-absl::StatusOr<std::unique_ptr<GpuCeilingProbe>> GpuCeilingProbe::Create(Device& device,
-                                                                         const GpuProbeShape& shape,
-                                                                         int threads,
-                                                                         ReadRate read_rate) {
-  std::unique_ptr<GpuCeilingProbe> probe(
-      new GpuCeilingProbe(device, shape, threads, std::move(read_rate)));
-  HEADROOM_RETURN_IF_ERROR(probe->Init());
-  return probe;
+int64_t GpuCeilingProbe::HostBytes(const GpuProbeShape& shape) {
+  return 2 * WholeSteps(shape.least_bytes / 2);
 }
 
-GpuCeilingProbe::~GpuCeilingProbe() {
-  if (host_.data() != nullptr) device_.UnregisterHost(host_.data()).IgnoreError();
+absl::StatusOr<std::unique_ptr<GpuCeilingProbe>> GpuCeilingProbe::Create(Device& device,
+                                                                         const GpuProbeShape& shape,
+                                                                         uint8_t* host, int threads,
+                                                                         ReadRate read_rate) {
+  std::unique_ptr<GpuCeilingProbe> probe(
+      new GpuCeilingProbe(device, shape, host, threads, std::move(read_rate)));
+  HEADROOM_RETURN_IF_ERROR(probe->Init());
+  return probe;
 }
 
 absl::Status GpuCeilingProbe::Init() {
@@ -100,14 +101,7 @@ absl::Status GpuCeilingProbe::Init() {
   fill.n = 2 * half_bytes_ / (fill.k * kElement);
   fill.scale = 1;
   HEADROOM_RETURN_IF_ERROR(device_.FillRandom(fill));
-  HEADROOM_RETURN_IF_ERROR(device_.PrepareGemm(shape_.gemm_n, shape_.gemm_k));
-  HEADROOM_ASSIGN_OR_RETURN(MappedRegion host,
-                            MapSharedMemory(2 * half_bytes_, "headroom-bench-probe"));
-  host.MakeHugePages(0, host.bytes());
-  FillWithKeys(host.data(), host.bytes(), readers_);
-  HEADROOM_RETURN_IF_ERROR(device_.RegisterHost(host.data(), host.bytes()));
-  host_ = std::move(host);
-  return absl::OkStatus();
+  return device_.PrepareGemm(shape_.gemm_n, shape_.gemm_k);
 }
 
 absl::StatusOr<Ceilings> GpuCeilingProbe::Measure() {
@@ -132,7 +126,7 @@ absl::StatusOr<Ceilings> GpuCeilingProbe::Measure() {
   }
   HEADROOM_ASSIGN_OR_RETURN(ceilings.copy_back_bytes, CopyRate(16 * kMiB, false, true));
   HEADROOM_ASSIGN_OR_RETURN(ceilings.copy_both_bytes, CopyRate(16 * kMiB, true, true));
-  ceilings.host_read_bytes = HostReadRate(host_.data(), host_.bytes(), readers_, kLeastSeconds);
+  ceilings.host_read_bytes = HostReadRate(host_, 2 * host_half_, readers_, kLeastSeconds);
   HEADROOM_ASSIGN_OR_RETURN(ceilings.both_links_bytes, BothLinksRate(ceilings.copy_bytes));
   return ceilings;
 }
@@ -220,8 +214,8 @@ absl::StatusOr<double> GpuCeilingProbe::CopyWithinDevice() {
 absl::Status GpuCeilingProbe::EnqueueCopy(StreamId stream, int64_t at, int64_t piece_bytes,
                                           bool to_device) {
   CopyArgs copy;
-  copy.dst = to_device ? results_ + at : host_.data() + half_bytes_ + at;
-  copy.src = to_device ? host_.data() + at : inputs_ + at;
+  copy.dst = to_device ? results_ + at : host_ + host_half_ + at;
+  copy.src = to_device ? host_ + at : inputs_ + at;
   copy.width_bytes = copy.dst_pitch_bytes = copy.src_pitch_bytes = piece_bytes;
   return device_.Copy(stream, copy);
 }
@@ -231,23 +225,23 @@ absl::StatusOr<double> GpuCeilingProbe::BothLinksRate(double copy_rate) {
   const auto seconds_since = [](Clock::time_point begin) {
     return std::chrono::duration<double>(Clock::now() - begin).count();
   };
-  const int64_t piece = std::min(kLargePieceBytes, half_bytes_);
-  const int64_t slice = std::min(kReadSliceBytes, host_.bytes());
+  const int64_t piece = std::min(kLargePieceBytes, host_half_);
+  const int64_t slice = std::min(kReadSliceBytes, 2 * host_half_);
   const auto pieces = static_cast<int64_t>(kBothSeconds * copy_rate / static_cast<double>(piece)) + 1;
   double best = 0;
   for (int run = 0; run < kBothRuns; ++run) {
     for (int64_t i = 0; i < kLeadPieces + pieces; ++i) {
-      HEADROOM_RETURN_IF_ERROR(EnqueueCopy(in_, i * piece % half_bytes_, piece, true));
+      HEADROOM_RETURN_IF_ERROR(EnqueueCopy(in_, i * piece % host_half_, piece, true));
       if (i + 1 == kLeadPieces) HEADROOM_RETURN_IF_ERROR(device_.Record(in_, lead_copied_));
     }
     HEADROOM_RETURN_IF_ERROR(device_.Record(in_, copied_in_));
     HEADROOM_RETURN_IF_ERROR(device_.Synchronize(lead_copied_, kTimeout));
     const auto begin = Clock::now();
     int64_t read = 0;
-    for (int64_t at = 0; !device_.Done(copied_in_); at = (at + slice) % host_.bytes()) {
+    for (int64_t at = 0; !device_.Done(copied_in_); at = (at + slice) % (2 * host_half_)) {
       if (seconds_since(begin) > absl::ToDoubleSeconds(kTimeout)) break;  // Await() says why
-      ReadHost(host_.data() + at, std::min(slice, host_.bytes() - at), readers_);
-      read += std::min(slice, host_.bytes() - at);
+      ReadHost(host_ + at, std::min(slice, 2 * host_half_ - at), readers_);
+      read += std::min(slice, 2 * host_half_ - at);
     }
     const double seconds = seconds_since(begin);
     HEADROOM_RETURN_IF_ERROR(Await(in_, copied_in_));
@@ -261,7 +255,7 @@ absl::StatusOr<double> GpuCeilingProbe::CopyRate(int64_t piece_bytes, bool to_de
   const int64_t pieces = std::max<int64_t>(1, shape_.copy_bytes / piece_bytes);
   HEADROOM_ASSIGN_OR_RETURN(const double seconds, BestSeconds(kLeastSeconds, [&]() -> absl::Status {
     for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t at = i * piece_bytes % half_bytes_;
+      const int64_t at = i * piece_bytes % host_half_;
       if (to_device) HEADROOM_RETURN_IF_ERROR(EnqueueCopy(in_, at, piece_bytes, true));
       if (from_device) HEADROOM_RETURN_IF_ERROR(EnqueueCopy(out_, at, piece_bytes, false));
     }

@@ -22,7 +22,7 @@ struct GpuProbeShape {
   int64_t gemm_m = 8192, gemm_n = 14336, gemm_k = 4096;
   kernels::WideShape attend = {8192, 32, 8, 128};
   std::vector<int64_t> attend_keys = {8192, 24576};  // each at least the rows, which are the last
-  // Device memory that is read, and host memory: more than the caches hold (of a host's processor
+  // Device memory that is read, and host memory, at least: more than the caches hold (of a host's processor
   // 320 MB and more).
   int64_t least_bytes = int64_t{1} << 30;
   int64_t copy_bytes = int64_t{1} << 30;  // of one measurement of a copy rate
@@ -36,20 +36,26 @@ class GpuCeilingProbe : public CeilingProbe {
 
   // What Create() allocates in the arena.
   static int64_t ArenaBytes(const GpuProbeShape& shape);
+  // What Create() wants of host memory.
+  static int64_t HostBytes(const GpuProbeShape& shape);
 
-  // `read_rate` is CardReadRate(), or what stands for it where there is no card. `threads` read host
-  // memory. The device outlives the probe.
-  static absl::StatusOr<std::unique_ptr<GpuCeilingProbe>> Create(Device& device,
-                                                                 const GpuProbeShape& shape,
-                                                                 int threads, ReadRate read_rate);
-  ~GpuCeilingProbe() override;
+  // `host`: HostBytes() that the device may name, filled with something; `threads` read it, and Measure() leaves
+  // random bfloat16 numbers in its second half. `read_rate` is CardReadRate(), or what stands for it where there is no
+  // card. Device and host memory outlive the probe.
+  static absl::StatusOr<std::unique_ptr<GpuCeilingProbe>> Create(Device& device, const GpuProbeShape& shape,
+                                                                 uint8_t* host, int threads, ReadRate read_rate);
 
   // Takes about two seconds on a GPU.
   absl::StatusOr<Ceilings> Measure() override;
 
  private:
-  GpuCeilingProbe(Device& device, const GpuProbeShape& shape, int threads, ReadRate read_rate)
-      : device_(device), shape_(shape), readers_(threads), read_rate_(std::move(read_rate)) {}
+  GpuCeilingProbe(Device& device, const GpuProbeShape& shape, uint8_t* host, int threads, ReadRate read_rate)
+      : device_(device),
+        shape_(shape),
+        readers_(threads),
+        read_rate_(std::move(read_rate)),
+        host_(host),
+        host_half_(HostBytes(shape) / 2) {}
   absl::Status Init();
   absl::Status Await(StreamId stream, EventId event);
 
@@ -76,7 +82,8 @@ class GpuCeilingProbe : public CeilingProbe {
   uint8_t* inputs_ = nullptr;
   uint8_t* results_ = nullptr;
   int64_t half_bytes_ = 0;
-  MappedRegion host_;  // as large as both
+  uint8_t* const host_;      // copies to the device come from the first half, others go to the second
+  const int64_t host_half_;  // bytes; no more than half_bytes_
 };
 
 }  // namespace headroom

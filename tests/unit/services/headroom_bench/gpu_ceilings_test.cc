@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "common/device/card_probe.h"
 #include "common/device/cpu/cpu_device.h"
 #include "services/headroom/bench/geometries.h"
+#include "services/headroom/bench/host_memory.h"
 #include "services/headroom/bench/known_ceilings.h"
 #include "services/worker/device_budget.h"
 
@@ -28,6 +30,22 @@ GpuProbeShape SmallShape() {
   return shape;
 }
 
+// Host memory that a device may name.
+class HostMemory {
+ public:
+  HostMemory(Device& device, int64_t bytes)
+      : device_(device), region_(*MapSharedMemory(bytes, "gpu-ceilings-test")) {
+    std::memset(region_.data(), 1, static_cast<size_t>(bytes));
+    EXPECT_EQ(device.RegisterHost(region_.data(), bytes), absl::OkStatus());
+  }
+  ~HostMemory() { device_.UnregisterHost(region_.data()).IgnoreError(); }
+  uint8_t* data() const { return region_.data(); }
+
+ private:
+  Device& device_;
+  const MappedRegion region_;
+};
+
 std::unique_ptr<Device> DeviceOf(int64_t bytes) {
   CpuDeviceOptions options;
   options.arena_bytes = bytes;
@@ -37,10 +55,11 @@ std::unique_ptr<Device> DeviceOf(int64_t bytes) {
 TEST(GpuCeilingProbe, MeasuresEveryCeilingInTheMemoryThatItSaysItTakes) {
   const GpuProbeShape shape = SmallShape();
   const std::unique_ptr<Device> device = DeviceOf(GpuCeilingProbe::ArenaBytes(shape));
+  const HostMemory host(*device, GpuCeilingProbe::HostBytes(shape));
   uint8_t* read = nullptr;
   int64_t read_bytes = 0;
   const auto probe = GpuCeilingProbe::Create(
-      *device, shape, 2, [&](uint8_t* data, int64_t bytes) -> absl::StatusOr<double> {
+      *device, shape, host.data(), 2, [&](uint8_t* data, int64_t bytes) -> absl::StatusOr<double> {
         read = data;
         read_bytes = bytes;
         return 1e15;
@@ -69,7 +88,7 @@ TEST(GpuCeilingProbe, TakesNoMoreThanTheHelpSays) {
 
 TEST(GpuCeilingProbe, SaysWhenItsMemoryIsNotThere) {
   const std::unique_ptr<Device> device = DeviceOf(1 << 20);
-  EXPECT_EQ(GpuCeilingProbe::Create(*device, SmallShape(), 1, &CardReadRate).status().code(),
+  EXPECT_EQ(GpuCeilingProbe::Create(*device, SmallShape(), nullptr, 1, &CardReadRate).status().code(),
             absl::StatusCode::kResourceExhausted);
 }
 
