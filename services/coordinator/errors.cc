@@ -26,6 +26,14 @@ absl::Status QueueFullError(int64_t max_queue) {
       kRetrySoon);
 }
 
+absl::Status TokenizerBusyError(int64_t calls, int64_t text_bytes) {
+  return WithRetryAfter(
+      WithReason(absl::ResourceExhaustedError(absl::StrCat("texts of ", calls, " calls, ", text_bytes,
+                                                           " bytes, are being tokenized already")),
+                 "TOKENIZER_BUSY"),
+      kRetrySoon);
+}
+
 absl::Status DrainingError() {
   return WithReason(absl::UnavailableError("the server is draining: it takes no new requests"),
                     "DRAINING");
@@ -50,10 +58,17 @@ absl::Status NeverFitsError(absl::string_view why) {
   return WithReason(absl::ResourceExhaustedError(why), "DOES_NOT_FIT");
 }
 
-absl::Status HostMemoryError(const absl::Status& from_store) {
+absl::Status LeaseFailedError(const absl::Status& from_store) {
+  if (!absl::IsResourceExhausted(from_store)) return StoreRefusedError(from_store);
   return WithReason(absl::ResourceExhaustedError(
                         absl::StrCat("no host memory for more keys: ", from_store.message())),
                     "HOST_MEMORY");
+}
+
+absl::Status StoreRefusedError(const absl::Status& from_store) {
+  return WithReason(
+      absl::InternalError(absl::StrCat("the kvstore refused a call: ", from_store.message())),
+      "STORE_REFUSED");
 }
 
 absl::Status InPlaceNotServedError(int32_t attend_threads) {

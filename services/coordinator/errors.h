@@ -13,12 +13,16 @@ namespace headroom::coordinator {
 
 absl::Status IdInUseError(absl::string_view request_id);
 absl::Status QueueFullError(int64_t max_queue);
+absl::Status TokenizerBusyError(int64_t calls, int64_t text_bytes);
 absl::Status DrainingError();
 // `why`: what could not be reached, if known.
 absl::Status NotReadyError(absl::string_view why);
 absl::Status PeerLostError(absl::Duration away, absl::string_view why);
 absl::Status NeverFitsError(absl::string_view why);
-absl::Status HostMemoryError(const absl::Status& from_store);
+// The store gave no extents.
+absl::Status LeaseFailedError(const absl::Status& from_store);
+// The store refused what it was asked for: this program's mistake.
+absl::Status StoreRefusedError(const absl::Status& from_store);
 absl::Status InPlaceNotServedError(int32_t attend_threads);
 absl::Status SessionBusyError(absl::string_view session_id);
 absl::Status SessionUnknownError(absl::string_view session_id);

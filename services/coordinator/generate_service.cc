@@ -36,25 +36,34 @@ GenerateStream::GenerateStream(grpc::CallbackServerContext* context, Scheduler* 
     : context_(context),
       scheduler_(scheduler),
       request_id_(request.id),
-      accepted_(std::in_place),
-      answers_left_(request.n) {
-  accepted_->set_request_id(request.id);
-  accepted_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
-  accepted_->set_seed(request.sampling.seed());
+      answers_left_(request.n) {}
+
+std::shared_ptr<GenerateStream> GenerateStream::Make(grpc::CallbackServerContext* context,
+                                                     Scheduler* scheduler, const Request& request) {
+  std::shared_ptr<GenerateStream> stream(new GenerateStream(context, scheduler, request));
+  stream->self_ = stream;
+  return stream;
 }
 
-GenerateStream* GenerateStream::Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                                      const ServedModel& model, const Request& request) {
-  const std::shared_ptr<GenerateStream> stream(new GenerateStream(context, scheduler, request));
-  stream->self_ = stream;
-  const absl::Status status =
-      scheduler->Submit(request, stream, [&] { return model.MakeDecoder(request.prompt); });
-  stream->submitted_ = status.ok();
-  if (!status.ok()) {
-    MutexLock lock(&stream->mutex_);
-    stream->Fail(status);
+void GenerateStream::Submit(const ServedModel& model, const Request& request) {
+  const std::shared_ptr<GenerateStream> self = self_;
+  {
+    MutexLock lock(&mutex_);
+    accepted_.emplace();
+    accepted_->set_request_id(request.id);
+    accepted_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
+    accepted_->set_seed(request.sampling.seed());
   }
-  return stream.get();
+  const absl::Status status =
+      scheduler_->Submit(request, self, [&] { return model.MakeDecoder(request.prompt); });
+  if (!status.ok()) Refuse(status);
+}
+
+void GenerateStream::Refuse(const absl::Status& status) {
+  const std::shared_ptr<GenerateStream> self = self_;
+  MutexLock lock(&mutex_);
+  scheduler_->GiveUp(request_id_);
+  Fail(status);
 }
 
 void GenerateStream::OnAccepted() {
@@ -146,7 +155,8 @@ void GenerateStream::OnWriteDone(bool ok) {
 }
 
 void GenerateStream::OnCancel() {
-  if (submitted_) scheduler_->Cancel(request_id_);
+  MutexLock lock(&mutex_);
+  if (!ended_) scheduler_->Cancel(request_id_);  // else the id may be another call's
 }
 
 void GenerateStream::OnDone() { const std::shared_ptr<GenerateStream> self = std::move(self_); }
@@ -161,22 +171,28 @@ GenerateOnceCall::GenerateOnceCall(grpc::CallbackServerContext* context, Schedul
       response_(response),
       answers_left_(request.n) {
   response_->set_request_id(request.id);
-  response_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
   for (int32_t index = 0; request.n > 1 && index < request.n; ++index) response_->add_answers();
 }
 
-GenerateOnceCall* GenerateOnceCall::Begin(grpc::CallbackServerContext* context,
-                                          Scheduler* scheduler, const ServedModel& model,
-                                          const Request& request,
-                                          v1::GenerateOnceResponse* response) {
-  const std::shared_ptr<GenerateOnceCall> call(
-      new GenerateOnceCall(context, scheduler, request, response));
+std::shared_ptr<GenerateOnceCall> GenerateOnceCall::Make(grpc::CallbackServerContext* context,
+                                                         Scheduler* scheduler, const Request& request,
+                                                         v1::GenerateOnceResponse* response) {
+  std::shared_ptr<GenerateOnceCall> call(new GenerateOnceCall(context, scheduler, request, response));
   call->self_ = call;
+  return call;
+}
+
+void GenerateOnceCall::Submit(const ServedModel& model, const Request& request) {
+  response_->mutable_prompt_token_ids()->Add(request.prompt.begin(), request.prompt.end());
   const absl::Status status =
-      scheduler->Submit(request, call, [&] { return model.MakeDecoder(request.prompt); });
-  call->submitted_ = status.ok();
-  if (!status.ok()) call->Fail(status);
-  return call.get();
+      scheduler_->Submit(request, self_, [&] { return model.MakeDecoder(request.prompt); });
+  if (!status.ok()) Refuse(status);
+}
+
+void GenerateOnceCall::Refuse(const absl::Status& status) {
+  ended_.store(true);
+  scheduler_->GiveUp(request_id_);
+  Fail(status);
 }
 
 void GenerateOnceCall::OnDelta(v1::Delta delta) {
@@ -201,11 +217,13 @@ void GenerateOnceCall::OnFinished(const absl::Status& status, v1::Finished finis
                                 : response_->mutable_answers(finished.index())->mutable_finished();
   *out = std::move(finished);
   if (answers_left_ > 0) return;
+  ended_.store(true);
   context_->AddInitialMetadata("x-request-id", request_id_);
   Finish(grpc::Status::OK);
 }
 
 void GenerateOnceCall::Fail(const absl::Status& status) {
+  ended_.store(true);
   answers_left_ = 0;
   AddErrorMetadata(context_, request_id_, status);
   Finish(ToGrpcStatus(status));

@@ -9,6 +9,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -34,9 +35,12 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
  public:
   static constexpr int64_t kMaxPendingTokens = 256;
 
-  // Submits the request and returns the reactor of the call.
-  static GenerateStream* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                               const ServedModel& model, const Request& request);
+  // The reactor of a call whose request has its places with the scheduler (Scheduler::Reserve). Submit() or Refuse()
+  // follows, once, on any thread; the call's message lives until then.
+  static std::shared_ptr<GenerateStream> Make(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                                              const Request& request);
+  void Submit(const ServedModel& model, const Request& request);
+  void Refuse(const absl::Status& status);  // gives the places up
 
   void OnAccepted() override;
   void OnDelta(v1::Delta delta) override;
@@ -58,9 +62,6 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
-  // Else the id may be that of another call, which is not to be cancelled with this one. Set by Begin(), before gRPC
-  // calls anything.
-  bool submitted_ = false;
   std::shared_ptr<GenerateStream> self_;
 
   mutable Mutex mutex_;
@@ -78,9 +79,10 @@ class GenerateStream : public grpc::ServerWriteReactor<v1::GenerateResponse>, pu
 // The same, gathered into one message.
 class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
  public:
-  static GenerateOnceCall* Begin(grpc::CallbackServerContext* context, Scheduler* scheduler,
-                                 const ServedModel& model, const Request& request,
-                                 v1::GenerateOnceResponse* response);
+  static std::shared_ptr<GenerateOnceCall> Make(grpc::CallbackServerContext* context, Scheduler* scheduler,
+                                                const Request& request, v1::GenerateOnceResponse* response);
+  void Submit(const ServedModel& model, const Request& request);
+  void Refuse(const absl::Status& status);
 
   void OnAccepted() override {}
   void OnDelta(v1::Delta delta) override;
@@ -92,16 +94,16 @@ class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
                    const Request& request, v1::GenerateOnceResponse* response);
   void Fail(const absl::Status& status);
   void OnCancel() override {
-    if (submitted_) scheduler_->Cancel(request_id_);
+    if (!ended_.load()) scheduler_->Cancel(request_id_);
   }
   void OnDone() override { const std::shared_ptr<GenerateOnceCall> self = std::move(self_); }
 
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
-  bool submitted_ = false;  // likewise
+  std::atomic<bool> ended_{false};            // the id may be that of another call from now on
   v1::GenerateOnceResponse* const response_;  // not touched once answers_left_ is 0
-  int32_t answers_left_;                      // scheduler's thread
+  int32_t answers_left_;                      // whose Submit() it is, then the scheduler's thread
   std::shared_ptr<GenerateOnceCall> self_;
 };
 

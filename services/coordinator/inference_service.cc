@@ -114,7 +114,7 @@ absl::StatusOr<RequestLimits> InferenceService::Limits() const {
   return limits;
 }
 
-absl::StatusOr<std::unique_ptr<Request>> InferenceService::MakeRequest(
+absl::StatusOr<std::unique_ptr<Request>> InferenceService::ReserveRequest(
     const grpc::CallbackServerContext& context, const v1::GenerateRequest& proto) const {
   const absl::Time arrival = absl::Now();
   std::string id = MetadataOf(context, "x-request-id");
@@ -135,30 +135,53 @@ absl::StatusOr<std::unique_ptr<Request>> InferenceService::MakeRequest(
   const auto left = context.deadline() - std::chrono::system_clock::now();
   if (absl::FromChrono(left) < kNoDeadline)
     request->deadline = absl::FromChrono(context.deadline());
+  HEADROOM_RETURN_IF_ERROR(scheduler_->Reserve(request->id, request->n));
   return request;
 }
 
 // ---------------------------------------------------------------- generation
 
+template <typename Call>
+Call* InferenceService::Begin(grpc::CallbackServerContext* context, const v1::GenerateRequest& proto,
+                              std::unique_ptr<Request> request, std::shared_ptr<Call> call) {
+  // A task must be copyable.
+  const auto begin = [this, context, &proto, request = std::shared_ptr<Request>(std::move(request)), call] {
+    const absl::StatusOr<RequestLimits> limits = Limits();
+    absl::Status status = limits.status();
+    if (status.ok() && context->IsCancelled()) status = ClientGoneError();
+    if (status.ok()) status = TakePrompt(proto, *model_, *limits, *request);
+    if (status.ok()) {
+      call->Submit(*model_, *request);
+    } else {
+      call->Refuse(status);
+    }
+  };
+  const absl::Status taken = tokenizers_.Run(TextBytes(proto), begin);
+  if (!taken.ok()) call->Refuse(taken);
+  return call.get();
+}
+
 grpc::ServerWriteReactor<v1::GenerateResponse>* InferenceService::Generate(
     grpc::CallbackServerContext* context, const v1::GenerateRequest* request) {
-  absl::StatusOr<std::unique_ptr<Request>> made = MakeRequest(*context, *request);
-  if (!made.ok()) {
-    AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), made.status());
-    return new RefusedStream(made.status());
+  absl::StatusOr<std::unique_ptr<Request>> reserved = ReserveRequest(*context, *request);
+  if (!reserved.ok()) {
+    AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), reserved.status());
+    return new RefusedStream(reserved.status());
   }
-  return GenerateStream::Begin(context, scheduler_, *model_, **made);
+  const auto call = GenerateStream::Make(context, scheduler_, **reserved);
+  return Begin(context, *request, *std::move(reserved), call);
 }
 
 grpc::ServerUnaryReactor* InferenceService::GenerateOnce(grpc::CallbackServerContext* context,
                                                          const v1::GenerateOnceRequest* request,
                                                          v1::GenerateOnceResponse* response) {
-  absl::StatusOr<std::unique_ptr<Request>> made = MakeRequest(*context, request->request());
-  if (!made.ok()) {
-    AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), made.status());
-    return Answer(context, made.status());
+  absl::StatusOr<std::unique_ptr<Request>> reserved = ReserveRequest(*context, request->request());
+  if (!reserved.ok()) {
+    AddErrorMetadata(context, MetadataOf(*context, "x-request-id"), reserved.status());
+    return Answer(context, reserved.status());
   }
-  return GenerateOnceCall::Begin(context, scheduler_, *model_, **made, response);
+  const auto call = GenerateOnceCall::Make(context, scheduler_, **reserved, response);
+  return Begin(context, request->request(), *std::move(reserved), call);
 }
 
 grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* context,
@@ -173,15 +196,33 @@ grpc::ServerUnaryReactor* InferenceService::Abort(grpc::CallbackServerContext* c
 
 // ---------------------------------------------------------------- text
 
+template <typename Answerer>
+grpc::ServerUnaryReactor* InferenceService::AnswerFromPool(grpc::CallbackServerContext* context,
+                                                           int64_t text_bytes, Answerer answer) {
+  grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+  const absl::Status taken = tokenizers_.Run(
+      text_bytes, [reactor, answer = std::move(answer)] { reactor->Finish(ToGrpcStatus(answer())); });
+  if (taken.ok()) return reactor;
+  AddErrorMetadata(context, "", taken);
+  reactor->Finish(ToGrpcStatus(taken));
+  return reactor;
+}
+
 grpc::ServerUnaryReactor* InferenceService::Tokenize(grpc::CallbackServerContext* context,
                                                      const v1::TokenizeRequest* request,
                                                      v1::TokenizeResponse* response) {
-  absl::StatusOr<std::vector<int32_t>> ids =
-      request->has_chat()   ? EncodeChat(*model_, request->chat(), "chat")
-      : request->has_text() ? EncodeText(*model_, request->text(), "text")
-                            : BadRequestError({{"input", "is not set: expected text or chat"}});
-  if (ids.ok()) response->mutable_token_ids()->Add(ids->begin(), ids->end());
-  return Answer(context, ids.status());
+  const int64_t text_bytes = static_cast<int64_t>(request->text().size()) + TextBytes(request->chat());
+  return AnswerFromPool(context, text_bytes, [this, request, response]() -> absl::Status {
+    // Before the worker has been found, only messages have a limit.
+    const absl::StatusOr<RequestLimits> found = Limits();
+    const RequestLimits* const limits = found.ok() ? &*found : nullptr;
+    const absl::StatusOr<std::vector<int32_t>> ids =
+        request->has_chat()   ? EncodeChat(*model_, request->chat(), "chat", limits)
+        : request->has_text() ? EncodeText(*model_, request->text(), "text", limits)
+                              : BadRequestError({{"input", "is not set: expected text or chat"}});
+    if (ids.ok()) response->mutable_token_ids()->Add(ids->begin(), ids->end());
+    return ids.status();
+  });
 }
 
 grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerContext* context,
@@ -191,13 +232,16 @@ grpc::ServerUnaryReactor* InferenceService::Detokenize(grpc::CallbackServerConte
     return Answer(context, WithReason(absl::FailedPreconditionError("the model has no tokenizer"),
                                       "NO_TOKENIZER"));
   }
-  const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
-  absl::StatusOr<std::string> text = model_->tokenizer()->Decode(ids);
-  if (absl::IsInvalidArgument(text.status())) {
-    return Answer(context, BadRequestError({{"token_ids", std::string(text.status().message())}}));
-  }
-  if (text.ok()) response->set_text(*std::move(text));
-  return Answer(context, text.status());
+  const auto bytes = static_cast<int64_t>(request->token_ids_size() * sizeof(int32_t));
+  return AnswerFromPool(context, bytes, [this, request, response]() -> absl::Status {
+    const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
+    absl::StatusOr<std::string> text = model_->tokenizer()->Decode(ids);
+    if (absl::IsInvalidArgument(text.status())) {
+      return BadRequestError({{"token_ids", std::string(text.status().message())}});
+    }
+    if (text.ok()) response->set_text(*std::move(text));
+    return text.status();
+  });
 }
 
 // ---------------------------------------------------------------- about the server

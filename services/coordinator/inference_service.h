@@ -13,6 +13,7 @@
 #include "services/coordinator/request_validation.h"
 #include "services/coordinator/scheduler.h"
 #include "services/coordinator/served_model.h"
+#include "services/coordinator/tokenizer_pool.h"
 #include "services/coordinator/unparsable_service.h"
 
 namespace headroom::coordinator {
@@ -20,7 +21,7 @@ namespace headroom::coordinator {
 inline constexpr char kVersion[] = "0.1.0";
 inline constexpr int32_t kApiRevision = 1;
 
-// Thread-safe; handlers do not block but for tokenizing.
+// Thread-safe; handlers do not block: what takes long with a text is a pool's.
 class InferenceService final : public v1::InferenceService::CallbackService {
  public:
   // `scheduler` and `model` outlive the server. `context_limit`: most tokens of a sequence, beside
@@ -73,9 +74,17 @@ class InferenceService final : public v1::InferenceService::CallbackService {
                      grpc::ServerUnaryReactor* (InferenceService::*method)(
                          grpc::CallbackServerContext*, const Request*, Response*),
                      const char* omitted = "", MostBytes most_bytes = nullptr);
-  // The checked request with its id, arrival and deadline.
-  absl::StatusOr<std::unique_ptr<Request>> MakeRequest(const grpc::CallbackServerContext& context,
-                                                       const v1::GenerateRequest& proto) const;
+  // The checked request with its id, arrival and deadline, but without its prompt; has its places with the scheduler.
+  absl::StatusOr<std::unique_ptr<Request>> ReserveRequest(const grpc::CallbackServerContext& context,
+                                                          const v1::GenerateRequest& proto) const;
+  // Has the prompt tokenized and the request submitted, or refused. `proto` lives until then.
+  template <typename Call>
+  Call* Begin(grpc::CallbackServerContext* context, const v1::GenerateRequest& proto,
+              std::unique_ptr<Request> request, std::shared_ptr<Call> call);
+  // Ends the call with what `answer` returns, which the pool's threads run.
+  template <typename Answerer>
+  grpc::ServerUnaryReactor* AnswerFromPool(grpc::CallbackServerContext* context, int64_t text_bytes,
+                                           Answerer answer);
   // UNAVAILABLE before worker and store were found.
   absl::StatusOr<RequestLimits> Limits() const;
 
@@ -83,6 +92,7 @@ class InferenceService final : public v1::InferenceService::CallbackService {
   const ServedModel* const model_;
   const int64_t context_limit_;
   UnparsableRequests unparsable_;
+  TokenizerPool tokenizers_{TokenizerPool::DefaultThreads()};
 };
 
 }  // namespace headroom::coordinator

@@ -240,14 +240,11 @@ void Peers::CommitSealed(std::vector<v1::SealedSequence> sequences, Done done) {
   });
 }
 
-// What a failed call leaves in the store is found when it is listed at the next connection.
-void Peers::Truncate(uint64_t sequence_id, int64_t tokens) {
-  calls_.Post([this, sequence_id, tokens] {
+void Peers::Truncate(uint64_t sequence_id, int64_t tokens, Done done) {
+  calls_.Post([this, sequence_id, tokens, done = std::move(done)] {
     const absl::Status status = store_->TruncateSequence(sequence_id, tokens);
-    if (!status.ok()) {
-      LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.message()));
-    }
     NoteStore(status);
+    scheduler_thread_->Post([done, status] { done(status); });
   });
 }
 

@@ -67,7 +67,7 @@ class Peers {
   void AllocateRuns(uint64_t sequence_id, int64_t first_pos, std::vector<int64_t> capacities,
                     std::function<void(absl::Status, std::vector<v1::ExtentRun>)> done);
   void CommitSealed(std::vector<v1::SealedSequence> sequences, Done done);
-  void Truncate(uint64_t sequence_id, int64_t tokens);
+  void Truncate(uint64_t sequence_id, int64_t tokens, Done done);
   void Release(std::vector<uint64_t> sequence_ids, Done done);
   // A wait for keys in place has given up: the lane is opened anew once the store answers, later if it
   // has not lasted.

@@ -259,23 +259,13 @@ absl::StatusOr<std::vector<int32_t>> PromptIds(const v1::GenerateRequest& proto,
   return ids;
 }
 
-absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& model,
-                        const RequestLimits& limits, Request& request) {
-  HEADROOM_ASSIGN_OR_RETURN(request.prompt, PromptIds(proto, model, limits));
-  const int64_t left = limits.max_context_tokens - static_cast<int64_t>(request.prompt.size());
-  request.max_tokens = proto.stopping().has_max_tokens()
-                           ? std::min<int64_t>(proto.stopping().max_tokens(), left)
-                           : left;
-  return absl::OkStatus();
-}
-
 // Tokenizing takes a second a MB: a text that is longer than the context's number of longest tokens is
 // refused before. (A text of nothing but characters that the vocabulary leaves out would have fit.)
 // `limits` may be null: no text is too long.
-absl::Status CheckFits(const Tokenizer& tokenizer, size_t text_bytes, const RequestLimits* limits) {
+absl::Status CheckFits(const Tokenizer& tokenizer, int64_t text_bytes, const RequestLimits* limits) {
   if (limits == nullptr) return absl::OkStatus();
   const int64_t longest = tokenizer.longest_token_bytes();
-  if (static_cast<int64_t>(text_bytes) <= limits->max_context_tokens * longest) {
+  if (text_bytes <= limits->max_context_tokens * longest) {
     return absl::OkStatus();
   }
   return absl::InvalidArgumentError(
@@ -286,12 +276,8 @@ absl::Status CheckFits(const Tokenizer& tokenizer, size_t text_bytes, const Requ
 absl::StatusOr<std::vector<int32_t>> EncodeMessages(const ServedModel& model,
                                                     const v1::ChatMessages& chat,
                                                     const RequestLimits* limits) {
-  size_t text_bytes = 0;
-  for (const v1::ChatMessage& message : chat.messages()) {
-    text_bytes += message.role().size() + message.content().size();
-  }
   // Rendering takes some ten times as long as receiving: what is too long already is not rendered.
-  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), text_bytes, limits));
+  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), TextBytes(chat), limits));
   std::vector<ChatMessage> messages;
   for (const v1::ChatMessage& message : chat.messages()) {
     messages.push_back({message.role(), message.content()});
@@ -300,7 +286,7 @@ absl::StatusOr<std::vector<int32_t>> EncodeMessages(const ServedModel& model,
       const std::string text,
       model.chat_template()->Render(
           messages, !chat.has_add_generation_prompt() || chat.add_generation_prompt()));
-  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), text.size(), limits));
+  HEADROOM_RETURN_IF_ERROR(CheckFits(*model.tokenizer(), static_cast<int64_t>(text.size()), limits));
   // The template's output spells what goes around a text.
   return model.tokenizer()->Encode(text, Tokenizer::Special::kWithout);
 }
@@ -320,7 +306,7 @@ absl::StatusOr<std::vector<int32_t>> EncodeText(const ServedModel& model, absl::
   if (model.tokenizer() == nullptr) {
     return BadRequestError({{std::string(field), "the model has no tokenizer: send token_ids"}});
   }
-  const absl::Status fits = CheckFits(*model.tokenizer(), text.size(), limits);
+  const absl::Status fits = CheckFits(*model.tokenizer(), static_cast<int64_t>(text.size()), limits);
   if (!fits.ok()) return NameField(fits, field);
   return NameField(model.tokenizer()->Encode(text), field);
 }
@@ -390,10 +376,30 @@ absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateReque
     request->n = proto.n();
   }
   request->explain = proto.explain();
-  // Tokenizing is dear: only for a request that is right otherwise.
   HEADROOM_RETURN_IF_ERROR(checker.status());
-  HEADROOM_RETURN_IF_ERROR(TakePrompt(proto, model, limits, *request));
   return request;
+}
+
+absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& model,
+                        const RequestLimits& limits, Request& request) {
+  HEADROOM_ASSIGN_OR_RETURN(request.prompt, PromptIds(proto, model, limits));
+  const int64_t left = limits.max_context_tokens - static_cast<int64_t>(request.prompt.size());
+  request.max_tokens = proto.stopping().has_max_tokens()
+                           ? std::min<int64_t>(proto.stopping().max_tokens(), left)
+                           : left;
+  return absl::OkStatus();
+}
+
+int64_t TextBytes(const v1::ChatMessages& chat) {
+  int64_t bytes = 0;
+  for (const v1::ChatMessage& message : chat.messages()) {
+    bytes += static_cast<int64_t>(message.role().size() + message.content().size());
+  }
+  return bytes;
+}
+
+int64_t TextBytes(const v1::GenerateRequest& proto) {
+  return static_cast<int64_t>(proto.prompt().size()) + TextBytes(proto.chat());
 }
 
 }  // namespace headroom::coordinator

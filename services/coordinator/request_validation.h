@@ -35,12 +35,18 @@ struct RequestLimits {
   int64_t max_chunk_tokens = 0;
 };
 
-// INVALID_ARGUMENT with field violations; NOT_FOUND: another model is named; FAILED_PRECONDITION: a
-// chat, and the model has no template. Leaves id, arrival and deadline to the caller. An unset seed
-// is drawn.
+// Everything but the prompt. INVALID_ARGUMENT with field violations; NOT_FOUND: another model is named. Leaves id,
+// arrival and deadline to the caller. An unset seed is drawn.
 absl::StatusOr<std::unique_ptr<Request>> ValidateRequest(const v1::GenerateRequest& proto,
                                                          const ServedModel& model,
                                                          const RequestLimits& limits);
+// The prompt, and max_tokens, which depends on it: takes a second a MB of text. INVALID_ARGUMENT likewise;
+// FAILED_PRECONDITION: a chat, and the model has no template.
+absl::Status TakePrompt(const v1::GenerateRequest& proto, const ServedModel& model,
+                        const RequestLimits& limits, Request& request);
+// Of the prompt, as far as it is text.
+int64_t TextBytes(const v1::GenerateRequest& proto);
+int64_t TextBytes(const v1::ChatMessages& chat);
 
 // Also what Tokenize answers. `field` is named in errors. With `limits` a text that cannot fit them is
 // INVALID_ARGUMENT without being tokenized.

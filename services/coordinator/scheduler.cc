@@ -58,50 +58,81 @@ void Scheduler::Stop() {
 
 // ---------------------------------------------------------------- from clients
 
-absl::Status Scheduler::Submit(const Request& request, std::shared_ptr<RequestSink> sink,
-                               const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder) {
+absl::Status Scheduler::Reserve(const std::string& request_id, int32_t answers) {
+  MutexLock lock(&mutex_);
+  if (draining_) return DrainingError();
+  if (facts_ == nullptr) return NotReadyError("no worker and store have been found yet");
+  if (answers > 1 && answers > options_.max_queue) {
+    return NeverFitsError(absl::StrCat(answers, " answers are asked for, --max-queue lets ",
+                                       options_.max_queue, " wait"));
+  }
+  if (num_waiting_ + answers > options_.max_queue) return QueueFullError(options_.max_queue);
+  const auto [at, is_new] = known_.try_emplace(request_id);
+  if (!is_new) return IdInUseError(request_id);
+  at->second.answers_left = answers;
+  num_waiting_ += answers;
+  return absl::OkStatus();
+}
+
+void Scheduler::GiveUp(const std::string& request_id) {
   {
     MutexLock lock(&mutex_);
-    if (draining_) return DrainingError();
-    if (facts_ == nullptr) return NotReadyError("no worker and store have been found yet");
-    const int32_t attend_threads = facts_->store.attend_threads();
-    if (!request.placement.automatic && request.placement.share(Lane::kInPlace) > 0 &&
-        attend_threads == 0) {
-      return InPlaceNotServedError(attend_threads);
-    }
-    if (request.n > 1 && request.n > options_.max_queue) {
-      return NeverFitsError(absl::StrCat(request.n, " answers are asked for, --max-queue lets ",
-                                         options_.max_queue, " wait"));
-    }
-    if (num_waiting_ + request.n > options_.max_queue) return QueueFullError(options_.max_queue);
-    if (!answers_left_.try_emplace(request.id, request.n).second) return IdInUseError(request.id);
-    num_waiting_ += request.n;
+    const auto at = known_.find(request_id);
+    num_waiting_ -= at->second.answers_left;
+    known_.erase(at);
+  }
+  Wake();  // a drain may have waited for it
+}
+
+absl::Status Scheduler::Submit(const Request& request, std::shared_ptr<RequestSink> sink,
+                               const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder) {
+  const int32_t attend_threads = facts()->store.attend_threads();
+  if (!request.placement.automatic && request.placement.share(Lane::kInPlace) > 0 &&
+      attend_threads == 0) {
+    return InPlaceNotServedError(attend_threads);
   }
   // A task must be copyable; ownership passes through a shared pointer.
   auto answers = std::make_shared<std::vector<Waiting>>();
   for (int32_t index = 0; index < request.n; ++index) {
     answers->push_back({RequestOfAnswer(request, index), sink, make_decoder()});
   }
-  const auto enqueue = [this, answers] {
-    for (Waiting& waiting : *answers) Enqueue(std::move(waiting));
-  };
-  if (thread_.Post(enqueue)) return absl::OkStatus();
-  MutexLock lock(&mutex_);
-  answers_left_.erase(request.id);
-  num_waiting_ -= request.n;
-  return StoppingError();
+  const bool posted = thread_.Post([this, answers] { EnqueueAnswers(std::move(*answers)); });
+  return posted ? absl::OkStatus() : StoppingError();
+}
+
+void Scheduler::EnqueueAnswers(std::vector<Waiting> answers) {
+  const std::string id = answers.front().request->id;
+  std::optional<Ending> ending;
+  {
+    MutexLock lock(&mutex_);
+    Known& known = known_.at(id);
+    known.reserved = false;
+    ending = std::move(known.ending);
+  }
+  for (Waiting& waiting : answers) Enqueue(std::move(waiting));
+  if (ending.has_value()) EndRequest(id, ending->status, ending->reason);
+}
+
+void Scheduler::EndLater(const std::string& request_id, const absl::Status& status,
+                         v1::FinishReason reason) {
+  {
+    MutexLock lock(&mutex_);
+    const auto at = known_.find(request_id);
+    if (at == known_.end()) return;
+    if (at->second.reserved) {
+      at->second.ending = {status, reason};
+      return;
+    }
+  }
+  thread_.Post([=, this] { EndRequest(request_id, status, reason); });
 }
 
 void Scheduler::Cancel(const std::string& request_id) {
-  thread_.Post([this, request_id] {
-    EndRequest(request_id, ClientGoneError(), v1::FINISH_REASON_UNSPECIFIED);
-  });
+  EndLater(request_id, ClientGoneError(), v1::FINISH_REASON_UNSPECIFIED);
 }
 
 void Scheduler::Abort(const std::string& request_id) {
-  thread_.Post([this, request_id] {
-    EndRequest(request_id, absl::OkStatus(), v1::FINISH_REASON_CANCELLED);
-  });
+  EndLater(request_id, absl::OkStatus(), v1::FINISH_REASON_CANCELLED);
 }
 
 void Scheduler::Wake() {
@@ -153,6 +184,7 @@ void Scheduler::Tick() {
   SweepEnded();
   MaintainReleases();
   AdmitFromQueue(now);
+  MaintainTruncations();
   MaintainLeases();
   MaintainPlan();
   UpdateMayRun(now);
@@ -162,9 +194,18 @@ void Scheduler::Tick() {
   MaintainCommits();
   MaintainSessions(now);
   UpdateServing();
-  if (queue_.empty() && running_.empty()) {
+  if (!drained_.empty() && Drained()) {
     for (auto& answer : std::exchange(drained_, {})) answer();
   }
+}
+
+bool Scheduler::Drained() const {
+  const bool over = std::all_of(running_.begin(), running_.end(),
+                                [&](const auto& request) { return !connected_ && request->ended(); });
+  MutexLock lock(&mutex_);
+  return over && queue_.empty() &&
+         std::none_of(known_.begin(), known_.end(),
+                      [](const auto& request) { return request.second.reserved; });
 }
 
 void Scheduler::ExpireRequests(absl::Time now) {
@@ -237,8 +278,8 @@ void Scheduler::EndRequest(const std::string& request_id, const absl::Status& st
 
 void Scheduler::ForgetId(const std::string& request_id) {
   MutexLock lock(&mutex_);
-  const auto at = answers_left_.find(request_id);
-  if (at != answers_left_.end() && --at->second == 0) answers_left_.erase(at);
+  const auto at = known_.find(request_id);
+  if (at != known_.end() && --at->second.answers_left == 0) known_.erase(at);
 }
 
 // An ended request keeps its place until the worker has closed its sequence: only then may its

@@ -62,13 +62,16 @@ class Scheduler {
   // Ends every request with UNAVAILABLE. No sink is called any more once it returns.
   void Stop();
 
-  // Queues a request. ALREADY_EXISTS: its id is in use; RESOURCE_EXHAUSTED: the queue is full;
-  // UNAVAILABLE: draining, or no worker has been found yet; FAILED_PRECONDITION: its placement
-  // cannot be served. Whatever is found later goes to the sink. Each answer has a decoder of its
-  // own; it may be null.
+  // Takes the id and, for each answer, a place in the queue, for a request whose prompt is to be tokenized first:
+  // a Submit() that works or GiveUp() follows. ALREADY_EXISTS: the id is in use; RESOURCE_EXHAUSTED: the queue is full;
+  // UNAVAILABLE: draining, or no worker has been found yet.
+  absl::Status Reserve(const std::string& request_id, int32_t answers);
+  void GiveUp(const std::string& request_id);
+  // Queues a request that has its places. FAILED_PRECONDITION: its placement cannot be served; UNAVAILABLE: stopping.
+  // Whatever is found later goes to the sink. Each answer has a decoder of its own; it may be null.
   absl::Status Submit(const Request& request, std::shared_ptr<RequestSink> sink,
                       const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder);
-  // Its client has gone.
+  // Its client has gone. Like an abortion it waits for Submit() where that is still to come.
   void Cancel(const std::string& request_id);
   // Ends with FINISH_REASON_CANCELLED. An unknown id is one that has ended already.
   void Abort(const std::string& request_id);
@@ -106,6 +109,16 @@ class Scheduler {
     std::shared_ptr<RequestSink> sink;
     std::unique_ptr<TokenDecoder> decoder;
   };
+  struct Ending {
+    absl::Status status;
+    v1::FinishReason reason;
+  };
+  // A request that is reserved, waits or runs.
+  struct Known {
+    int64_t answers_left = 0;
+    bool reserved = true;          // not yet on the scheduler's thread
+    std::optional<Ending> ending;  // what was asked for until then
+  };
   // Sequences whose extents are to be freed; until the store has done so they count as taken.
   struct Leaving {
     std::vector<uint64_t> sequence_ids;
@@ -128,6 +141,11 @@ class Scheduler {
   void Disconnect(const absl::Status& why);
   void ReconcileWithStore(const std::vector<v1::StoredSequence>& stored);
   void MaintainReattachment();
+  // The store is told that the sequence ends there; nothing more is asked of it for the sequence before it has
+  // acknowledged that.
+  void TruncateAtStore(uint64_t sequence_id, int64_t tokens);
+  void MaintainTruncations();
+  void OnTruncated(uint64_t sequence_id, int64_t tokens, const absl::Status& status);
   void MaintainLeases();
   std::vector<int64_t> LeasesNeeded(const RunningRequest& request) const;
   // Whether it will need extents that it does not have to compute all that is known of it, and go on.
@@ -177,8 +195,10 @@ class Scheduler {
   void Tick();
   void ExpireRequests(absl::Time now);
   void UpdateMayRun(absl::Time now);
+  void EnqueueAnswers(std::vector<Waiting> answers);
   void Enqueue(Waiting waiting);
-  // Every answer of the request.
+  // Of the request: ends every answer, now or when it is there.
+  void EndLater(const std::string& request_id, const absl::Status& status, v1::FinishReason reason);
   void EndRequest(const std::string& request_id, const absl::Status& status,
                   v1::FinishReason reason);
   void Refuse(Waiting& waiting, const absl::Status& status,
@@ -189,14 +209,15 @@ class Scheduler {
   RunningRequest* FindRunning(uint64_t sequence_id);
   // One of its answers has ended.
   void ForgetId(const std::string& request_id);
+  // Whether no request is reserved, waits or runs. An ended one whose worker is away only waits to be let go.
+  bool Drained() const;
 
   const SchedulerOptions options_;
   const std::function<void(bool)> on_serving_;
 
   mutable Mutex mutex_;
-  // Requests that wait or run, and how many of their answers do.
-  std::map<std::string, int64_t> answers_left_ ABSL_GUARDED_BY(mutex_);
-  int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::map<std::string, Known> known_ ABSL_GUARDED_BY(mutex_);  // by request id
+  int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;  // answers; reserved ones too
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<const PeerFacts> facts_ ABSL_GUARDED_BY(mutex_);
 
@@ -221,6 +242,9 @@ class Scheduler {
   absl::Time disconnected_since_;
   absl::Time store_away_since_ = absl::InfiniteFuture();
   absl::Time reattach_since_;
+  std::map<uint64_t, int64_t> truncations_;  // sequence id -> tokens that the store is to keep
+  bool truncation_in_flight_ = false;
+  absl::Time truncation_retry_;
   bool commit_in_flight_ = false;
   absl::Time commit_retry_;
   std::set<std::string> uncommitted_sessions_;

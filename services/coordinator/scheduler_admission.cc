@@ -138,7 +138,7 @@ absl::StatusOr<Sequence> Scheduler::TakeSequence(const Request& request, absl::T
     if (sequence.sealed_tokens > *cached_tokens ||
         (!sequence.runs.empty() && sequence.runs.back().first_pos() >= *cached_tokens)) {
       Truncate(sequence, *cached_tokens);
-      peers_->Truncate(sequence.id, *cached_tokens);
+      TruncateAtStore(sequence.id, *cached_tokens);
     }
   }
   if (sequence.id == 0) sequence.id = next_sequence_id_++;

@@ -67,13 +67,14 @@ void Scheduler::OnConnected(PeersFound found) {
   in_place_exact_ = worker.device() == "cpu";
   worker_abandons_ = worker.schema_revision() >= kRevisionThatAbandons;
   pipeline_.Reset();
+  truncations_.clear();  // sequences are now as the store has them
   ReconcileWithStore(found.stored);
   for (auto& request : running_) {
     request->Restart();
     if (!CanGoOnFrom(request->sequence(), capacity_.extents.windows,
                      request->progress().next_pos)) {
       // The store came back with less than was given back behind windows allows for.
-      peers_->Truncate(request->sequence().id, 0);
+      TruncateAtStore(request->sequence().id, 0);
       Reconcile(request->sequence(), nullptr);
       request->Restart();
     }
@@ -229,12 +230,47 @@ bool Scheduler::LacksExtents(const RunningRequest& request) const {
                          request.reserved_tokens) > 0;
 }
 
+void Scheduler::TruncateAtStore(uint64_t sequence_id, int64_t tokens) {
+  const auto [at, is_new] = truncations_.try_emplace(sequence_id, tokens);
+  if (!is_new) at->second = std::min(at->second, tokens);
+}
+
+void Scheduler::MaintainTruncations() {
+  if (!connected_ || !store_answers_ || truncation_in_flight_ || truncations_.empty() ||
+      absl::Now() < truncation_retry_) {
+    return;
+  }
+  truncation_in_flight_ = true;
+  const auto [id, tokens] = *truncations_.begin();
+  peers_->Truncate(id, tokens, [=, this, connection = connections_](const absl::Status& status) {
+    truncation_in_flight_ = false;
+    if (connection == connections_) OnTruncated(id, tokens, status);
+  });
+}
+
+void Scheduler::OnTruncated(uint64_t sequence_id, int64_t tokens, const absl::Status& status) {
+  if (MayPassAway(status)) {
+    truncation_retry_ = absl::Now() + kRetryInterval;
+    return;
+  }
+  const auto at = truncations_.find(sequence_id);
+  if (at != truncations_.end() && at->second == tokens) truncations_.erase(at);
+  if (status.ok() || absl::IsNotFound(status)) return;
+  LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.message()));
+  RunningRequest* const request = FindRunning(sequence_id);
+  if (request == nullptr) return;
+  request->End(StoreRefusedError(status), v1::FINISH_REASON_UNSPECIFIED);
+  if (Session* const session = sessions_.Find(request->request().session_id)) session->drop = true;
+}
+
 void Scheduler::MaintainLeases() {
   if (!connected_ || !store_answers_) return;
   for (auto& request : running_) {
-    if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry)
-      continue;
     const Sequence& sequence = request->sequence();
+    if (request->ended() || request->lease_in_flight || absl::Now() < request->lease_retry ||
+        truncations_.contains(sequence.id)) {
+      continue;
+    }
     std::vector<int64_t> capacities = LeasesNeeded(*request);
     if (capacities.empty()) {
       request->leased = true;
@@ -266,7 +302,7 @@ void Scheduler::OnLeased(uint64_t sequence_id, uint64_t connection, const absl::
   request->lease_retry = absl::Now() + kRetryInterval;
   if (MayPassAway(status) || connection != connections_ || reattach_) return;
   if (absl::IsResourceExhausted(status) || ++request->lease_failures >= kMaxLeaseFailures) {
-    request->End(HostMemoryError(status), v1::FINISH_REASON_UNSPECIFIED);
+    request->End(LeaseFailedError(status), v1::FINISH_REASON_UNSPECIFIED);
   }
 }
 
@@ -278,7 +314,7 @@ void Scheduler::MaintainCommits() {
   std::vector<v1::SealedSequence> sealed;
   // Vacated here before the store has done it: whoever looks for a prefix meanwhile must not count on it.
   const auto add = [&](Sequence& sequence) {
-    if (sequence.sealed_tokens <= sequence.committed_tokens) return;
+    if (sequence.sealed_tokens <= sequence.committed_tokens || truncations_.contains(sequence.id)) return;
     sealed.push_back(
         TakeSealed(sequence, capacity_.extents.geometry, capacity_.extents.windows));
   };
@@ -286,7 +322,9 @@ void Scheduler::MaintainCommits() {
   std::set<std::string> sessions = std::exchange(uncommitted_sessions_, {});
   for (const std::string& id : sessions) {
     Session* const session = sessions_.Find(id);
-    if (session != nullptr && !session->busy) add(session->sequence);
+    if (session == nullptr || session->busy) continue;
+    if (truncations_.contains(session->sequence.id)) uncommitted_sessions_.insert(id);
+    add(session->sequence);
   }
   if (sealed.empty()) return;
   commit_in_flight_ = true;

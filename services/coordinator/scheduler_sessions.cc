@@ -93,6 +93,7 @@ bool Scheduler::DeleteSession(const std::string& id, std::function<void(absl::St
 
 void Scheduler::ReleaseLater(const Sequence& sequence) {
   if (sequence.id == 0) return;
+  truncations_.erase(sequence.id);
   to_release_.sequence_ids.push_back(sequence.id);
   to_release_.host_bytes += HostBytes(sequence, capacity_.extents.geometry);
   to_release_.runs += static_cast<int64_t>(sequence.runs.size());

@@ -81,11 +81,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   limits.max_context_tokens = kContext;
   limits.max_chunk_tokens = 128;
   const auto request = headroom::coordinator::ValidateRequest(proto, *model, limits);
-  if (request.ok()) {
+  const absl::Status status =
+      request.ok() ? TakePrompt(proto, *model, limits, **request) : request.status();
+  if (status.ok()) {
     CheckAccepted(**request);
     return 0;
   }
-  const absl::Status& status = request.status();
   Require(absl::IsInvalidArgument(status) || absl::IsNotFound(status), status.ToString());
   Require(!absl::IsInvalidArgument(status) || !headroom::FieldViolationsOf(status).empty(),
           "the field is named");

@@ -5,6 +5,7 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
@@ -225,6 +226,46 @@ TEST_F(CoordinatorServerTest, TextGoesInAndComesOut) {
   ASSERT_TRUE(api_->Tokenize(Context().get(), tokenize, &ids).ok());
   EXPECT_TRUE(std::equal(ids.token_ids().begin(), ids.token_ids().end(),
                          response.prompt_token_ids().begin(), response.prompt_token_ids().end()));
+}
+
+// More of them than there are threads for calls; each takes as long as a few hundred calls of the other kind.
+TEST_F(CoordinatorServerTest, LongTextsHoldUpNobodyElse) {
+  StartServer();  // without peers nothing limits a text but the message
+  struct Call {
+    grpc::ClientContext context;
+    v1::TokenizeRequest request;
+    v1::TokenizeResponse response;
+  };
+  constexpr int kCalls = 12;
+  std::vector<Call> calls(kCalls);
+  std::atomic<int> done{0};
+  for (Call& call : calls) {
+    call.request.set_text(std::string(1 << 19, 'a'));
+    api_->async()->Tokenize(&call.context, &call.request, &call.response, [&](const grpc::Status& status) {
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      ++done;
+    });
+  }
+  ASSERT_TRUE(Eventually([&] { return done.load() > 0; }));
+  v1::GetServerInfoResponse info;
+  EXPECT_TRUE(api_->GetServerInfo(Context().get(), v1::GetServerInfoRequest(), &info).ok());
+  v1::TokenizeRequest shorter;
+  shorter.set_text("a");
+  v1::TokenizeResponse ids;
+  EXPECT_TRUE(api_->Tokenize(Context().get(), shorter, &ids).ok());
+  EXPECT_LT(done.load(), kCalls / 2);
+  EXPECT_TRUE(Eventually([&] { return done.load() == kCalls; }));
+}
+
+TEST_F(CoordinatorServerTest, TokenizeRefusesWhatNoContextHolds) {
+  machine_->max_position_tokens = 100;
+  Start();
+  v1::TokenizeRequest request;
+  request.set_text(std::string(100'000, 'a'));
+  v1::TokenizeResponse ids;
+  const absl::Status status = FromGrpcStatus(api_->Tokenize(Context().get(), request, &ids));
+  ASSERT_EQ(FieldViolationsOf(status).size(), 1u) << status;
+  EXPECT_EQ(FieldViolationsOf(status)[0].field, "text");
 }
 
 TEST_F(CoordinatorServerTest, ChatGoesThroughTheTemplate) {

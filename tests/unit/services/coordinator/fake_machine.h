@@ -50,6 +50,7 @@ class FakeMachine {
   LayerWindows windows;  // tokens are drawn from the keys of a layer without one
   int64_t host_tokens = 1 << 16;
   int64_t pool_tokens = 1 << 14;  // of device memory
+  int64_t max_position_tokens = 1 << 16;
   int32_t max_chunk_tokens = 128;
   int32_t max_decode_rows = 8;
   int32_t max_sequences = 8;
@@ -78,6 +79,7 @@ class FakeMachine {
   uint64_t incarnation = 1;
   bool store_away = false;
   bool worker_away = false;
+  int lost_truncations = 0;  // so many calls more end with DEADLINE_EXCEEDED and nothing done
   absl::Duration step_time = absl::ZeroDuration();
   int64_t steps_that_wait = 0;  // so many steps, the first ones, are answered once the next has come
   std::map<uint32_t, std::vector<int32_t>> extents;  // a token for each position, or -1

@@ -86,6 +86,10 @@ class FakeStoreClient : public StoreClient {
   absl::Status TruncateSequence(uint64_t id, int64_t tokens) override {
     MutexLock lock(&machine_->mutex);
     if (absl::Status status = Ready(); !status.ok()) return status;
+    if (machine_->lost_truncations > 0) {
+      --machine_->lost_truncations;
+      return absl::DeadlineExceededError("the store does not answer");
+    }
     const auto at = machine_->stored.find(id);
     if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
     auto& runs = at->second.runs;

@@ -398,7 +398,7 @@ class FakeWorkerClient : public WorkerClient {
     info.mutable_geometry()->set_num_kv_heads(machine_->geometry.num_kv_heads);
     info.mutable_geometry()->set_head_dim(machine_->geometry.head_dim);
     info.set_vocab_size(kFakeVocab);
-    info.set_max_position_tokens(1 << 16);
+    info.set_max_position_tokens(machine_->max_position_tokens);
     info.set_max_chunk_tokens(machine_->max_chunk_tokens);
     info.set_max_decode_rows(machine_->max_decode_rows);
     info.set_max_sequences(machine_->max_sequences);

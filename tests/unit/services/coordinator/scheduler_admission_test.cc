@@ -105,7 +105,7 @@ TEST_F(SchedulerAdmissionTest, EachOfSeveralAnswersIsASequence) {
   request->n = 4;
   request->session_id = "kept";
   const auto answers = std::make_shared<Answers>(4);
-  ASSERT_TRUE(scheduler_->Submit(*request, answers, [] { return nullptr; }).ok());
+  ASSERT_TRUE(SubmitTo(answers, *request).ok());
   ASSERT_TRUE(Eventually([&] { return answers->ended() == 4; }));
   auto alone = Submit(Prompt(100), 20);
   ASSERT_TRUE(alone->WaitForEnd());
@@ -131,7 +131,7 @@ TEST_F(SchedulerAdmissionTest, CancelEndsAnswersThatRunAndThatWait) {
   auto request = MakeRequest(Prompt(10), 1000);
   request->n = 4;
   const auto answers = std::make_shared<Answers>(4);
-  ASSERT_TRUE(scheduler_->Submit(*request, answers, [] { return nullptr; }).ok());
+  ASSERT_TRUE(SubmitTo(answers, *request).ok());
   ASSERT_TRUE(Eventually([&] { return !answers->tokens()[1].empty(); }));
   auto twin = MakeRequest(Prompt(10), 1);
   twin->id = request->id;
@@ -155,7 +155,7 @@ TEST_F(SchedulerAdmissionTest, EachAnswerTakesAPlaceInTheQueue) {
   const auto submit = [&](int n) {
     auto request = MakeRequest(Prompt(10), 1);
     request->n = n;
-    return scheduler_->Submit(*request, std::make_shared<Answers>(n), [] { return nullptr; });
+    return SubmitTo(std::make_shared<Answers>(n), *request);
   };
   EXPECT_TRUE(submit(2).ok());
   EXPECT_EQ(ReasonOf(submit(2)), "QUEUE_FULL");

@@ -135,10 +135,20 @@ class SchedulerFixture : public testing::Test {
     request->arrival = absl::Now();
     return request;
   }
+  absl::Status SubmitTo(std::shared_ptr<RequestSink> sink, const Request& request,
+                        const std::function<std::unique_ptr<TokenDecoder>()>& make_decoder = [] {
+                          return nullptr;
+                        }) {
+    absl::Status status = scheduler_->Reserve(request.id, request.n);
+    if (!status.ok()) return status;
+    status = scheduler_->Submit(request, std::move(sink), make_decoder);
+    if (!status.ok()) scheduler_->GiveUp(request.id);
+    return status;
+  }
   std::shared_ptr<Outcome> Submit(std::unique_ptr<Request> request,
                                   std::shared_ptr<Outcome> outcome = std::make_shared<Outcome>()) {
-    const absl::Status status = scheduler_->Submit(
-        *request, outcome, [] { return std::make_unique<NumberDecoder>(); });
+    const absl::Status status =
+        SubmitTo(outcome, *request, [] { return std::make_unique<NumberDecoder>(); });
     if (!status.ok()) outcome->OnFinished(status, v1::Finished());
     return outcome;
   }

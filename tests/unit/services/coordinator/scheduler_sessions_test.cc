@@ -50,6 +50,24 @@ TEST_F(SchedulerSessionsTest, ASessionThatDivergesForgetsWhatFollows) {
   EXPECT_EQ(back->tokens(), FakeAnswer(Prompt(1000), 20));
 }
 
+// The store has still what follows, also of another length: extents that would not fit what it has.
+TEST_F(SchedulerSessionsTest, ATruncationThatIsLostIsToldAgain) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(1000), 20)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->lost_truncations = 2;
+  }
+  std::vector<int32_t> other = Prompt(5000);
+  other[100] = (other[100] + 1) % kFakeVocab;
+  auto diverged = SubmitInSession("s", other, 20);
+  ASSERT_TRUE(diverged->WaitForEnd());
+  EXPECT_TRUE(diverged->status().ok()) << diverged->status();
+  EXPECT_EQ(diverged->tokens(), FakeAnswer(other, 20));
+  EXPECT_EQ(Under(&FakeMachine::lost_truncations), 0);
+}
+
 TEST_F(SchedulerSessionsTest, TheSamePromptAgainComputesOnlyItsLastBlock) {
   Start();
   ASSERT_TRUE(SubmitInSession("s", Prompt(640), 5)->WaitForEnd());

@@ -243,7 +243,7 @@ TEST_F(SchedulerTest, ASlowClientPausesOnlyItsOwnRequest) {
   auto request = MakeRequest(Prompt(100), 3000);
   auto slow = std::make_shared<Outcome>();
   slow->takes = false;
-  ASSERT_TRUE(scheduler_->Submit(*request, slow, [] { return nullptr; }).ok());
+  ASSERT_TRUE(SubmitTo(slow, *request).ok());
   auto other = Submit(Prompt(100, 2), 100);
   ASSERT_TRUE(other->WaitForEnd());
   EXPECT_EQ(slow->tokens().size(), 0u);
@@ -260,10 +260,68 @@ TEST_F(SchedulerTest, AClientThatNeverTakesIsDropped) {
   auto outcome = std::make_shared<Outcome>();
   outcome->takes = false;
   const auto request = MakeRequest(Prompt(100), 3000);
-  ASSERT_TRUE(scheduler_->Submit(*request, outcome, [] { return nullptr; }).ok());
+  ASSERT_TRUE(SubmitTo(outcome, *request).ok());
   ASSERT_TRUE(outcome->WaitForEnd());
   EXPECT_EQ(ReasonOf(outcome->status()), "SLOW_CLIENT");
   EXPECT_TRUE(NothingStored());
+}
+
+// Its prompt is being tokenized.
+TEST_F(SchedulerTest, AReservedRequestCanBeAbortedAndCancelled) {
+  Start();
+  for (const bool abort : {true, false}) {
+    const auto request = MakeRequest(Prompt(10), 1000);
+    const auto outcome = std::make_shared<Outcome>();
+    ASSERT_TRUE(scheduler_->Reserve(request->id, 1).ok());
+    abort ? scheduler_->Abort(request->id) : scheduler_->Cancel(request->id);
+    ASSERT_TRUE(scheduler_->Submit(*request, outcome, [] { return nullptr; }).ok());
+    ASSERT_TRUE(outcome->WaitForEnd());
+    EXPECT_EQ(outcome->status().code(), abort ? absl::StatusCode::kOk : absl::StatusCode::kCancelled);
+    EXPECT_EQ(outcome->finished().reason() == v1::FINISH_REASON_CANCELLED, abort);
+    EXPECT_TRUE(scheduler_->Reserve(request->id, 1).ok()) << "the id is free";
+    scheduler_->GiveUp(request->id);
+  }
+}
+
+TEST_F(SchedulerTest, AReservedRequestHasItsPlaceAndHoldsUpADrain) {
+  SchedulerOptions options;
+  options.max_queue = 2;
+  Start(options);
+  ASSERT_TRUE(scheduler_->Reserve("a", 1).ok());
+  EXPECT_EQ(ReasonOf(scheduler_->Reserve("a", 1)), "REQUEST_ID_IN_USE");
+  EXPECT_EQ(ReasonOf(scheduler_->Reserve("b", 2)), "QUEUE_FULL");
+  EXPECT_TRUE(scheduler_->Reserve("b", 1).ok());
+  scheduler_->GiveUp("b");
+  std::atomic<bool> drained{false};
+  scheduler_->Drain([&] { drained.store(true); });
+  EXPECT_EQ(ReasonOf(scheduler_->Reserve("c", 1)), "DRAINING");
+  absl::SleepFor(absl::Milliseconds(200));
+  EXPECT_FALSE(drained.load());
+  auto request = MakeRequest(Prompt(10), 5);
+  request->id = "a";
+  const auto outcome = std::make_shared<Outcome>();
+  ASSERT_TRUE(scheduler_->Submit(*request, outcome, [] { return nullptr; }).ok());
+  EXPECT_TRUE(Eventually([&] { return drained.load(); }));
+  EXPECT_TRUE(outcome->done());
+}
+
+// An ended request is let go when the worker is back; nobody waits for that.
+TEST_F(SchedulerTest, DrainsThoughTheWorkerIsAway) {
+  SchedulerOptions options;
+  options.lost_peer_timeout = absl::Milliseconds(200);
+  machine_->step_time = absl::Milliseconds(5);
+  Start(options);
+  auto outcome = Submit(Prompt(10), 1000);
+  ASSERT_TRUE(outcome->WaitForTokens(1));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->worker_away = true;
+    machine_->break_at_steps.insert(machine_->steps + 3);
+  }
+  std::atomic<bool> drained{false};
+  scheduler_->Drain([&] { drained.store(true); });
+  EXPECT_TRUE(Eventually([&] { return drained.load(); }));
+  EXPECT_EQ(ReasonOf(outcome->status()), "PEER_LOST");
 }
 
 TEST_F(SchedulerTest, DrainingRefusesNewRequestsAndFinishesTheRunning) {
