@@ -1,5 +1,7 @@
 #include "services/coordinator/store_client.h"
 
+#include <cstdint>
+#include <random>
 #include <utility>
 
 #include "common/status.h"
@@ -12,6 +14,12 @@ namespace {
 // Everything but binding is bookkeeping of microseconds; binding may clean a segment.
 constexpr std::chrono::milliseconds kBindDeadline{60'000};
 constexpr int32_t kListPage = 1000;
+
+// Not 0.
+uint64_t DrawCaller() {
+  std::random_device device;
+  return (uint64_t{device()} << 32 | device()) | 1;
+}
 
 class GrpcStoreClient : public StoreClient {
  public:
@@ -29,7 +37,7 @@ class GrpcStoreClient : public StoreClient {
     *request.mutable_geometry() = geometry;
     *request.mutable_fingerprint() = fingerprint;
     request.set_allow_clean(allow_clean);
-    return Call<v1::BindModelResponse>(&Stub::BindModel, request, kBindDeadline).status();
+    return CallInOrder<v1::BindModelResponse>(&Stub::BindModel, request, kBindDeadline).status();
   }
 
   absl::StatusOr<v1::ExtentRun> AllocateRun(uint64_t sequence_id, int64_t first_pos,
@@ -39,27 +47,27 @@ class GrpcStoreClient : public StoreClient {
     request.set_first_pos(first_pos);
     request.set_capacity_tokens(capacity_tokens);
     HEADROOM_ASSIGN_OR_RETURN(v1::AllocateRunResponse response,
-                              Call<v1::AllocateRunResponse>(&Stub::AllocateRun, request));
+                              CallInOrder<v1::AllocateRunResponse>(&Stub::AllocateRun, request));
     return std::move(*response.mutable_run());
   }
 
   absl::Status CommitSealed(const std::vector<v1::SealedSequence>& sequences) override {
     v1::CommitSealedRequest request;
     request.mutable_sequences()->Add(sequences.begin(), sequences.end());
-    return Call<v1::CommitSealedResponse>(&Stub::CommitSealed, request).status();
+    return CallInOrder<v1::CommitSealedResponse>(&Stub::CommitSealed, request).status();
   }
 
   absl::Status TruncateSequence(uint64_t sequence_id, int64_t tokens) override {
     v1::TruncateSequenceRequest request;
     request.set_sequence_id(sequence_id);
     request.set_tokens(tokens);
-    return Call<v1::TruncateSequenceResponse>(&Stub::TruncateSequence, request).status();
+    return CallInOrder<v1::TruncateSequenceResponse>(&Stub::TruncateSequence, request).status();
   }
 
   absl::Status ReleaseSequences(const std::vector<uint64_t>& sequence_ids) override {
     v1::ReleaseSequencesRequest request;
     request.mutable_sequence_ids()->Add(sequence_ids.begin(), sequence_ids.end());
-    return Call<v1::ReleaseSequencesResponse>(&Stub::ReleaseSequences, request).status();
+    return CallInOrder<v1::ReleaseSequencesResponse>(&Stub::ReleaseSequences, request).status();
   }
 
   absl::StatusOr<std::vector<v1::StoredSequence>> ListSequences() override {
@@ -68,7 +76,7 @@ class GrpcStoreClient : public StoreClient {
     request.set_page_size(kListPage);
     for (bool more = true; more;) {
       HEADROOM_ASSIGN_OR_RETURN(v1::ListSequencesResponse page,
-                                Call<v1::ListSequencesResponse>(&Stub::ListSequences, request));
+                                CallInOrder<v1::ListSequencesResponse>(&Stub::ListSequences, request));
       sequences.insert(sequences.end(), page.sequences().begin(), page.sequences().end());
       more = page.more() && page.sequences_size() > 0;
       if (more) request.set_after_sequence_id(sequences.back().sequence_id());
@@ -101,7 +109,17 @@ class GrpcStoreClient : public StoreClient {
     return response;
   }
 
+  template <typename Response, typename Method, typename Request>
+  absl::StatusOr<Response> CallInOrder(Method method, Request& request,
+                                       std::chrono::milliseconds deadline = kCallDeadline) {
+    request.mutable_order()->set_caller(caller_);
+    request.mutable_order()->set_number(++calls_);
+    return Call<Response>(method, request, deadline);
+  }
+
   const std::unique_ptr<Stub> stub_;
+  const uint64_t caller_ = DrawCaller();
+  uint64_t calls_ = 0;
 };
 
 }  // namespace

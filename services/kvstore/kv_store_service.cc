@@ -37,6 +37,10 @@ absl::Status NoModelError() {
                     "NO_MODEL_BOUND");
 }
 
+absl::Status OvertakenError(absl::string_view how) {
+  return WithReason(absl::AbortedError(how), "CALL_OVERTAKEN");
+}
+
 absl::StatusOr<SegmentBinding> FromProto(const v1::BindModelRequest& request) {
   SegmentBinding binding;
   binding.geometry = {request.geometry().num_layers(), request.geometry().num_kv_heads(),
@@ -66,6 +70,19 @@ void ToProto(const StoredRun& run, v1::ExtentRun* out) {
 }
 
 }  // namespace
+
+template <typename Request, typename Call>
+auto KvStoreService::InOrder(const Request& request, Call&& call) -> decltype(call()) {
+  MutexLock lock(&order_mutex_);
+  if (request.has_order() && caller_ != 0) {
+    if (request.order().caller() != caller_) return OvertakenError("another caller has bound the store");
+    if (request.order().number() <= latest_call_) {
+      return OvertakenError(absl::StrCat("call ", request.order().number(), " comes after ", latest_call_));
+    }
+    latest_call_ = request.order().number();
+  }
+  return call();
+}
 
 grpc::ServerUnaryReactor* KvStoreService::GetStoreInfo(grpc::CallbackServerContext* context,
                                                        const v1::GetStoreInfoRequest*,
@@ -107,7 +124,12 @@ grpc::ServerUnaryReactor* KvStoreService::BindModel(grpc::CallbackServerContext*
                                                     v1::BindModelResponse* response) {
   const absl::StatusOr<SegmentBinding> binding = FromProto(*request);
   if (!binding.ok()) return Answer(context, binding.status());
-  const absl::StatusOr<int64_t> kept = store_->Bind(*binding, request->allow_clean());
+  if (request->has_order()) {
+    MutexLock lock(&order_mutex_);
+    if (std::exchange(caller_, request->order().caller()) != request->order().caller()) latest_call_ = 0;
+  }
+  const absl::StatusOr<int64_t> kept =
+      InOrder(*request, [&] { return store_->Bind(*binding, request->allow_clean()); });
   if (kept.ok()) response->set_kept_sequences(static_cast<uint64_t>(*kept));
   return Answer(context, kept.status());
 }
@@ -115,8 +137,9 @@ grpc::ServerUnaryReactor* KvStoreService::BindModel(grpc::CallbackServerContext*
 grpc::ServerUnaryReactor* KvStoreService::AllocateRun(grpc::CallbackServerContext* context,
                                                       const v1::AllocateRunRequest* request,
                                                       v1::AllocateRunResponse* response) {
-  const absl::StatusOr<StoredRun> run = store_->AllocateRun(
-      request->sequence_id(), request->first_pos(), request->capacity_tokens());
+  const absl::StatusOr<StoredRun> run = InOrder(*request, [&] {
+    return store_->AllocateRun(request->sequence_id(), request->first_pos(), request->capacity_tokens());
+  });
   if (run.ok()) ToProto(*run, response->mutable_run());
   return Answer(context, run.status());
 }
@@ -130,7 +153,7 @@ grpc::ServerUnaryReactor* KvStoreService::CommitSealed(grpc::CallbackServerConte
                       sequence.sealed_tokens(),
                       {sequence.kept_from().begin(), sequence.kept_from().end()}});
   }
-  return Answer(context, store_->CommitSealed(counts));
+  return Answer(context, InOrder(*request, [&] { return store_->CommitSealed(counts); }));
 }
 
 grpc::ServerUnaryReactor* KvStoreService::TruncateSequence(
@@ -139,7 +162,7 @@ grpc::ServerUnaryReactor* KvStoreService::TruncateSequence(
   // An unset count must not read as 'all of it'.
   if (!request->has_tokens()) return Answer(context, BadRequestError({{"tokens", "is not set"}}));
   const absl::StatusOr<int64_t> released =
-      store_->Truncate(request->sequence_id(), request->tokens());
+      InOrder(*request, [&] { return store_->Truncate(request->sequence_id(), request->tokens()); });
   if (released.ok()) response->set_released_extents(static_cast<uint32_t>(*released));
   return Answer(context, released.status());
 }
@@ -147,9 +170,10 @@ grpc::ServerUnaryReactor* KvStoreService::TruncateSequence(
 grpc::ServerUnaryReactor* KvStoreService::ReleaseSequences(
     grpc::CallbackServerContext* context, const v1::ReleaseSequencesRequest* request,
     v1::ReleaseSequencesResponse* response) {
-  const absl::StatusOr<int64_t> released =
-      store_->Release({request->sequence_ids().data(),
-                       static_cast<size_t>(request->sequence_ids_size())});
+  const absl::StatusOr<int64_t> released = InOrder(*request, [&] {
+    return store_->Release({request->sequence_ids().data(),
+                            static_cast<size_t>(request->sequence_ids_size())});
+  });
   if (released.ok()) response->set_released_extents(static_cast<uint32_t>(*released));
   return Answer(context, released.status());
 }
@@ -163,8 +187,8 @@ grpc::ServerUnaryReactor* KvStoreService::ListSequences(grpc::CallbackServerCont
                                                                        ", expected 1 to ",
                                                                        kMaxPage)}}));
   }
-  const absl::StatusOr<KvStore::Page> page =
-      store_->List(request->after_sequence_id(), page_size, kMaxPageExtents);
+  const absl::StatusOr<KvStore::Page> page = InOrder(
+      *request, [&] { return store_->List(request->after_sequence_id(), page_size, kMaxPageExtents); });
   if (!page.ok()) return Answer(context, page.status());
   for (const auto& [id, sequence] : page->sequences) {
     v1::StoredSequence* const out = response->add_sequences();

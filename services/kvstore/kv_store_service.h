@@ -4,9 +4,11 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/mutex.h"
 #include "headroom/v1/kv_store.grpc.pb.h"
 #include "services/kvstore/attend_pool.h"
 #include "services/kvstore/kv_store.h"
@@ -48,11 +50,17 @@ class KvStoreService : public v1::KvStoreService::CallbackService {
                                           v1::AttachMailboxResponse* response) override;
 
  private:
+  // Carries a call out, unless it is behind one that has been.
+  template <typename Request, typename Call>
+  auto InOrder(const Request& request, Call&& call) -> decltype(call());
   absl::Status CheckPlan(const v1::Plan& plan) const;
   absl::Status Attach(const std::string& mailbox_file);
 
   KvStore* const store_;
   AttendPool* const pool_;
+  Mutex order_mutex_;
+  uint64_t caller_ ABSL_GUARDED_BY(order_mutex_) = 0;  // who has bound the store; 0: nobody has
+  uint64_t latest_call_ ABSL_GUARDED_BY(order_mutex_) = 0;
 };
 
 }  // namespace headroom::kvstore

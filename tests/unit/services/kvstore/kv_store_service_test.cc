@@ -56,6 +56,42 @@ TEST_F(KvStoreServiceTest, ARunHasAnExtentOfEachLayerAndIsGivenAgainWhenAskedAga
   EXPECT_EQ(Must(peer_->Info()).used_extents(), 2u);
 }
 
+// Their caller gave them up, and has gone on.
+TEST_F(KvStoreServiceTest, CallsThatComeLateAreNotCarriedOut) {
+  const auto as = [&](uint64_t caller, uint64_t number) -> KvStorePeer& {
+    peer_->order.emplace();
+    peer_->order->set_caller(caller);
+    peer_->order->set_number(number);
+    return *peer_;
+  };
+  as(7, 1);
+  BindSmall();
+  Must(as(7, 2).Allocate(1, 0, 128));
+  Must(as(7, 4).Allocate(1, 128, 128));
+  const auto overtaken = [](const absl::Status& status) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kAborted) << status;
+    EXPECT_EQ(ReasonOf(status), "CALL_OVERTAKEN");
+  };
+  for (const uint64_t late : {1, 3, 4}) {
+    overtaken(as(7, late).Bind(kSmallGeometry, kModelA).status());
+    overtaken(as(7, late).Truncate(1, 64).status());
+    overtaken(as(7, late).Allocate(1, 256, 64).status());
+    overtaken(as(7, late).Commit(1, 64));
+    overtaken(as(7, late).Release({1}).status());
+  }
+  v1::ListSequencesRequest list;
+  *list.mutable_order() = *peer_->order;
+  overtaken(peer_->List(list).status());
+  peer_->order.reset();
+  EXPECT_EQ(Must(peer_->Info()).used_extents(), 4u);
+  EXPECT_EQ(Must(peer_->List()).sequences(0).sealed_tokens(), 0);
+  // Another coordinator, whose calls begin anew.
+  as(9, 1);
+  BindSmall();
+  overtaken(as(7, 5).Truncate(1, 64).status());
+  EXPECT_EQ(Must(as(9, 2).Truncate(1, 64)), 2);
+}
+
 TEST_F(KvStoreServiceTest, RunsThatNoSequenceCanHaveAreRefusedByField) {
   BindSmall();
   EXPECT_EQ(FieldOf(peer_->Allocate(0, 0, 64).status()), "sequence_id");

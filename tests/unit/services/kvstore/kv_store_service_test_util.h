@@ -8,6 +8,7 @@
 #include <chrono>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,9 @@ class KvStorePeer {
       : stub_(v1::KvStoreService::NewStub(
             grpc::CreateChannel(address, grpc::InsecureChannelCredentials()))) {}
 
+  // Of the calls to come that have a place among others.
+  std::optional<v1::CallOrder> order;
+
   absl::StatusOr<v1::GetStoreInfoResponse> Info() {
     return Call<v1::GetStoreInfoResponse>(&v1::KvStoreService::Stub::GetStoreInfo,
                                           v1::GetStoreInfoRequest());
@@ -54,6 +58,7 @@ class KvStorePeer {
     request.mutable_geometry()->set_head_dim(geometry.head_dim);
     request.mutable_fingerprint()->set_value(fingerprint);
     request.set_allow_clean(allow_clean);
+    if (order.has_value()) *request.mutable_order() = *order;
     return Call<v1::BindModelResponse>(&v1::KvStoreService::Stub::BindModel, request);
   }
   absl::StatusOr<v1::ExtentRun> Allocate(uint64_t id, int64_t first_pos, int64_t capacity) {
@@ -61,6 +66,7 @@ class KvStorePeer {
     request.set_sequence_id(id);
     request.set_first_pos(first_pos);
     request.set_capacity_tokens(capacity);
+    if (order.has_value()) *request.mutable_order() = *order;
     auto response =
         Call<v1::AllocateRunResponse>(&v1::KvStoreService::Stub::AllocateRun, request);
     if (!response.ok()) return response.status();
@@ -70,6 +76,7 @@ class KvStorePeer {
     v1::CommitSealedRequest request;
     request.add_sequences()->set_sequence_id(id);
     request.mutable_sequences(0)->set_sealed_tokens(sealed_tokens);
+    if (order.has_value()) *request.mutable_order() = *order;
     return Call<v1::CommitSealedResponse>(&v1::KvStoreService::Stub::CommitSealed, request)
         .status();
   }
@@ -83,11 +90,13 @@ class KvStorePeer {
     v1::TruncateSequenceRequest request;
     request.set_sequence_id(id);
     request.set_tokens(tokens);
+    if (order.has_value()) *request.mutable_order() = *order;
     return Truncate(request);
   }
   absl::StatusOr<int64_t> Release(const std::vector<uint64_t>& ids) {
     v1::ReleaseSequencesRequest request;
     request.mutable_sequence_ids()->Add(ids.begin(), ids.end());
+    if (order.has_value()) *request.mutable_order() = *order;
     auto response =
         Call<v1::ReleaseSequencesResponse>(&v1::KvStoreService::Stub::ReleaseSequences, request);
     if (!response.ok()) return response.status();
