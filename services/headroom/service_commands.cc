@@ -84,7 +84,7 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("coordinator", args, flags)) return *code;
   if (options.server.model_dir.empty()) return MissingFlag("coordinator", "model");
-  if (check_config) return ReportCheck("coordinator", CheckConfig(options));
+  if (check_config) return ReportCheck("coordinator", CheckConfig(options, log));
   KeepNoFreedMemory();
   // Of each text that is not UTF-8 protobuf says so on stderr; who sent it is told in the answer.
   google::protobuf::SetLogHandler(nullptr);
@@ -120,7 +120,7 @@ int WorkerCommand(const std::vector<std::string>& args) {
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("worker", args, flags)) return *code;
   if (options.model_dir.empty()) return MissingFlag("worker", "model");
-  if (check_config) return ReportCheck("worker", CheckConfig(options));
+  if (check_config) return ReportCheck("worker", CheckConfig(options, log));
   return RunServer<WorkerServer>(
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<WorkerServer>> {
@@ -153,7 +153,7 @@ int KvStoreCommand(const std::vector<std::string>& args) {
   AddLogFlags(flags, &log);
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("kvstore", args, flags)) return *code;
-  if (check_config) return ReportCheck("kvstore", CheckConfig(options));
+  if (check_config) return ReportCheck("kvstore", CheckConfig(options, log));
   return RunServer<kvstore::KvStoreServer>(
       log,
       [&]() -> absl::StatusOr<std::unique_ptr<kvstore::KvStoreServer>> {

@@ -34,6 +34,8 @@ class Worker {
   // Takes a step that has run, on a thread of the executor; must not block.
   using StepSink = std::function<void(std::unique_ptr<Step>)>;
 
+  // What Create() would refuse, as far as can be known without a device's memory and the weights' bytes.
+  static absl::Status Check(const WorkerOptions& options);
   // Makes the device and loads the weights, with progress in the log. Errors as StartWorker().
   static absl::StatusOr<std::unique_ptr<Worker>> Create(const WorkerOptions& options);
   ~Worker();

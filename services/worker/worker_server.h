@@ -63,9 +63,9 @@ class WorkerServer {
 // be listened on or a device that is not there.
 absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& options);
 
-// What can be found wrong without a device and without reading weights: options, config.json, the
-// headers of the weights, TLS files, and whether --gpu-memory is enough where it is known. Errors
-// as above.
+// What can be found wrong without making a device and without reading weights: options, TLS files,
+// whether there is a driver for --device, config.json, the headers of the weights, and whether
+// --gpu-memory is enough where it is known. Errors as above.
 absl::Status CheckWorker(const WorkerOptions& options);
 
 }  // namespace headroom

@@ -261,7 +261,7 @@ TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
   ExpectRefused(check("worker", {"--config", config, "--gpu-memory", "6MiB", "--device", "cpu"}),
                 {"--gpu-memory", "at least"});
   ExpectRefused(check("kvstore", {"--host-memory", "64XiB"}), {"--host-memory", "64XiB"});
-  ExpectRefused(check("kvstore", {"--host-memory", "900TiB"}), {"--host-memory", "left"});
+  ExpectRefused(check("kvstore", {"--host-memory", "60TiB"}), {"--host-memory", "left"});
   ExpectRefused(check("serve", {"--config", config, "--tls-cert", missing, "--tls-key", missing}),
                 {"--tls-cert", missing});
   for (const char* command : {"coordinator", "worker"}) {
@@ -275,6 +275,63 @@ TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
   std::filesystem::remove(model_ + "/model.safetensors");
   right("coordinator", {"--model", model_});
   ExpectRefused(check("worker", {"--model", model_}), {"model.safetensors"});
+}
+
+// What can be known is refused by both, in the same words.
+TEST_F(Startup, CheckingRefusesWhatStartingWouldInItsWords) {
+  const TestDir segments("/dev/shm");
+  const std::string missing = dir_.File("nowhere/file");
+  std::vector<std::string> args;
+  const auto refused = [&](const std::vector<std::string>& more,
+                           const std::vector<std::string>& words) {
+    std::vector<std::string> all = args;
+    all.insert(all.end(), more.begin(), more.end());
+    const CommandResult started = RunCommand(all, Patience(kSoon));
+    all.push_back("--check-config");
+    const CommandResult checked = RunCommand(all, Patience(kSoon));
+    ExpectRefused(checked, words);
+    const std::string prefix = absl::StrCat("headroom ", all[1], ": ");
+    ASSERT_TRUE(absl::StartsWith(checked.err, prefix)) << checked.err;
+    EXPECT_GT(started.exit_code, 0);
+    EXPECT_TRUE(absl::StrContains(started.err, checked.err.substr(prefix.size())))
+        << started.err << checked.err;
+  };
+  const std::vector<std::string> listen = {"--listen", absl::StrCat("unix:", missing)};
+  const std::vector<std::string> trace = {"--trace", missing};
+
+  args = {HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
+          segments.File("segment")};
+  refused({"--host-memory", "1"}, {"--host-memory", "1 bytes", "1.0 MiB"});
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+
+  args = {HeadroomBinary(), "coordinator", "--listen", Address("a"), "--model", model_};
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+  refused({"--admin", absl::StrCat("unix:", missing)}, {"--admin", missing});
+
+  args = {HeadroomBinary(), "worker", "--listen", Address("w"), "--model", model_};
+  if (!std::filesystem::exists("/dev/nvidiactl")) refused({"--device", "cuda"}, {"--device cuda"});
+  args.insert(args.end(), {"--device", "cpu", "--gpu-memory", "48MiB"});
+  refused({"--in-place-deadline", "0s"}, {"--in-place-deadline 0"});
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+
+  args[1] = "serve";
+  args[3] = Address("a");
+  refused({"--host-memory", "1"}, {"--host-memory", "1 bytes", "1.0 MiB"});
+  args.insert(args.end(), {"--host-memory", "64MiB"});
+  refused(listen, {"--listen", missing});
+  refused({"--admin", absl::StrCat("unix:", missing)}, {"--admin", missing});
+  refused(trace, {"--trace", missing});
+  refused({"--in-place-deadline", "0s"}, {"--in-place-deadline 0"});
+
+  std::ifstream file(model_ + "/config.json");
+  const std::string config(std::istreambuf_iterator<char>(file), {});
+  std::ofstream(model_ + "/config.json")
+      << std::regex_replace(config, std::regex("\"num_hidden_layers\": 4"),
+                            "\"num_hidden_layers\": 5");
+  refused({}, {"model.safetensors", "model.layers.4."});
 }
 
 // Refusals of a segment: nobody waits for a store that cannot be.
