@@ -1,6 +1,8 @@
 // What a process says, and how it ends, when what it is given is wrong: exit code 2 and a line that
 // names the file, the tensor or the flag.
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -12,6 +14,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "common/fd.h"
 #include "tests/common/tmpfs_mount.h"
 #include "tests/system/test_env.h"
 
@@ -389,6 +392,36 @@ TEST_F(Startup, AnAddressInUseIsAFailure) {
                  Patience(kSoon));
   EXPECT_EQ(second.exit_code, 1) << second.err;
   EXPECT_EQ(cluster.client().Health(), "SERVING");
+}
+
+TEST_F(Startup, APortInUseIsOneLineWithTheReason) {
+  const TestDir segments("/dev/shm");
+  const Fd taken(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in name = {};
+  name.sin_family = AF_INET;
+  name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(name);
+  auto* const address = reinterpret_cast<sockaddr*>(&name);
+  ASSERT_EQ(bind(taken.get(), address, size), 0);
+  ASSERT_EQ(listen(taken.get(), 1), 0);
+  ASSERT_EQ(getsockname(taken.get(), address, &size), 0);
+  const std::string in_use = absl::StrCat("127.0.0.1:", ntohs(name.sin_port));
+  const std::vector<std::string> commands[] = {
+      {"coordinator", "--listen", in_use, "--model", model_},
+      {"coordinator", "--listen", Address("a"), "--admin", in_use, "--model", model_},
+      {"worker", "--listen", in_use, "--model", model_, "--device", "cpu"},
+      {"kvstore", "--listen", in_use, "--segment-dir", segments.File("segment"), "--host-memory",
+       "64MiB"}};
+  for (std::vector<std::string> args : commands) {
+    args.insert(args.begin(), HeadroomBinary());
+    args.insert(args.end(), {"--log-level", "error"});
+    const CommandResult result = RunCommand(args, Patience(kSoon));
+    EXPECT_EQ(result.exit_code, 1) << result.err;
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+    EXPECT_TRUE(absl::StrContains(
+        result.err, absl::StrCat("cannot listen on ", in_use, ": Address already in use\n")))
+        << result.err;
+  }
 }
 
 }  // namespace
