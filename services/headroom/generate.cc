@@ -98,7 +98,12 @@ absl::Status GenerateFromModel(const v1::GenerateRequest& request,
                                const GenerateCommandOptions& options, CallCanceller* canceller) {
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<PrivateServe> serve,
                             PrivateServe::Start(PrivateServeArguments(options), canceller));
-  return GenerateAndPrint({serve->address()}, request, options, canceller);
+  const absl::Status status = GenerateAndPrint({serve->address()}, request, options, canceller);
+  const absl::Status stopped = serve->Stop();
+  if (status.ok()) return stopped;
+  // A connection that breaks does not say why.
+  if (stopped.ok() || !absl::IsUnavailable(status)) return status;
+  return absl::Status(stopped.code(), absl::StrCat(status.message(), "; ", stopped.message()));
 }
 
 }  // namespace
