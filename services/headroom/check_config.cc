@@ -18,16 +18,27 @@ absl::Status CheckAddress(const std::string& flag, const std::string& address) {
   return absl::IsUnavailable(status) ? absl::OkStatus() : status;
 }
 
+ServeOptions WholeOptions(ServeOptions options) {
+  CompleteOptions(options, RuntimeDir());
+  if (options.store.segment_dir.empty()) options.store.segment_dir = kSharedMemory;
+  return options;
+}
+
 absl::Status CheckLog(const LogOptions& log) {
   return log.trace_path.empty() ? absl::OkStatus() : CheckTrace(log.trace_path);
 }
 
 }  // namespace
 
+absl::Status CheckFlags(const ServeOptions& options) {
+  const ServeOptions whole = WholeOptions(options);
+  HEADROOM_RETURN_IF_ERROR(coordinator::CheckCoordinatorFlags(whole.coordinator.server));
+  HEADROOM_RETURN_IF_ERROR(CheckWorkerFlags(whole.worker));
+  return CheckConfig(whole.store, whole.log);
+}
+
 absl::Status CheckConfig(const ServeOptions& options) {
-  ServeOptions whole = options;
-  CompleteOptions(whole, RuntimeDir());
-  if (whole.store.segment_dir.empty()) whole.store.segment_dir = kSharedMemory;
+  const ServeOptions whole = WholeOptions(options);
   HEADROOM_RETURN_IF_ERROR(CheckConfig(whole.coordinator, whole.log));
   HEADROOM_RETURN_IF_ERROR(CheckConfig(whole.worker, whole.log));
   return CheckConfig(whole.store, whole.log);

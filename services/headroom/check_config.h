@@ -8,6 +8,10 @@
 
 namespace headroom::cli {
 
+// What a flag's value is to blame for, as far as that is known without the model's tokenizer and weights
+// and without a driver, which take their time.
+absl::Status CheckFlags(const ServeOptions& options);
+
 // The first thing that is wrong with options or with files that they name, in the words in which
 // starting refuses it. Nothing is made, nothing listened on; an address that is in use, a GPU that is
 // too old and one whose memory is taken are not found.

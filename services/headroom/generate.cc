@@ -108,7 +108,7 @@ absl::Status GenerateFromModel(const v1::GenerateRequest& request,
 
 }  // namespace
 
-int RunGenerate(const GenerateCommandOptions& options) {
+int RunGenerate(const GenerateCommandOptions& options, const FlagSources& sources) {
   absl::Status status = CheckServer(options);
   absl::StatusOr<v1::GenerateRequest> request = absl::InternalError("not built");
   if (status.ok()) {
@@ -116,7 +116,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
     status = request.status();
   }
   if (!status.ok()) {
-    PrintError(kCommand, status);
+    PrintError(kCommand, sources.Explain(status));
     return kExitUsage;
   }
   absl::StatusOr<ProcessSignals> signals = ProcessSignals::Block({SIGINT, SIGTERM});
@@ -134,7 +134,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
                : GenerateAndPrint(options.server, *request, options, &canceller);
   if (status.ok()) return kExitOk;
   if (canceller.cancelled()) status = absl::CancelledError("a signal has cancelled the call");
-  PrintError(kCommand, status);
+  PrintError(kCommand, sources.Explain(status));
   return ExitCodeOfCall(status);
 }
 

@@ -34,7 +34,7 @@ int PlanCommand(const std::vector<std::string>& args) {
     return MeasureLaneCosts(bench);
   });
   if (!report.ok()) {
-    PrintError("plan", report.status());
+    PrintError("plan", flags.sources().Explain(report.status()));
     return absl::IsResourceExhausted(report.status()) ? kExitFailed : kExitUsage;
   }
   const std::string text =
@@ -88,7 +88,7 @@ int BenchCommand(const std::vector<std::string>& args) {
              "Appends what runs when on the device's streams, for ui.perfetto.dev. Operations are timed "
              "one by one for it, which costs time.");
   if (const auto code = ParseOrExit("bench", args, flags)) return *code;
-  return RunBench(options);
+  return RunBench(options, flags.sources());
 }
 
 }  // namespace headroom::cli

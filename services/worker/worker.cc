@@ -27,7 +27,6 @@ absl::Status CheckOptions(const WorkerOptions& options) {
         absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
   };
   if (options.model_dir.empty()) return absl::InvalidArgumentError("--model is not set");
-  HEADROOM_RETURN_IF_ERROR(CheckDevice(options.device));
   HEADROOM_RETURN_IF_ERROR(
       range("--gpu-memory", options.gpu_memory_bytes, 0, kMaxGpuMemoryBytes));
   HEADROOM_RETURN_IF_ERROR(range("--threads", options.compute_threads, 0, 1024));
@@ -71,17 +70,14 @@ class LoadProgress {
 
 }  // namespace
 
-absl::Status Worker::Check(const WorkerOptions& options) {
+absl::Status Worker::CheckFlags(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
   HEADROOM_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
-  if (options.gpu_memory_bytes != 0) {
-    HEADROOM_RETURN_IF_ERROR(
-        DivideBudget(config, WeightBytes(config, kernels::PackedWeightBytes),
-                     options.gpu_memory_bytes, options.max_chunk_tokens,
-                     ContextTokens(options, config), ProductTypeOf(ChooseDevice(options.device)))
-            .status());
-  }
-  return WeightLoading::Check(options.model_dir, config);
+  if (options.gpu_memory_bytes == 0) return absl::OkStatus();
+  return DivideBudget(config, WeightBytes(config, kernels::PackedWeightBytes),
+                      options.gpu_memory_bytes, options.max_chunk_tokens,
+                      ContextTokens(options, config), ProductTypeOf(ChooseDevice(options.device)))
+      .status();
 }
 
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const WorkerOptions& options) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/device/device_factory.h"
 #include "common/grpc_security.h"
 #include "common/grpc_server.h"
 #include "common/log.h"
@@ -56,10 +57,17 @@ absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& o
   return server;
 }
 
-absl::Status CheckWorker(const WorkerOptions& options) {
+absl::Status CheckWorkerFlags(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckMaxMessageBytes(options.max_message_bytes));
   HEADROOM_RETURN_IF_ERROR(ServerSecurity::LoadPeer(options.peer_tls).status());
-  return Worker::Check(options);
+  return Worker::CheckFlags(options);
+}
+
+absl::Status CheckWorker(const WorkerOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckWorkerFlags(options));
+  HEADROOM_RETURN_IF_ERROR(CheckDevice(options.device));
+  HEADROOM_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
+  return WeightLoading::Check(options.model_dir, config);
 }
 
 }  // namespace headroom

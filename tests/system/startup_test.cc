@@ -337,6 +337,20 @@ TEST_F(Startup, CheckingRefusesWhatStartingWouldInItsWords) {
   refused({}, {"model.safetensors", "model.layers.4."});
 }
 
+TEST_F(Startup, AVariableThatIsWrongIsNamed) {
+  const std::vector<std::string> commands[] = {
+      {"serve", "--model", model_, "--device", "cpu", "--listen", Address("a")},
+      {"kvstore", "--listen", Address("k"), "--segment-dir", dir_.File("segment")},
+      {"kvstore", "--check-config"}};
+  setenv("HEADROOM_HOST_MEMORY", "1", 1);
+  for (std::vector<std::string> args : commands) {
+    args.insert(args.begin(), HeadroomBinary());
+    ExpectRefused(RunCommand(args, Patience(kSoon)),
+                  {"--host-memory is 1 bytes", "HEADROOM_HOST_MEMORY=1 of the environment"});
+  }
+  unsetenv("HEADROOM_HOST_MEMORY");
+}
+
 // Refusals of a segment: nobody waits for a store that cannot be.
 constexpr absl::Duration kRefused = absl::Seconds(2);
 
