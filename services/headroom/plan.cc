@@ -104,8 +104,8 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCos
   const int64_t tokens = options.context_tokens + options.max_tokens;
   if (tokens > report.config.max_position_tokens) {
     report.prediction.does_not_fit.push_back(
-        absl::StrCat("a sequence of ", tokens, " tokens: the model was trained for ",
-                     report.config.max_position_tokens));
+        absl::StrCat("a sequence of ", tokens, " tokens, the model was trained for ",
+                     report.config.max_position_tokens, ": lower --context or --max-tokens"));
   }
   return report;
 }
