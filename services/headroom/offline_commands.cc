@@ -57,7 +57,7 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE] (the tokens of another sequence while "
                  "that context is prefilled), decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE] "
-                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in_place, "
+                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in-place, "
                  "auto, or shares as --placement has them. May be given several times. Default: the "
                  "items of --set.");
   flags.Text("set", "NAME", &options.set,

@@ -170,6 +170,9 @@ TEST(Status, ShowsWhoIsNotConnectedAndWhy) {
   EXPECT_EQ(json.Find("plans_built")->as_int(), 42);
   EXPECT_EQ(json.Find("processes")->as_array().at(0).Find("life")->as_string(), "ffffffffffffffff");
   EXPECT_EQ(json.Find("lanes")->Find("fetched")->Find("bytes")->as_int(), int64_t{3} << 30);
+  AddLane(v1::LANE_IN_PLACE, 2, 4096, 1000, status.add_lanes());
+  EXPECT_THAT(StatusAsText(status), HasSubstr("  in-place     4.0 KiB in"));
+  EXPECT_EQ(StatusAsJson(status).Find("lanes")->Find("in_place")->Find("bytes")->as_int(), 4096);
 }
 
 TEST(ExitCode, SaysWhoseFaultItIs) {
