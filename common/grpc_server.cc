@@ -3,15 +3,19 @@
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/descriptor.pb.h>
 #include <google/protobuf/text_format.h>
+#include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "common/log.h"
 #include "common/status.h"
 
 namespace headroom {
@@ -80,7 +84,51 @@ void DescribeHealth() {
   (void)file;
 }
 
+// While one lives what gRPC logs on its thread is kept for the error, and not logged; of other threads,
+// and later, it is a warning.
+class GrpcErrors {
+ public:
+  GrpcErrors() {
+    gpr_set_log_function(&Take);
+    if (gpr_should_log(GPR_LOG_SEVERITY_ERROR) == 0) {  // GRPC_VERBOSITY=NONE: it would not say why, either
+      silent_.store(true);
+      gpr_set_log_verbosity(GPR_LOG_SEVERITY_ERROR);
+    }
+    kept_ = &last_;
+  }
+  ~GrpcErrors() { kept_ = nullptr; }
+  GrpcErrors(const GrpcErrors&) = delete;
+  GrpcErrors& operator=(const GrpcErrors&) = delete;
+
+  // Why a call of this thread failed.
+  std::string reason() const { return GrpcReason(last_); }
+
+ private:
+  static void Take(gpr_log_func_args* said) {
+    if (kept_ != nullptr) {
+      *kept_ = said->message;
+    } else if (!silent_.load()) {
+      LogWarning(absl::StrCat("gRPC: ", said->message));
+    }
+  }
+
+  static inline std::atomic<bool> silent_{false};
+  static inline thread_local std::string* kept_ = nullptr;
+  std::string last_;
+};
+
 }  // namespace
+
+std::string GrpcReason(absl::string_view message) {
+  constexpr absl::string_view kSystemError = "os_error:\"";
+  const size_t at = message.rfind(kSystemError);
+  if (at != absl::string_view::npos) {
+    message.remove_prefix(at + kSystemError.size());
+    return std::string(message.substr(0, message.find('"')));
+  }
+  absl::ConsumePrefix(&message, "UNKNOWN:");
+  return std::string(message.substr(0, message.find(" {")));
+}
 
 absl::Status CheckMaxMessageBytes(int64_t bytes) {
   if (bytes >= 1024 && bytes <= INT32_MAX) return absl::OkStatus();
@@ -109,8 +157,11 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
   // Two servers on one port would take turns; the second is a mistake.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  const GrpcErrors errors;
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
-  if (server == nullptr) return absl::UnavailableError(absl::StrCat("cannot listen on ", address));
+  if (server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", address, ": ", errors.reason()));
+  }
   *listened = address;
   const size_t colon = address.rfind(':');
   if (port > 0 && !absl::StartsWith(address, "unix:") && colon != std::string::npos) {

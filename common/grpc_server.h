@@ -13,11 +13,16 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 
 namespace headroom {
 
 // INVALID_ARGUMENT naming --max-message-bytes if gRPC cannot have that limit.
 absl::Status CheckMaxMessageBytes(int64_t bytes);
+
+// What a person wants of a message of gRPC's log: the system's error, "Address already in use", or else
+// the message without code and details.
+std::string GrpcReason(absl::string_view message);
 
 enum class Reflection { kNo, kYes };
 
@@ -25,7 +30,8 @@ enum class Reflection { kNo, kYes };
 // and with server reflection only if it is asked for.
 // A peer that is gone without a word is noticed within some 20 s; its own pings are welcome, or a
 // long prefill, or an hour without a call, would end in GOAWAY. `*listened` receives the address,
-// with the port that was picked where it was 0. UNAVAILABLE: it cannot be listened on.
+// with the port that was picked where it was 0. UNAVAILABLE: it cannot be listened on;
+// says why. From the first call on what gRPC logs of itself are warnings of our log.
 // REQUIRES: CheckMaxMessageBytes(max_message_bytes).
 absl::StatusOr<std::unique_ptr<grpc::Server>> ListenGrpc(
     grpc::Service* service, const std::string& address,

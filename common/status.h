@@ -27,14 +27,19 @@
 
 namespace headroom {
 
-// The same code with `context` put in front of the message.
-inline absl::Status Annotate(const absl::Status& status, absl::string_view context) {
+// The same code and payloads with another message; OK stays as it is.
+inline absl::Status WithMessage(const absl::Status& status, absl::string_view message) {
   if (status.ok()) return status;
-  absl::Status annotated(status.code(), absl::StrCat(context, ": ", status.message()));
+  absl::Status changed(status.code(), message);
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
-    annotated.SetPayload(url, payload);
+    changed.SetPayload(url, payload);
   });
-  return annotated;
+  return changed;
+}
+
+// The same with `context` put in front of the message.
+inline absl::Status Annotate(const absl::Status& status, absl::string_view context) {
+  return WithMessage(status, absl::StrCat(context, ": ", status.message()));
 }
 
 }  // namespace headroom

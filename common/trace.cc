@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <filesystem>
 #include <set>
 #include <string>
 #include <thread>
@@ -59,11 +60,15 @@ std::string ThreadName(pid_t thread) {
   return text;
 }
 
+absl::Status NoFile(const std::string& path) {
+  return absl::ErrnoToStatus(errno, absl::StrCat("--trace ", path));
+}
+
 class Tracer {
  public:
   absl::Status Start(const std::string& path, const std::string& process) {
     fd_ = Fd(open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-    if (!fd_.valid()) return absl::ErrnoToStatus(errno, absl::StrCat("--trace ", path));
+    if (!fd_.valid()) return NoFile(path);
     // The first process opens the array; an array without an end is read all the same.
     flock(fd_.get(), LOCK_EX);
     struct stat stat = {};
@@ -193,6 +198,17 @@ Tracer& TheTracer() {
 }
 
 }  // namespace
+
+absl::Status CheckTrace(const std::string& path) {
+  const Fd there(open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NONBLOCK));
+  if (there.valid()) return absl::OkStatus();
+  if (errno != ENOENT) return NoFile(path);
+  const std::string folder = std::filesystem::path(path).parent_path().string();
+  if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) == 0) {
+    return absl::OkStatus();
+  }
+  return NoFile(path);
+}
 
 absl::Status StartTrace(const std::string& path, const std::string& process) {
   return TheTracer().Start(path, process);

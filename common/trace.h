@@ -22,6 +22,9 @@ extern std::atomic<bool> on;
 
 inline bool TraceOn() { return trace_internal::on.load(std::memory_order_relaxed); }
 
+// Whether StartTrace() would get its file, and the error if not, which names --trace. Makes nothing.
+absl::Status CheckTrace(const std::string& path);
+
 // Begins to append to `path`, which is made if it is not there. Before anything is traced; not while
 // a trace is being written.
 absl::Status StartTrace(const std::string& path, const std::string& process);

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/device/card_probe.h"
 #include "common/device/cpu/cpu_device.h"
+#include "common/status.h"
 #if HEADROOM_HAVE_CUDA
 #include "common/device/cuda/cuda_device.h"
 #endif
@@ -14,15 +15,17 @@ namespace {
 
 #if HEADROOM_HAVE_CUDA
 constexpr bool kHaveCuda = true;
+absl::Status CheckCuda() { return CheckCudaDriver(); }
 absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions& options) {
   return CreateCudaDevice(
       {.arena_bytes = options.memory_bytes, .delay_seed = options.delay_seed});
 }
 #else
 constexpr bool kHaveCuda = false;
-absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions&) {
-  return absl::UnavailableError("device cuda: this binary was built without CUDA; use device cpu");
+absl::Status CheckCuda() {
+  return absl::UnavailableError("--device cuda: this binary was built without CUDA; use --device cpu");
 }
+absl::StatusOr<std::unique_ptr<Device>> CreateCuda(const DeviceOptions&) { return CheckCuda(); }
 #endif
 
 }  // namespace
@@ -45,12 +48,18 @@ kernels::ElementType ProductTypeOf(absl::string_view chosen_kind) {
   return chosen_kind == "cuda" ? kernels::ElementType::kBFloat16 : kernels::ElementType::kFloat32;
 }
 
-absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options) {
-  const std::string kind = ChooseDevice(options.kind);
-  if (kind != "cpu" && kind != "cuda") {
+absl::Status CheckDevice(absl::string_view kind) {
+  const std::string chosen = ChooseDevice(kind);
+  if (chosen != "cpu" && chosen != "cuda") {
     return absl::InvalidArgumentError(
-        absl::StrCat("device: '", options.kind, "' is none of auto, cpu, cuda"));
+        absl::StrCat("--device '", kind, "', expected auto, cpu or cuda"));
   }
+  return chosen == "cuda" ? CheckCuda() : absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Device>> CreateDevice(const DeviceOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckDevice(options.kind));
+  const std::string kind = ChooseDevice(options.kind);
   if (options.memory_bytes < 0 || (options.memory_bytes == 0 && kind == "cpu")) {
     return absl::InvalidArgumentError(
         absl::StrCat("device memory must be positive, not ", options.memory_bytes, " bytes"));

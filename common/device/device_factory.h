@@ -31,6 +31,9 @@ std::string ChooseDevice(absl::string_view kind);
 // Device::product_type() of a chosen device, without making one.
 kernels::ElementType ProductTypeOf(absl::string_view chosen_kind);
 
+// Whether CreateDevice() would find a driver, where one is asked for. Errors as there.
+absl::Status CheckDevice(absl::string_view kind);
+
 // INVALID_ARGUMENT: `kind` is none of the three, or memory_bytes or compute_threads cannot be.
 // UNAVAILABLE: the CUDA device is asked for and this binary, the driver or the card cannot give it.
 // RESOURCE_EXHAUSTED: no memory for the arena. UNIMPLEMENTED: the CPU device on a processor that is

@@ -196,11 +196,15 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
   return server;
 }
 
-absl::Status CheckCoordinator(const CoordinatorOptions& options) {
+absl::Status CheckCoordinatorFlags(const CoordinatorOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
-  HEADROOM_RETURN_IF_ERROR(ServedModel::Load(options.model_dir).status());
   HEADROOM_RETURN_IF_ERROR(ServerSecurity::Load(options.security).status());
   return TlsIdentity::LoadPeer(options.peer_tls).status();
+}
+
+absl::Status CheckCoordinator(const CoordinatorOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckCoordinatorFlags(options));
+  return ServedModel::Load(options.model_dir).status();
 }
 
 }  // namespace headroom::coordinator

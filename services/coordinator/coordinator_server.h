@@ -60,8 +60,9 @@ class CoordinatorServer {
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> StartCoordinator(
     const CoordinatorOptions& options);
 
-// What can be found wrong without starting: options, the model's files but for its weights, TLS
-// files. Errors as above.
+// What can be found wrong without starting and without the model: options, TLS files. Errors as above.
+absl::Status CheckCoordinatorFlags(const CoordinatorOptions& options);
+// And the model's files, but for its weights.
 absl::Status CheckCoordinator(const CoordinatorOptions& options);
 
 }  // namespace headroom::coordinator

@@ -8,12 +8,17 @@
 
 namespace headroom::cli {
 
-// The first thing that is wrong with options or with files that they name. Nothing is made, nothing
-// listened on; a device that is not there and an address that is in use are not found.
+// What a flag's value is to blame for, as far as that is known without the model's tokenizer and weights
+// and without a driver, which take their time.
+absl::Status CheckFlags(const ServeOptions& options);
+
+// The first thing that is wrong with options or with files that they name, in the words in which
+// starting refuses it. Nothing is made, nothing listened on; an address that is in use, a GPU that is
+// too old and one whose memory is taken are not found.
 absl::Status CheckConfig(const ServeOptions& options);
-absl::Status CheckConfig(const CoordinatorProcessOptions& options);
-absl::Status CheckConfig(const WorkerOptions& options);
-absl::Status CheckConfig(const kvstore::KvStoreOptions& options);
+absl::Status CheckConfig(const CoordinatorProcessOptions& options, const LogOptions& log);
+absl::Status CheckConfig(const WorkerOptions& options, const LogOptions& log);
+absl::Status CheckConfig(const kvstore::KvStoreOptions& options, const LogOptions& log);
 
 // Prints what CheckConfig() said: one line. Returns the exit code.
 int ReportCheck(const char* command, const absl::Status& status);

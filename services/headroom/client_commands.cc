@@ -40,7 +40,7 @@ int GenerateCommand(const std::vector<std::string>& args) {
   AddGenerateFlags(flags, &options.generate);
   AddLogFlags(flags, &options.log);
   if (const auto code = ParseOrExit("generate", args, flags)) return *code;
-  return RunGenerate(options);
+  return RunGenerate(options, flags.sources());
 }
 
 int StatusCommand(const std::vector<std::string>& args) {
@@ -58,7 +58,7 @@ int StatusCommand(const std::vector<std::string>& args) {
   if (server.address.empty()) return MissingFlag("status", "server");
   const absl::StatusOr<v1::GetStatusResponse> status = GetStatus(server, timeout);
   if (!status.ok()) {
-    PrintError("status", status.status());
+    PrintError("status", flags.sources().Explain(status.status()));
     return ExitCodeOfCall(status.status());
   }
   Print(json ? StatusAsJson(*status).Dump(2) + "\n" : StatusAsText(*status));
@@ -82,7 +82,7 @@ int HealthCommand(const std::vector<std::string>& args) {
   if (server.address.empty()) return MissingFlag("health", "server");
   const absl::StatusOr<Health> health = CheckHealth(server, service, timeout);
   if (!health.ok()) {
-    PrintError("health", health.status());
+    PrintError("health", flags.sources().Explain(health.status()));
     return absl::IsInvalidArgument(health.status()) ? kExitUsage : kExitFailed;
   }
   Print(absl::StrCat(HealthName(*health), "\n"));

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
+#include <sstream>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -85,14 +87,30 @@ namespace {
 // says.
 class CheckedConfig : public CLI::ConfigTOML {
  public:
-  CheckedConfig(std::vector<std::string> names, std::vector<std::string> list_names)
-      : names_(std::move(names)), list_names_(std::move(list_names)) {}
+  using Found = std::function<void(const std::string& name, const std::string& path,
+                                   const std::string& text)>;
+  // `found` is told of each flag that is kept, and of the file: its path and what it holds.
+  CheckedConfig(std::vector<std::string> names, std::vector<std::string> list_names,
+                const CLI::Option* config, Found found)
+      : names_(std::move(names)),
+        list_names_(std::move(list_names)),
+        config_(config),
+        found_(std::move(found)) {}
 
   std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
+    const auto path = config_->as<std::string>();
+    const std::string text(std::istreambuf_iterator<char>(input), {});
+    std::istringstream lines(text);
     std::vector<CLI::ConfigItem> kept;
-    for (CLI::ConfigItem& item : CLI::ConfigTOML::from_config(input)) {
-      Check(item);
-      if (NonEmptyVariable(item.name) == nullptr) kept.push_back(std::move(item));
+    for (CLI::ConfigItem& item : CLI::ConfigTOML::from_config(lines)) {
+      try {
+        Check(item);
+      } catch (const CLI::ConfigError& error) {
+        throw CLI::ConfigError(absl::StrCat(LineOf(item.name, path, text), ": ", error.what()));
+      }
+      if (NonEmptyVariable(item.name) != nullptr) continue;
+      found_(item.name, path, text);
+      kept.push_back(std::move(item));
     }
     return kept;
   }
@@ -124,7 +142,16 @@ class CheckedConfig : public CLI::ConfigTOML {
 
   const std::vector<std::string> names_;
   const std::vector<std::string> list_names_;
+  const CLI::Option* const config_;
+  const Found found_;
 };
+
+bool IsGiven(const std::vector<std::string>& args, const std::string& name) {
+  const std::string flag = absl::StrCat("--", name);
+  return std::any_of(args.begin(), args.end(), [&](absl::string_view arg) {
+    return absl::ConsumePrefix(&arg, flag) && (arg.empty() || arg.front() == '=');
+  });
+}
 
 }  // namespace
 
@@ -157,6 +184,7 @@ struct Flags::Impl {
   std::string group;  // "": not shown
   std::vector<std::string> names;
   std::vector<std::string> list_names;
+  FlagSources sources;
 };
 
 Flags::Flags(std::string command, std::string about, std::string notes)
@@ -338,19 +366,33 @@ absl::StatusOr<Parsed> Flags::Parse(const std::vector<std::string>& args) {
                      config != nullptr);
   option->option_text("FILE");
   option->group("Other");
-  app.config_formatter(std::make_shared<CheckedConfig>(impl_->names, impl_->list_names));
-  std::vector<std::string> known = {"--config", "--help"};
-  for (const std::string& name : impl_->names) known.push_back("--" + name);
+  app.config_formatter(std::make_shared<CheckedConfig>(
+      impl_->names, impl_->list_names, option,
+      [&](const std::string& name, const std::string& path, const std::string& text) {
+        if (!IsGiven(args, name)) impl_->sources.AddFile(name, path, text);
+      }));
+  std::vector<std::string> known = {"--help"};
+  std::vector<std::string> names = impl_->names;
+  names.push_back("config");
+  for (const std::string& name : names) {
+    known.push_back("--" + name);
+    const char* const value = NonEmptyVariable(name);
+    if (value == nullptr || IsGiven(args, name)) continue;
+    impl_->sources.AddVariable(name, VariableOf(name), value);
+  }
+  const auto error_of = [this](absl::string_view what) {
+    return impl_->sources.Explain(absl::InvalidArgumentError(what));
+  };
   try {
     app.parse(std::vector<std::string>(args.rbegin(), args.rend()));
   } catch (const CLI::CallForHelp&) {
     return Parsed::kHelp;
   } catch (const CLI::ConfigError& error) {
-    return absl::InvalidArgumentError(absl::StrCat("--config: ", error.what()));
+    return error_of(absl::StrCat("--config: ", error.what()));
   } catch (const CLI::FileError& error) {
-    return absl::InvalidArgumentError(absl::StrCat("--config: ", error.what()));
+    return error_of(absl::StrCat("--config: ", error.what()));
   } catch (const CLI::Error& error) {
-    return absl::InvalidArgumentError(error.what());
+    return error_of(error.what());
   }
   for (const std::string& extra : app.remaining()) {
     if (!absl::StartsWith(extra, "-") || extra == "-") {
@@ -364,6 +406,8 @@ absl::StatusOr<Parsed> Flags::Parse(const std::vector<std::string>& args) {
   }
   return Parsed::kRun;
 }
+
+const FlagSources& Flags::sources() const { return impl_->sources; }
 
 std::string Flags::Help() const {
   return absl::StrReplaceAll(impl_->app.help(), {{"\n\n\n", "\n\n"}});

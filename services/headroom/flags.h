@@ -19,6 +19,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "services/headroom/flag_sources.h"
 
 namespace headroom::cli {
 
@@ -76,6 +77,8 @@ class Flags {
   // was expected; for an unknown name the nearest known one.
   // May be called once.
   absl::StatusOr<Parsed> Parse(const std::vector<std::string>& args);
+  // After Parse(): for errors that are found later.
+  const FlagSources& sources() const;
   // After Parse().
   std::string Help() const;
 

@@ -98,12 +98,17 @@ absl::Status GenerateFromModel(const v1::GenerateRequest& request,
                                const GenerateCommandOptions& options, CallCanceller* canceller) {
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<PrivateServe> serve,
                             PrivateServe::Start(PrivateServeArguments(options), canceller));
-  return GenerateAndPrint({serve->address()}, request, options, canceller);
+  const absl::Status status = GenerateAndPrint({serve->address()}, request, options, canceller);
+  const absl::Status stopped = serve->Stop();
+  if (status.ok()) return stopped;
+  // A connection that breaks does not say why.
+  if (stopped.ok() || !absl::IsUnavailable(status)) return status;
+  return absl::Status(stopped.code(), absl::StrCat(status.message(), "; ", stopped.message()));
 }
 
 }  // namespace
 
-int RunGenerate(const GenerateCommandOptions& options) {
+int RunGenerate(const GenerateCommandOptions& options, const FlagSources& sources) {
   absl::Status status = CheckServer(options);
   absl::StatusOr<v1::GenerateRequest> request = absl::InternalError("not built");
   if (status.ok()) {
@@ -111,7 +116,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
     status = request.status();
   }
   if (!status.ok()) {
-    PrintError(kCommand, status);
+    PrintError(kCommand, sources.Explain(status));
     return kExitUsage;
   }
   absl::StatusOr<ProcessSignals> signals = ProcessSignals::Block({SIGINT, SIGTERM});
@@ -129,7 +134,7 @@ int RunGenerate(const GenerateCommandOptions& options) {
                : GenerateAndPrint(options.server, *request, options, &canceller);
   if (status.ok()) return kExitOk;
   if (canceller.cancelled()) status = absl::CancelledError("a signal has cancelled the call");
-  PrintError(kCommand, status);
+  PrintError(kCommand, sources.Explain(status));
   return ExitCodeOfCall(status);
 }
 

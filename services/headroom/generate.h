@@ -8,6 +8,7 @@
 #include "absl/time/time.h"
 #include "common/log.h"
 #include "services/headroom/endpoint.h"
+#include "services/headroom/flag_sources.h"
 #include "services/headroom/generate_request.h"
 
 namespace headroom::cli {
@@ -27,7 +28,7 @@ struct GenerateCommandOptions {
 
 // For the main thread. Prints the answer to standard output, errors to standard error; SIGINT and
 // SIGTERM cancel the call. Returns the exit code.
-int RunGenerate(const GenerateCommandOptions& options);
+int RunGenerate(const GenerateCommandOptions& options, const FlagSources& sources);
 
 }  // namespace headroom::cli
 

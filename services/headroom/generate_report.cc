@@ -7,15 +7,12 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "common/bytes_text.h"
+#include "services/headroom/lane_text.h"
 
 namespace headroom::cli {
 namespace {
 
 using LaneUses = google::protobuf::RepeatedPtrField<v1::LaneUse>;
-
-constexpr std::pair<v1::Lane, const char*> kLanes[] = {{v1::LANE_RESIDENT, "resident"},
-                                                       {v1::LANE_FETCHED, "fetched"},
-                                                       {v1::LANE_IN_PLACE, "in_place"}};
 
 // Means over steps carry the last bits of divisions.
 double Rounded(double value) { return std::round(value * 1e6) / 1e6; }
@@ -43,12 +40,13 @@ double ShareOf(int64_t bytes, int64_t total) {
 Json LanesAsJson(const LaneUses& lanes) {
   const int64_t total = TotalBytes(lanes);
   Json::Object object;
-  for (const auto& [lane, name] : kLanes) {
+  for (const v1::Lane lane : kLanes) {
     const v1::LaneUse use = UseOf(lanes, lane);
-    object.emplace_back(name, Json::Object{{"kv_heads", Rounded(use.kv_heads())},
-                                           {"bytes", use.bytes()},
-                                           {"ms", Ms(use.busy_ns())},
-                                           {"share", ShareOf(use.bytes(), total)}});
+    object.emplace_back(LaneKey(LaneText(lane)),
+                        Json::Object{{"kv_heads", Rounded(use.kv_heads())},
+                                     {"bytes", use.bytes()},
+                                     {"ms", Ms(use.busy_ns())},
+                                     {"share", ShareOf(use.bytes(), total)}});
   }
   return object;
 }
@@ -167,10 +165,10 @@ std::string ExplainAsText(const v1::Finished& finished) {
       {"prefill", explanation.prefill_lanes()}, {"decode", explanation.decode_lanes()}};
   for (const auto& [phase, lanes] : kPhases) {
     const int64_t total = TotalBytes(lanes);
-    for (const auto& [lane, name] : kLanes) {
+    for (const v1::Lane lane : kLanes) {
       const v1::LaneUse use = UseOf(lanes, lane);
       absl::StrAppendFormat(&text, "%-8s %-9s %9.2f %12s %10.1f ms %6.1f %10.1f ms %6.1f%%\n",
-                            phase, lane == v1::LANE_IN_PLACE ? "in-place" : name, use.kv_heads(),
+                            phase, LaneText(lane), use.kv_heads(),
                             FormatBytes(use.bytes()), Ms(use.busy_ns()),
                             ShareOf(use.bytes(), use.busy_ns()), Ms(use.idle_ns()),
                             100 * ShareOf(use.bytes(), total));

@@ -34,7 +34,7 @@ int PlanCommand(const std::vector<std::string>& args) {
     return MeasureLaneCosts(bench);
   });
   if (!report.ok()) {
-    PrintError("plan", report.status());
+    PrintError("plan", flags.sources().Explain(report.status()));
     return absl::IsResourceExhausted(report.status()) ? kExitFailed : kExitUsage;
   }
   const std::string text =
@@ -57,7 +57,7 @@ int BenchCommand(const std::vector<std::string>& args) {
   flags.TextList("work", "ITEM", &options.work,
                  "prefill:CONTEXT[:LANE], beside:CONTEXT[:LANE] (the tokens of another sequence while "
                  "that context is prefilled), decode:CONTEXT[:LANE][:BATCH] or question:CONTEXT[:LANE] "
-                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in_place, "
+                 "(30 tokens behind a context), LANE resident or fetched, of the last two also in-place, "
                  "auto, or shares as --placement has them. May be given several times. Default: the "
                  "items of --set.");
   flags.Text("set", "NAME", &options.set,
@@ -88,7 +88,7 @@ int BenchCommand(const std::vector<std::string>& args) {
              "Appends what runs when on the device's streams, for ui.perfetto.dev. Operations are timed "
              "one by one for it, which costs time.");
   if (const auto code = ParseOrExit("bench", args, flags)) return *code;
-  return RunBench(options);
+  return RunBench(options, flags.sources());
 }
 
 }  // namespace headroom::cli

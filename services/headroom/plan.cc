@@ -8,6 +8,7 @@
 #include "common/checked_math.h"
 #include "common/status.h"
 #include "kernels/gemm.h"
+#include "services/headroom/lane_text.h"
 #include "services/worker/model/weights.h"
 
 namespace headroom::cli {
@@ -17,7 +18,6 @@ namespace {
 constexpr int64_t kMostTokens = int64_t{1} << 24;
 constexpr int64_t kMostTokensOfAll = int64_t{1} << 28;
 constexpr int64_t kMostSequences = 1024;
-constexpr const char* kJsonLanes[] = {"resident", "fetched", "in_place"};
 
 absl::Status CheckRange(const PlanOptions& options) {
   const auto check = [](const char* flag, int64_t value, int64_t low, int64_t high) {
@@ -104,8 +104,8 @@ absl::StatusOr<PlanReport> MakePlan(const PlanOptions& options, const MeasureCos
   const int64_t tokens = options.context_tokens + options.max_tokens;
   if (tokens > report.config.max_position_tokens) {
     report.prediction.does_not_fit.push_back(
-        absl::StrCat("a sequence of ", tokens, " tokens: the model was trained for ",
-                     report.config.max_position_tokens));
+        absl::StrCat("a sequence of ", tokens, " tokens, the model was trained for ",
+                     report.config.max_position_tokens, ": lower --context or --max-tokens"));
   }
   return report;
 }
@@ -182,7 +182,7 @@ Json PlanAsJson(const PlanReport& report) {
   Json::Object lanes;
   for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
     const coordinator::LanePrediction& use = prediction.lanes[lane];
-    lanes.emplace_back(kJsonLanes[lane],
+    lanes.emplace_back(LaneKey(coordinator::LaneName(static_cast<coordinator::Lane>(lane))),
                        Json::Object{{"kv_heads", use.kv_heads},
                                     {"bytes", use.bytes},
                                     {"share", static_cast<double>(use.bytes) / total}});

@@ -44,6 +44,12 @@ class EndWatch {
   std::thread thread_;
 };
 
+absl::Status ErrorOf(const ExitStatus& ended, absl::string_view when) {
+  const std::string what = absl::StrCat("the private serve ", ended.ToString(), when);
+  return !ended.by_signal && ended.code == kExitUsage ? absl::FailedPreconditionError(what)
+                                                      : absl::UnavailableError(what);
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<PrivateServe>> PrivateServe::Start(std::vector<std::string> args,
@@ -68,20 +74,23 @@ absl::Status PrivateServe::WaitUntilReady(CallCanceller* canceller) {
   }
   if (status.ok()) return status;
   if (const std::optional<ExitStatus> ended = process_->Poll()) {
-    const std::string what = absl::StrCat("the private serve ", ended->ToString(),
-                                          " before it was ready");
-    return !ended->by_signal && ended->code == kExitUsage ? absl::FailedPreconditionError(what)
-                                                          : absl::UnavailableError(what);
+    return ErrorOf(*ended, " before it was ready");
   }
   return Annotate(status, "waiting for the private serve");
 }
 
-PrivateServe::~PrivateServe() {
-  if (!process_.has_value()) return;
+PrivateServe::~PrivateServe() { Stop().IgnoreError(); }
+
+absl::Status PrivateServe::Stop() {
+  if (!process_.has_value()) return absl::OkStatus();
   process_->Signal(SIGTERM);
-  if (process_->WaitFor(kStopTimeout).has_value()) return;
-  process_->Signal(SIGTERM);  // a second one makes it kill what hangs
-  process_->WaitFor(absl::Seconds(1));
+  std::optional<ExitStatus> ended = process_->WaitFor(kStopTimeout);
+  if (!ended.has_value()) {
+    process_->Signal(SIGTERM);  // a second one makes it kill what hangs
+    ended = process_->WaitFor(absl::Seconds(1));
+  }
+  if (!ended.has_value()) return absl::UnavailableError("the private serve does not stop");
+  return !ended->by_signal && ended->code == kExitOk ? absl::OkStatus() : ErrorOf(*ended, "");
 }
 
 }  // namespace headroom::cli

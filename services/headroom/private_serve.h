@@ -17,13 +17,14 @@ namespace headroom::cli {
 // Made and destroyed by the main thread, which the process must outlive: it dies with it.
 class PrivateServe {
  public:
-  // `args` are flags of serve without --listen. Waits until it serves. FAILED_PRECONDITION if it
-  // ended because of what it was told, UNAVAILABLE if for another reason: its log says why.
-  // CANCELLED.
+  // `args` are flags of serve without --listen. Waits until it serves. Errors as Stop(); CANCELLED.
   static absl::StatusOr<std::unique_ptr<PrivateServe>> Start(std::vector<std::string> args,
                                                              CallCanceller* canceller);
-  // Stops it, and kills it if that takes too long.
   ~PrivateServe();
+
+  // Stops it, and kills it if that takes too long. FAILED_PRECONDITION if it ended, now or before,
+  // because of what it was told, UNAVAILABLE if for another reason: its log says why.
+  absl::Status Stop();
 
   std::string address() const { return "unix:" + dir_.path() + "/headroom.sock"; }
 

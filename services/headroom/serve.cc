@@ -9,6 +9,7 @@
 #include "absl/strings/strip.h"
 #include "common/bytes_text.h"
 #include "common/status.h"
+#include "services/headroom/check_config.h"
 #include "services/headroom/exit_code.h"
 #include "services/headroom/private_dir.h"
 #include "services/headroom/process_signals.h"
@@ -27,6 +28,8 @@ absl::StatusOr<int> Serve(ServeOptions options) {
   const coordinator::CoordinatorOptions& server = options.coordinator.server;
   HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--listen", server.listen_address));
   HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--admin", server.admin_address));
+  // Of the flags that it is given a process does not know where they came from.
+  HEADROOM_RETURN_IF_ERROR(CheckFlags(options));
   HEADROOM_ASSIGN_OR_RETURN(const PrivateDir sockets, PrivateDir::Make(RuntimeDir()));
   std::optional<PrivateDir> memory;
   if (options.store.segment_dir.empty()) {
@@ -74,12 +77,12 @@ std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& s
   return specs;
 }
 
-int RunServe(ServeOptions options) {
+int RunServe(ServeOptions options, const FlagSources& sources) {
   options.log.process = "serve";
   ConfigureLog(options.log);
   const absl::StatusOr<int> code = Serve(std::move(options));
   if (code.ok()) return *code;
-  LogError(DescribeError(code.status()));
+  LogError(DescribeError(sources.Explain(code.status())));
   return ExitCodeOfStart(code.status());
 }
 

@@ -30,8 +30,8 @@ std::vector<ChildSpec> ServeProcesses(ServeOptions options, const std::string& s
 
 // Blocks until SIGTERM, SIGINT or SIGHUP. Sockets lie in a private folder (mode 0700) that is
 // removed at the end, and so is the segment unless its folder was given. Returns the exit code,
-// see Supervisor.
-int RunServe(ServeOptions options);
+// see Supervisor. `sources` are for errors that come before the three processes.
+int RunServe(ServeOptions options, const FlagSources& sources);
 
 }  // namespace headroom::cli
 

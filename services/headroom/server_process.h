@@ -12,6 +12,7 @@
 #include "common/mutex.h"
 #include "common/trace.h"
 #include "services/headroom/exit_code.h"
+#include "services/headroom/flag_sources.h"
 #include "services/headroom/process_signals.h"
 
 namespace headroom::cli {
@@ -39,14 +40,14 @@ class StopSignal {
 
 // Starts a server, and stops it at a signal. Returns the exit code.
 template <typename Server>
-int RunServer(const LogOptions& log,
+int RunServer(const LogOptions& log, const FlagSources& sources,
               const std::function<absl::StatusOr<std::unique_ptr<Server>>()>& start,
               const std::function<void(Server&)>& stop) {
   ConfigureLog(log);
   absl::StatusOr<std::unique_ptr<StopSignal>> signal = StopSignal::Install();
   if (signal.ok() && !log.trace_path.empty()) {
     if (absl::Status status = StartTrace(log.trace_path, log.process); !status.ok()) {
-      LogError(DescribeError(status));
+      LogError(DescribeError(sources.Explain(status)));
       return kExitUsage;
     }
   }
@@ -56,7 +57,7 @@ int RunServer(const LogOptions& log,
   }
   absl::StatusOr<std::unique_ptr<Server>> server = start();
   if (!server.ok()) {
-    LogError(DescribeError(server.status()));
+    LogError(DescribeError(sources.Explain(server.status())));
     return ExitCodeOfStart(server.status());
   }
   (*signal)->Started();

@@ -55,8 +55,8 @@ int ServeCommand(const std::vector<std::string>& args) {
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("serve", args, flags)) return *code;
   if (options.coordinator.server.model_dir.empty()) return MissingFlag("serve", "model");
-  if (check_config) return ReportCheck("serve", CheckConfig(options));
-  return RunServe(std::move(options));
+  if (check_config) return ReportCheck("serve", flags.sources().Explain(CheckConfig(options)));
+  return RunServe(std::move(options), flags.sources());
 }
 
 int CoordinatorCommand(const std::vector<std::string>& args) {
@@ -84,12 +84,14 @@ int CoordinatorCommand(const std::vector<std::string>& args) {
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("coordinator", args, flags)) return *code;
   if (options.server.model_dir.empty()) return MissingFlag("coordinator", "model");
-  if (check_config) return ReportCheck("coordinator", CheckConfig(options));
+  if (check_config) {
+    return ReportCheck("coordinator", flags.sources().Explain(CheckConfig(options, log)));
+  }
   KeepNoFreedMemory();
   // Of each text that is not UTF-8 protobuf says so on stderr; who sent it is told in the answer.
   google::protobuf::SetLogHandler(nullptr);
   return RunServer<coordinator::CoordinatorServer>(
-      log,
+      log, flags.sources(),
       [&]() -> absl::StatusOr<std::unique_ptr<coordinator::CoordinatorServer>> {
         HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--listen", options.server.listen_address));
         HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--admin", options.server.admin_address));
@@ -120,9 +122,11 @@ int WorkerCommand(const std::vector<std::string>& args) {
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("worker", args, flags)) return *code;
   if (options.model_dir.empty()) return MissingFlag("worker", "model");
-  if (check_config) return ReportCheck("worker", CheckConfig(options));
+  if (check_config) {
+    return ReportCheck("worker", flags.sources().Explain(CheckConfig(options, log)));
+  }
   return RunServer<WorkerServer>(
-      log,
+      log, flags.sources(),
       [&]() -> absl::StatusOr<std::unique_ptr<WorkerServer>> {
         HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--listen", options.listen_address));
         // Nothing is lost with the process: keys lie in the store, tokens with the coordinator.
@@ -153,9 +157,11 @@ int KvStoreCommand(const std::vector<std::string>& args) {
   AddLogFlags(flags, &log);
   AddCheckFlag(flags, &check_config);
   if (const auto code = ParseOrExit("kvstore", args, flags)) return *code;
-  if (check_config) return ReportCheck("kvstore", CheckConfig(options));
+  if (check_config) {
+    return ReportCheck("kvstore", flags.sources().Explain(CheckConfig(options, log)));
+  }
   return RunServer<kvstore::KvStoreServer>(
-      log,
+      log, flags.sources(),
       [&]() -> absl::StatusOr<std::unique_ptr<kvstore::KvStoreServer>> {
         HEADROOM_RETURN_IF_ERROR(CheckListenAddress("--listen", options.listen_address));
         if (options.host_memory_bytes == 0) {

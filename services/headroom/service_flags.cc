@@ -4,8 +4,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <limits>
@@ -309,7 +311,10 @@ absl::Status CheckListenAddress(const std::string& flag, const std::string& addr
     return absl::UnavailableError(
         absl::StrCat(flag, " ", address, ": another process listens there"));
   }
-  return absl::OkStatus();
+  const std::string parent = std::filesystem::path(std::string(path)).parent_path().string();
+  const char* const folder = parent.empty() ? "." : parent.c_str();
+  if (access(folder, W_OK | X_OK) == 0) return absl::OkStatus();
+  return absl::ErrnoToStatus(errno, absl::StrCat(flag, " ", address, ": in the folder ", folder));
 }
 
 }  // namespace headroom::cli

@@ -5,22 +5,10 @@
 
 #include "absl/strings/str_format.h"
 #include "common/bytes_text.h"
+#include "services/headroom/lane_text.h"
 
 namespace headroom::cli {
 namespace {
-
-const char* LaneText(v1::Lane lane) {
-  switch (lane) {
-    case v1::LANE_RESIDENT:
-      return "resident";
-    case v1::LANE_FETCHED:
-      return "fetched";
-    case v1::LANE_IN_PLACE:
-      return "in_place";
-    default:
-      return "unknown";
-  }
-}
 
 // Ids of lives are random: as JSON numbers beyond 2^53 they would be rounded.
 std::string LifeText(uint64_t life) { return absl::StrFormat("%016x", life); }
@@ -42,9 +30,10 @@ Json StatusAsJson(const v1::GetStatusResponse& status) {
   const v1::InPlaceCounters& in_place = status.in_place();
   Json::Object lanes;
   for (const v1::LaneUse& use : status.lanes()) {
-    lanes.emplace_back(LaneText(use.lane()), Json::Object{{"bytes", use.bytes()},
-                                                          {"busy_ns", use.busy_ns()},
-                                                          {"idle_ns", use.idle_ns()}});
+    lanes.emplace_back(LaneKey(LaneText(use.lane())),
+                       Json::Object{{"bytes", use.bytes()},
+                                    {"busy_ns", use.busy_ns()},
+                                    {"idle_ns", use.idle_ns()}});
   }
   return Json::Object{
       {"version", status.version()},

@@ -68,13 +68,7 @@ absl::Status CheckOptions(const KvStoreOptions& options) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options) {
-  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
-  const int threads = options.attend_threads == KvStoreOptions::kAllProcessors
-                          ? static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))
-                          : options.attend_threads;
+SegmentOptions SegmentOptionsOf(const KvStoreOptions& options) {
   SegmentOptions segment;
   segment.dir = options.segment_dir;
   segment.data_bytes = options.host_memory_bytes;
@@ -83,9 +77,19 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
                             : std::clamp(options.host_memory_bytes / kBytesPerExtent,
                                          kFewestExtents, kMostExtents);
   segment.generation = options.generation;
+  return segment;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  const int threads = options.attend_threads == KvStoreOptions::kAllProcessors
+                          ? static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))
+                          : options.attend_threads;
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<ServerSecurity> security,
                             ServerSecurity::LoadPeer(options.peer_tls));
-  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(segment));
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<KvStore> store, KvStore::Open(SegmentOptionsOf(options)));
   auto server = std::make_unique<Server>(std::move(store), threads, std::move(security));
   HEADROOM_RETURN_IF_ERROR(server->Listen(options));
   return server;
@@ -93,6 +97,7 @@ absl::StatusOr<std::unique_ptr<KvStoreServer>> StartKvStore(const KvStoreOptions
 
 absl::Status CheckKvStore(const KvStoreOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  HEADROOM_RETURN_IF_ERROR(CheckSegmentOptions(SegmentOptionsOf(options)));
   return ServerSecurity::LoadPeer(options.peer_tls).status();
 }
 

@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/bytes_text.h"
 #include "common/errors.h"
 #include "common/segment/mapped_segment.h"
 #include "common/status.h"
@@ -40,20 +41,6 @@ std::array<uint8_t, 16> BootId() {
   file >> text;
   std::memcpy(id.data(), text.data(), std::min(id.size(), text.size()));
   return id;
-}
-
-absl::Status CheckOptions(const SegmentOptions& options) {
-  if (options.dir.empty()) return absl::InvalidArgumentError("--segment-dir is empty");
-  if (options.data_bytes < kMinDataBytes || options.data_bytes > kMaxDataBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("--host-memory is ", options.data_bytes,
-                                                   " bytes, expected ", kMinDataBytes, " to ",
-                                                   kMaxDataBytes));
-  }
-  if (options.max_extents < 1 || options.max_extents > kMaxExtents) {
-    return absl::InvalidArgumentError(absl::StrCat("--max-extents is ", options.max_extents,
-                                                   ", expected 1 to ", kMaxExtents));
-  }
-  return absl::OkStatus();
 }
 
 // Memory that a file of the folder holds now.
@@ -104,8 +91,22 @@ absl::Status BackWithMemory(const MappedRegion& region, int fd, int64_t begin, i
 
 // ---------------------------------------------------------------- opening
 
+absl::Status CheckSegmentOptions(const SegmentOptions& options) {
+  if (options.dir.empty()) return absl::InvalidArgumentError("--segment-dir is empty");
+  if (options.data_bytes < kMinDataBytes || options.data_bytes > kMaxDataBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--host-memory is ", FormatBytes(options.data_bytes), ", expected ",
+                     FormatBytes(kMinDataBytes), " to ", FormatBytes(kMaxDataBytes)));
+  }
+  if (options.max_extents < 1 || options.max_extents > kMaxExtents) {
+    return absl::InvalidArgumentError(absl::StrCat("--max-extents is ", options.max_extents,
+                                                   ", expected 1 to ", kMaxExtents));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Segment>> Segment::Open(const SegmentOptions& options) {
-  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  HEADROOM_RETURN_IF_ERROR(CheckSegmentOptions(options));
   std::unique_ptr<Segment> segment(new Segment());
   HEADROOM_RETURN_IF_ERROR(segment->OpenFolder(options.dir));
   segment->why_new_ = segment->TryTakeOver(options);

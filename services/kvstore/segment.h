@@ -26,10 +26,13 @@ struct SegmentOptions {
   uint64_t generation = 0;  // 0: a new one is drawn
 };
 
+// INVALID_ARGUMENT: a number is out of range.
+absl::Status CheckSegmentOptions(const SegmentOptions& options);
+
 class Segment {
  public:
   // Locks the folder and takes its files over if they fit the options, else makes new ones.
-  // INVALID_ARGUMENT: a number is out of range. ALREADY_EXISTS: another store holds the folder, which
+  // INVALID_ARGUMENT as CheckSegmentOptions(). ALREADY_EXISTS: another store holds the folder, which
   // is found out at once. RESOURCE_EXHAUSTED: there is not so much memory; names --host-memory and
   // --segment-dir. PERMISSION_DENIED and the like: the system's refusal.
   static absl::StatusOr<std::unique_ptr<Segment>> Open(const SegmentOptions& options);

@@ -27,10 +27,6 @@ absl::Status CheckOptions(const WorkerOptions& options) {
         absl::StrCat(flag, " ", value, ", expected ", low, " to ", high));
   };
   if (options.model_dir.empty()) return absl::InvalidArgumentError("--model is not set");
-  if (options.device != "auto" && options.device != "cpu" && options.device != "cuda") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--device '", options.device, "', expected auto, cpu or cuda"));
-  }
   HEADROOM_RETURN_IF_ERROR(
       range("--gpu-memory", options.gpu_memory_bytes, 0, kMaxGpuMemoryBytes));
   HEADROOM_RETURN_IF_ERROR(range("--threads", options.compute_threads, 0, 1024));
@@ -45,6 +41,11 @@ absl::Status CheckOptions(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(
       range("--max-context-tokens", options.max_context_tokens, 0, int64_t{1} << 32));
   return range("--max-sequences", options.max_sequences, 1, Decoder::kMaxSequences);
+}
+
+// Tables are laid out for so many tokens.
+int64_t ContextTokens(const WorkerOptions& options, const ModelConfig& config) {
+  return options.max_context_tokens != 0 ? options.max_context_tokens : config.max_position_tokens;
 }
 
 std::string Since(absl::Time begun) {
@@ -68,6 +69,16 @@ class LoadProgress {
 };
 
 }  // namespace
+
+absl::Status Worker::CheckFlags(const WorkerOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
+  HEADROOM_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
+  if (options.gpu_memory_bytes == 0) return absl::OkStatus();
+  return DivideBudget(config, WeightBytes(config, kernels::PackedWeightBytes),
+                      options.gpu_memory_bytes, options.max_chunk_tokens,
+                      ContextTokens(options, config), ProductTypeOf(ChooseDevice(options.device)))
+      .status();
+}
 
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckOptions(options));
@@ -94,14 +105,12 @@ absl::Status Worker::Init(const WorkerOptions& options) {
   if (device.memory_bytes == 0 && ChooseDevice(device.kind) == "cpu") {
     device.memory_bytes = WeightBytes(config_, kernels::PackedWeightBytes) + kDefaultCpuKvBytes;
   }
-  const int64_t context = options.max_context_tokens != 0 ? options.max_context_tokens
-                                                          : config_.max_position_tokens;
   HEADROOM_ASSIGN_OR_RETURN(device_, CreateDevice(device));
   // Too small a budget is said before anything is loaded.
   HEADROOM_ASSIGN_OR_RETURN(
       budget_, DivideBudget(config_, WeightBytes(config_, *device_),
-                            device_->arena_use().free_bytes(), options.max_chunk_tokens, context,
-                            device_->product_type()));
+                            device_->arena_use().free_bytes(), options.max_chunk_tokens,
+                            ContextTokens(options, config_), device_->product_type()));
   // Weights come while the device plans its products and attention.
   HEADROOM_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoading> loading,
                             WeightLoading::Begin(options.model_dir, config_, *device_));

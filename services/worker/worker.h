@@ -34,6 +34,9 @@ class Worker {
   // Takes a step that has run, on a thread of the executor; must not block.
   using StepSink = std::function<void(std::unique_ptr<Step>)>;
 
+  // What Create() would refuse without a driver and the weights: options, config.json, and whether
+  // --gpu-memory is enough where it is known.
+  static absl::Status CheckFlags(const WorkerOptions& options);
   // Makes the device and loads the weights, with progress in the log. Errors as StartWorker().
   static absl::StatusOr<std::unique_ptr<Worker>> Create(const WorkerOptions& options);
   ~Worker();

@@ -9,11 +9,6 @@
 #include "common/grpc_server.h"
 #include "common/log.h"
 #include "common/status.h"
-#include "kernels/gemm.h"
-#include "services/worker/device_budget.h"
-#include "services/worker/model/model_config.h"
-#include "services/worker/model/safetensors.h"
-#include "services/worker/model/weights.h"
 #include "services/worker/worker_service.h"
 
 namespace headroom {
@@ -62,18 +57,17 @@ absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& o
   return server;
 }
 
-absl::Status CheckWorker(const WorkerOptions& options) {
+absl::Status CheckWorkerFlags(const WorkerOptions& options) {
   HEADROOM_RETURN_IF_ERROR(CheckMaxMessageBytes(options.max_message_bytes));
   HEADROOM_RETURN_IF_ERROR(ServerSecurity::LoadPeer(options.peer_tls).status());
+  return Worker::CheckFlags(options);
+}
+
+absl::Status CheckWorker(const WorkerOptions& options) {
+  HEADROOM_RETURN_IF_ERROR(CheckWorkerFlags(options));
+  HEADROOM_RETURN_IF_ERROR(CheckDevice(options.device));
   HEADROOM_ASSIGN_OR_RETURN(const ModelConfig config, ReadModelConfig(options.model_dir));
-  HEADROOM_RETURN_IF_ERROR(SafetensorsReader::Open(options.model_dir).status());
-  if (options.gpu_memory_bytes == 0) return absl::OkStatus();
-  const int64_t context = options.max_context_tokens != 0 ? options.max_context_tokens
-                                                          : config.max_position_tokens;
-  return DivideBudget(config, WeightBytes(config, kernels::PackedWeightBytes),
-                      options.gpu_memory_bytes, options.max_chunk_tokens, context,
-                      ProductTypeOf(ChooseDevice(options.device)))
-      .status();
+  return WeightLoading::Check(options.model_dir, config);
 }
 
 }  // namespace headroom

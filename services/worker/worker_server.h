@@ -63,9 +63,10 @@ class WorkerServer {
 // be listened on or a device that is not there.
 absl::StatusOr<std::unique_ptr<WorkerServer>> StartWorker(const WorkerOptions& options);
 
-// What can be found wrong without a device and without reading weights: options, config.json, the
-// headers of the weights, TLS files, and whether --gpu-memory is enough where it is known. Errors
-// as above.
+// What can be found wrong without a driver and without the weights' files: options, TLS files,
+// config.json, and whether --gpu-memory is enough where it is known. Errors as above.
+absl::Status CheckWorkerFlags(const WorkerOptions& options);
+// And whether there is a driver for --device, and the headers of the weights.
 absl::Status CheckWorker(const WorkerOptions& options);
 
 }  // namespace headroom

@@ -64,7 +64,7 @@ double LaneBytes(const Json& line, const char* lane) {
 TEST_F(BenchOnGpu, RunsInEveryLaneBesideWhatTheMachineCanDo) {
   const std::vector<Json> lines =
       Run({"prefill:9000:resident", "prefill:9000:fetched", "decode:8192:resident:2",
-           "decode:8192:fetched", "decode:8192:in_place"});
+           "decode:8192:fetched", "decode:8192:in-place"});
   ASSERT_EQ(lines.size(), 6);
   EXPECT_EQ(lines[0].Find("chunk_tokens")->as_int(), 8192);
   for (size_t i = 1; i < lines.size(); ++i) {

@@ -387,5 +387,19 @@ TEST_F(Serve, GenerateWithAModelStartsAndStopsItsOwn) {
   ExpectNothingIsLeft({});
 }
 
+TEST_F(Serve, GenerateSaysHowItsOwnEnded) {
+  Process generate({HeadroomBinary(), "generate", "--model", model_, "--device", "cpu", "--gpu-memory",
+                    "48MiB", "--host-memory", "64MiB", "--threads", "1", "--prompt", "hello",
+                    "--ignore-eos"},
+                   dir_.File("generate.log"));
+  ASSERT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] { return !generate.Log().empty(); }));
+  for (const pid_t pid : DescendantsOf(generate.pid())) {
+    if (absl::StrContains(CommandLineOf(pid), "headroom serve")) kill(pid, SIGKILL);
+  }
+  EXPECT_EQ(generate.Wait(Patience(absl::Seconds(20))), 1);
+  EXPECT_TRUE(absl::StrContains(generate.Log(), "; the private serve was killed by signal 9 (Killed)\n"))
+      << generate.Log();
+}
+
 }  // namespace
 }  // namespace headroom

@@ -1,6 +1,8 @@
 // What a process says, and how it ends, when what it is given is wrong: exit code 2 and a line that
 // names the file, the tensor or the flag.
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -12,6 +14,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "common/fd.h"
 #include "tests/common/tmpfs_mount.h"
 #include "tests/system/test_env.h"
 
@@ -261,7 +264,7 @@ TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
   ExpectRefused(check("worker", {"--config", config, "--gpu-memory", "6MiB", "--device", "cpu"}),
                 {"--gpu-memory", "at least"});
   ExpectRefused(check("kvstore", {"--host-memory", "64XiB"}), {"--host-memory", "64XiB"});
-  ExpectRefused(check("kvstore", {"--host-memory", "900TiB"}), {"--host-memory", "left"});
+  ExpectRefused(check("kvstore", {"--host-memory", "60TiB"}), {"--host-memory", "left"});
   ExpectRefused(check("serve", {"--config", config, "--tls-cert", missing, "--tls-key", missing}),
                 {"--tls-cert", missing});
   for (const char* command : {"coordinator", "worker"}) {
@@ -275,6 +278,77 @@ TEST_F(Startup, AConfigurationIsCheckedWithoutStarting) {
   std::filesystem::remove(model_ + "/model.safetensors");
   right("coordinator", {"--model", model_});
   ExpectRefused(check("worker", {"--model", model_}), {"model.safetensors"});
+}
+
+// What can be known is refused by both, in the same words.
+TEST_F(Startup, CheckingRefusesWhatStartingWouldInItsWords) {
+  const TestDir segments("/dev/shm");
+  const std::string missing = dir_.File("nowhere/file");
+  std::vector<std::string> args;
+  const auto refused = [&](const std::vector<std::string>& more,
+                           const std::vector<std::string>& words) {
+    std::vector<std::string> all = args;
+    all.insert(all.end(), more.begin(), more.end());
+    const CommandResult started = RunCommand(all, Patience(kSoon));
+    all.push_back("--check-config");
+    const CommandResult checked = RunCommand(all, Patience(kSoon));
+    ExpectRefused(checked, words);
+    const std::string prefix = absl::StrCat("headroom ", all[1], ": ");
+    ASSERT_TRUE(absl::StartsWith(checked.err, prefix)) << checked.err;
+    EXPECT_GT(started.exit_code, 0);
+    EXPECT_TRUE(absl::StrContains(started.err, checked.err.substr(prefix.size())))
+        << started.err << checked.err;
+  };
+  const std::vector<std::string> listen = {"--listen", absl::StrCat("unix:", missing)};
+  const std::vector<std::string> trace = {"--trace", missing};
+
+  args = {HeadroomBinary(), "kvstore", "--listen", Address("k"), "--segment-dir",
+          segments.File("segment")};
+  refused({"--host-memory", "1"}, {"--host-memory", "1 bytes", "1.0 MiB"});
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+
+  args = {HeadroomBinary(), "coordinator", "--listen", Address("a"), "--model", model_};
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+  refused({"--admin", absl::StrCat("unix:", missing)}, {"--admin", missing});
+
+  args = {HeadroomBinary(), "worker", "--listen", Address("w"), "--model", model_};
+  if (!std::filesystem::exists("/dev/nvidiactl")) refused({"--device", "cuda"}, {"--device cuda"});
+  args.insert(args.end(), {"--device", "cpu", "--gpu-memory", "48MiB"});
+  refused({"--in-place-deadline", "0s"}, {"--in-place-deadline 0"});
+  refused(trace, {"--trace", missing});
+  refused(listen, {"--listen", missing});
+
+  args[1] = "serve";
+  args[3] = Address("a");
+  refused({"--host-memory", "1"}, {"--host-memory", "1 bytes", "1.0 MiB"});
+  args.insert(args.end(), {"--host-memory", "64MiB"});
+  refused(listen, {"--listen", missing});
+  refused({"--admin", absl::StrCat("unix:", missing)}, {"--admin", missing});
+  refused(trace, {"--trace", missing});
+  refused({"--in-place-deadline", "0s"}, {"--in-place-deadline 0"});
+
+  std::ifstream file(model_ + "/config.json");
+  const std::string config(std::istreambuf_iterator<char>(file), {});
+  std::ofstream(model_ + "/config.json")
+      << std::regex_replace(config, std::regex("\"num_hidden_layers\": 4"),
+                            "\"num_hidden_layers\": 5");
+  refused({}, {"model.safetensors", "model.layers.4."});
+}
+
+TEST_F(Startup, AVariableThatIsWrongIsNamed) {
+  const std::vector<std::string> commands[] = {
+      {"serve", "--model", model_, "--device", "cpu", "--listen", Address("a")},
+      {"kvstore", "--listen", Address("k"), "--segment-dir", dir_.File("segment")},
+      {"kvstore", "--check-config"}};
+  setenv("HEADROOM_HOST_MEMORY", "1", 1);
+  for (std::vector<std::string> args : commands) {
+    args.insert(args.begin(), HeadroomBinary());
+    ExpectRefused(RunCommand(args, Patience(kSoon)),
+                  {"--host-memory is 1 bytes", "HEADROOM_HOST_MEMORY=1 of the environment"});
+  }
+  unsetenv("HEADROOM_HOST_MEMORY");
 }
 
 // Refusals of a segment: nobody waits for a store that cannot be.
@@ -332,6 +406,36 @@ TEST_F(Startup, AnAddressInUseIsAFailure) {
                  Patience(kSoon));
   EXPECT_EQ(second.exit_code, 1) << second.err;
   EXPECT_EQ(cluster.client().Health(), "SERVING");
+}
+
+TEST_F(Startup, APortInUseIsOneLineWithTheReason) {
+  const TestDir segments("/dev/shm");
+  const Fd taken(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in name = {};
+  name.sin_family = AF_INET;
+  name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(name);
+  auto* const address = reinterpret_cast<sockaddr*>(&name);
+  ASSERT_EQ(bind(taken.get(), address, size), 0);
+  ASSERT_EQ(listen(taken.get(), 1), 0);
+  ASSERT_EQ(getsockname(taken.get(), address, &size), 0);
+  const std::string in_use = absl::StrCat("127.0.0.1:", ntohs(name.sin_port));
+  const std::vector<std::string> commands[] = {
+      {"coordinator", "--listen", in_use, "--model", model_},
+      {"coordinator", "--listen", Address("a"), "--admin", in_use, "--model", model_},
+      {"worker", "--listen", in_use, "--model", model_, "--device", "cpu"},
+      {"kvstore", "--listen", in_use, "--segment-dir", segments.File("segment"), "--host-memory",
+       "64MiB"}};
+  for (std::vector<std::string> args : commands) {
+    args.insert(args.begin(), HeadroomBinary());
+    args.insert(args.end(), {"--log-level", "error"});
+    const CommandResult result = RunCommand(args, Patience(kSoon));
+    EXPECT_EQ(result.exit_code, 1) << result.err;
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+    EXPECT_TRUE(absl::StrContains(
+        result.err, absl::StrCat("cannot listen on ", in_use, ": Address already in use\n")))
+        << result.err;
+  }
 }
 
 }  // namespace

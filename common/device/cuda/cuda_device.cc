@@ -601,22 +601,29 @@ class CudaDevice : public Device {
 
 absl::Status Unavailable(const absl::Status& why) {
   return absl::UnavailableError(
-      absl::StrCat("device cuda: no NVIDIA driver or GPU that can be used: ", why.message()));
+      absl::StrCat("--device cuda: no NVIDIA driver or GPU that can be used: ", why.message()));
 }
+
+}  // namespace
+
+absl::Status CheckCudaDriver() {
+  int count = 0;
+  const absl::Status found = HEADROOM_CUDA_STATUS(cudaGetDeviceCount(&count));
+  return found.ok() ? found : Unavailable(found);
+}
+
+namespace {
 
 // The card's name. UNAVAILABLE if it cannot run the kernels.
 absl::StatusOr<std::string> FindCard() {
-  int count = 0;
-  if (const absl::Status found = HEADROOM_CUDA_STATUS(cudaGetDeviceCount(&count)); !found.ok()) {
-    return Unavailable(found);
-  }
+  HEADROOM_RETURN_IF_ERROR(CheckCudaDriver());
   cudaDeviceProp card;
   for (const absl::Status& step : {HEADROOM_CUDA_STATUS(cudaSetDevice(0)),
                                    HEADROOM_CUDA_STATUS(cudaGetDeviceProperties(&card, 0))}) {
     if (!step.ok()) return Unavailable(step);
   }
   if (card.major < 8) {
-    return absl::UnavailableError(absl::StrCat("device cuda: ", card.name,
+    return absl::UnavailableError(absl::StrCat("--device cuda: ", card.name,
                                                " has compute capability ", card.major, ".",
                                                card.minor, "; 8.0 or later is needed"));
   }
@@ -625,7 +632,7 @@ absl::StatusOr<std::string> FindCard() {
       &host_pointers, cudaDevAttrCanUseHostPointerForRegisteredMem, 0)));
   if (host_pointers == 0) {
     return absl::UnavailableError(absl::StrCat(
-        "device cuda: ", card.name, " cannot address registered host memory by its own address"));
+        "--device cuda: ", card.name, " cannot address registered host memory by its own address"));
   }
   return std::string(card.name);
 }

@@ -32,6 +32,9 @@ struct CudaDeviceOptions {
   std::optional<uint64_t> delay_seed = std::nullopt;
 };
 
+// UNAVAILABLE if there is no driver or it shows no GPU. Leaves nothing on the GPU.
+absl::Status CheckCudaDriver();
+
 // UNAVAILABLE if there is no driver, no GPU, or one that the kernels cannot run on (compute
 // capability below 8.0); RESOURCE_EXHAUSTED names the bytes asked for and the bytes free.
 absl::StatusOr<std::unique_ptr<Device>> CreateCudaDevice(const CudaDeviceOptions& options);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "common/bytes_text.h"
 #include "services/coordinator/placement/step_model.h"
 
 namespace headroom::coordinator {
@@ -70,17 +71,21 @@ Prediction Predict(const PredictInput& input) {
   }
   if (prediction.tail_bytes > input.pool_bytes) {
     prediction.does_not_fit.push_back(
-        absl::StrCat("tails of ", input.num_sequences, " sequences take ", prediction.tail_bytes,
-                     " bytes of device memory, the KV pool has ", input.pool_bytes));
+        absl::StrCat("tails of ", input.num_sequences, " sequences take ",
+                     FormatBytes(prediction.tail_bytes), " of device memory, the KV pool has ",
+                     FormatBytes(input.pool_bytes), ": raise --gpu-memory, or lower --sequences"));
   } else if (prediction.resident_bytes > for_residents) {
-    prediction.does_not_fit.push_back(absl::StrCat("resident keys take ", prediction.resident_bytes,
-                                                   " bytes of device memory, the KV pool has ",
-                                                   for_residents, " beside tails"));
+    prediction.does_not_fit.push_back(
+        absl::StrCat("resident keys take ", FormatBytes(prediction.resident_bytes),
+                     " of device memory, the KV pool has ", FormatBytes(for_residents),
+                     " beside tails: raise --gpu-memory, or have less resident by --placement"));
   }
   if (prediction.host_bytes > input.host_capacity_bytes) {
-    prediction.does_not_fit.push_back(absl::StrCat("extents take ", prediction.host_bytes,
-                                                   " bytes of host memory, the store has ",
-                                                   input.host_capacity_bytes));
+    constexpr int64_t kMiB = int64_t{1} << 20;
+    prediction.does_not_fit.push_back(
+        absl::StrCat("extents take ", FormatBytes(prediction.host_bytes), ", --host-memory is ",
+                     FormatBytes(input.host_capacity_bytes), ": raise it to ",
+                     (prediction.host_bytes + kMiB - 1) / kMiB, "MiB"));
   }
   return prediction;
 }

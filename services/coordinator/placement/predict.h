@@ -31,7 +31,7 @@ struct Prediction {
   int64_t resident_bytes = 0;  // of the device: whole extents
   int64_t pool_bytes = 0;      // what the device has for the two
   double step_seconds = 0;     // of a decode step after the prompt; 0: unknown
-  // What will not fit, in words with the numbers; empty if all does.
+  // What will not fit, in words with the numbers and the flag to change; empty if all does.
   std::vector<std::string> does_not_fit;
 };
 

@@ -219,11 +219,6 @@ absl::Status MeasureAll(const BenchOptions& options, const std::vector<WorkItem>
   return absl::OkStatus();
 }
 
-int Fail(const absl::Status& status, int exit_status) {
-  std::fprintf(stderr, "headroom bench: %s\n", std::string(status.message()).c_str());
-  return exit_status;
-}
-
 }  // namespace
 
 absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options) {
@@ -236,17 +231,22 @@ absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options) {
   return measured->Calibrate();
 }
 
-int RunBench(const BenchOptions& options) {
-  if (const absl::Status status = CheckOptions(options); !status.ok()) return Fail(status, 2);
+int RunBench(const BenchOptions& options, const cli::FlagSources& sources) {
+  const auto fail = [&sources](const absl::Status& status, int exit_code) {
+    std::fprintf(stderr, "headroom bench: %s\n",
+                 std::string(sources.Explain(status).message()).c_str());
+    return exit_code;
+  };
+  if (const absl::Status status = CheckOptions(options); !status.ok()) return fail(status, 2);
   const absl::StatusOr<std::vector<WorkItem>> items = ItemsOf(options);
-  if (!items.ok()) return Fail(items.status(), 2);
+  if (!items.ok()) return fail(items.status(), 2);
   if (!options.trace_path.empty()) {
     const absl::Status started = StartTrace(options.trace_path, "bench");
-    if (!started.ok()) return Fail(started, 2);
+    if (!started.ok()) return fail(started, 2);
   }
   const absl::Status status = MeasureAll(options, *items);
   StopTrace();
-  return status.ok() ? 0 : Fail(status, cli::ExitCodeOfStart(status));
+  return status.ok() ? 0 : fail(status, cli::ExitCodeOfStart(status));
 }
 
 }  // namespace headroom

@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "common/lane_costs.h"
+#include "services/headroom/flag_sources.h"
 
 namespace headroom {
 
@@ -53,7 +54,7 @@ inline constexpr int64_t kMaxBenchStopAfterSeconds = 1000000;
 
 // Prints to stdout, errors to stderr. Returns the exit status: 0; 1 if something failed; 2 for options or a model that
 // are wrong, or do not fit.
-int RunBench(const BenchOptions& options);
+int RunBench(const BenchOptions& options, const cli::FlagSources& sources = {});
 
 // What decode steps of the model cost in each lane, with a store's pool in this process.
 absl::StatusOr<LaneCosts> MeasureLaneCosts(const BenchOptions& options);

@@ -75,12 +75,7 @@ absl::StatusOr<int64_t> Number(absl::string_view item, absl::string_view what,
 }  // namespace
 
 absl::string_view LaneName(Lane lane) {
-  switch (lane) {
-    case Lane::kResident: return "resident";
-    case Lane::kFetched: return "fetched";
-    case Lane::kInPlace: break;
-  }
-  return "in_place";
+  return coordinator::LaneName(static_cast<coordinator::Lane>(lane));
 }
 
 std::string WhereName(const WorkItem& item) {
@@ -89,7 +84,7 @@ std::string WhereName(const WorkItem& item) {
   std::vector<std::string> shares;
   for (int lane = 0; lane < coordinator::kNumLanes; ++lane) {
     if (item.placement.shares[lane] == 0) continue;
-    shares.push_back(absl::StrCat(coordinator::LaneName(static_cast<coordinator::Lane>(lane)), "=",
+    shares.push_back(absl::StrCat(LaneName(static_cast<Lane>(lane)), "=",
                                   item.placement.shares[lane]));
   }
   return absl::StrJoin(shares, ",");
@@ -135,7 +130,7 @@ absl::StatusOr<WorkItem> ParseWorkItem(absl::string_view text) {
       if (!placement.ok()) return wrong(placement.status().message());
       item.placement = *std::move(placement);
     } else if (parts[2] != LaneName(Lane::kResident)) {
-      return wrong(absl::StrCat("lane '", parts[2], "', expected resident, fetched, in_place, auto or "
+      return wrong(absl::StrCat("lane '", parts[2], "', expected resident, fetched, in-place, auto or "
                                 "shares such as resident=0.5,fetched=0.5"));
     }
     if (item.prefills() && item.planned) return wrong("no prefill is planned");

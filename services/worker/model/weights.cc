@@ -26,66 +26,31 @@ constexpr int kMostReaders = 4;
 
 }  // namespace
 
-// Finds the tensors and makes room for them, one after the other; then fills it, hashing what passes.
-class WeightLoading::Loader {
+// Finds a model's tensors, one after the other; alone, it checks a folder whose weights nobody loads.
+class WeightLoading::Finder {
  public:
-  Loader(std::unique_ptr<SafetensorsReader> reader, Device& device, int64_t total_bytes)
-      : reader_(std::move(reader)),
-        device_(device),
-        total_bytes_(total_bytes),
-        hash_(XXH3_createState(), &XXH3_freeState) {
-    XXH3_128bits_reset(hash_.get());
-  }
+  using Parts = std::vector<std::pair<std::string, int64_t>>;
 
-  // One matrix made of several tensors, one below the other.
-  absl::StatusOr<PackedWeight> Matrix(
-      absl::string_view what, const std::vector<std::pair<std::string, int64_t>>& parts,
-      int64_t k) {
+  explicit Finder(std::unique_ptr<SafetensorsReader> reader) : reader_(std::move(reader)) {}
+  virtual ~Finder() = default;
+
+  // One matrix made of several tensors, one below the other: names and rows.
+  virtual absl::StatusOr<PackedWeight> Matrix(const Parts& parts, int64_t k) {
     int64_t n = 0;
-    for (const auto& [name, rows] : parts) {  // before memory is taken for what may not be there
-      HEADROOM_RETURN_IF_ERROR(reader_->Expect(name, "BF16", {rows, k}).status());
+    for (const auto& [name, rows] : parts) {
+      HEADROOM_RETURN_IF_ERROR(Find(name, {rows, k}).status());
       n += rows;
     }
-    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
-                              device_.Allocate(device_.PackedBytes(n, k), what));
-    products_.insert({n, k});
-    int64_t row = 0;
-    for (const auto& [name, rows] : parts) {
-      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_->Expect(name, "BF16", {rows, k}));
-      const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
-      const int64_t rows_a_piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
-      for (int64_t done = 0; done < rows; done += rows_a_piece) {
-        const int64_t count = std::min(rows_a_piece, rows - done);
-        Add({tensor, done * row_bytes, count * row_bytes},
-            {done == 0 ? name : "", packed, row + done, count, n, k});
-      }
-      row += rows;
-    }
-    return PackedWeight{reinterpret_cast<const BFloat16*>(packed), n, k};
+    return PackedWeight{nullptr, n, k};
   }
 
-  // One vector made of several tensors, one behind the other.
-  absl::StatusOr<const BFloat16*> Vector(
-      const std::vector<std::pair<std::string, int64_t>>& parts) {
-    int64_t bytes = 0;
-    for (const auto& [name, size] : parts) {  // before memory is taken for what may not be there
-      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_->Expect(name, "BF16", {size}));
-      bytes += tensor->size_bytes;
-    }
-    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, parts[0].first));
-    int64_t at = 0;
-    for (const auto& [name, size] : parts) {
-      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor,
-                                reader_->Expect(name, "BF16", {size}));
-      Add({tensor, 0, tensor->size_bytes}, {name, data + at, 0, 0, 0, 0});
-      at += tensor->size_bytes;
-    }
-    return reinterpret_cast<const BFloat16*>(data);
+  // One vector made of several tensors, one behind the other: names and sizes.
+  virtual absl::StatusOr<const BFloat16*> Vector(const Parts& parts) {
+    for (const auto& [name, size] : parts) HEADROOM_RETURN_IF_ERROR(Find(name, {size}).status());
+    return nullptr;
   }
   absl::StatusOr<const BFloat16*> Vector(const std::string& name, int64_t size) {
-    return Vector({{name, size}});
+    return Vector(Parts{{name, size}});
   }
 
   // A tensor that was not asked for: a wrong guess about the architecture must not pass silently. A
@@ -101,6 +66,67 @@ class WeightLoading::Loader {
                        config.architecture, " with ", config.num_layers, " layers"));
     }
     return absl::OkStatus();
+  }
+
+ protected:
+  absl::StatusOr<const TensorInfo*> Find(const std::string& name,
+                                         const std::vector<int64_t>& shape) {
+    HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor, reader_->Expect(name, "BF16", shape));
+    used_.insert(tensor);
+    return tensor;
+  }
+  const SafetensorsReader& reader() const { return *reader_; }
+
+ private:
+  const std::unique_ptr<SafetensorsReader> reader_;
+  std::set<const TensorInfo*> used_;
+};
+
+// Makes room for the tensors too; then fills it, hashing what passes.
+class WeightLoading::Loader : public WeightLoading::Finder {
+ public:
+  Loader(std::unique_ptr<SafetensorsReader> reader, Device& device, int64_t total_bytes)
+      : Finder(std::move(reader)),
+        device_(device),
+        total_bytes_(total_bytes),
+        hash_(XXH3_createState(), &XXH3_freeState) {
+    XXH3_128bits_reset(hash_.get());
+  }
+
+  absl::StatusOr<PackedWeight> Matrix(const Parts& parts, int64_t k) override {
+    // Before memory is taken for what may not be there.
+    HEADROOM_ASSIGN_OR_RETURN(const PackedWeight found, Finder::Matrix(parts, k));
+    const int64_t n = found.n;
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const packed,
+                              device_.Allocate(device_.PackedBytes(n, k), "weights"));
+    products_.insert({n, k});
+    int64_t row = 0;
+    for (const auto& [name, rows] : parts) {
+      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor, Find(name, {rows, k}));
+      const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
+      const int64_t rows_a_piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
+      for (int64_t done = 0; done < rows; done += rows_a_piece) {
+        const int64_t count = std::min(rows_a_piece, rows - done);
+        Add({tensor, done * row_bytes, count * row_bytes},
+            {done == 0 ? name : "", packed, row + done, count, n, k});
+      }
+      row += rows;
+    }
+    return PackedWeight{reinterpret_cast<const BFloat16*>(packed), n, k};
+  }
+
+  absl::StatusOr<const BFloat16*> Vector(const Parts& parts) override {
+    HEADROOM_RETURN_IF_ERROR(Finder::Vector(parts).status());
+    int64_t bytes = 0;
+    for (const auto& [name, size] : parts) bytes += size * static_cast<int64_t>(sizeof(BFloat16));
+    HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, parts[0].first));
+    int64_t at = 0;
+    for (const auto& [name, size] : parts) {
+      HEADROOM_ASSIGN_OR_RETURN(const TensorInfo* const tensor, Find(name, {size}));
+      Add({tensor, 0, tensor->size_bytes}, {name, data + at, 0, 0, 0, 0});
+      at += tensor->size_bytes;
+    }
+    return reinterpret_cast<const BFloat16*>(data);
   }
 
   absl::Status PrepareProducts() {
@@ -140,7 +166,6 @@ class WeightLoading::Loader {
   };
 
   void Add(const TensorPiece& piece, Target target) {
-    used_.insert(piece.tensor);
     pieces_.push_back(piece);
     targets_.push_back(std::move(target));
   }
@@ -149,7 +174,7 @@ class WeightLoading::Loader {
                         const std::function<void(double)>& progress) {
     const int readers =
         std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostReaders);
-    ReadAhead ahead(*reader_, pieces_, buffers, buffer_bytes, kBuffers, readers);
+    ReadAhead ahead(reader(), pieces_, buffers, buffer_bytes, kBuffers, readers);
     int64_t done_bytes = 0;
     for (size_t i = 0; i < pieces_.size(); ++i) {
       const TensorPiece& piece = pieces_[i];
@@ -175,67 +200,62 @@ class WeightLoading::Loader {
     XXH3_128bits_update(hash_.get(), tensor.shape.data(), tensor.shape.size() * sizeof(int64_t));
   }
 
-  const std::unique_ptr<SafetensorsReader> reader_;
   Device& device_;
   const int64_t total_bytes_;
   std::vector<TensorPiece> pieces_;
   std::vector<Target> targets_;  // of each piece
-  std::set<const TensorInfo*> used_;
   std::set<std::pair<int64_t, int64_t>> products_;  // n and k of all matrices
   std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_;
 };
 
-absl::StatusOr<LayerWeights> WeightLoading::FindLayer(Loader& loader, const ModelConfig& config,
+absl::StatusOr<LayerWeights> WeightLoading::FindLayer(Finder& finder, const ModelConfig& config,
                                                       int32_t layer) {
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
   const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
   const int64_t kv_width = int64_t{config.num_kv_heads} * config.head_dim;
   LayerWeights weights;
   HEADROOM_ASSIGN_OR_RETURN(weights.attention_norm,
-                            loader.Vector(prefix + "input_layernorm.weight", config.hidden));
+                            finder.Vector(prefix + "input_layernorm.weight", config.hidden));
   HEADROOM_ASSIGN_OR_RETURN(
-      weights.qkv, loader.Matrix("weights",
-                                 {{prefix + "self_attn.q_proj.weight", q_width},
+      weights.qkv, finder.Matrix({{prefix + "self_attn.q_proj.weight", q_width},
                                   {prefix + "self_attn.k_proj.weight", kv_width},
                                   {prefix + "self_attn.v_proj.weight", kv_width}},
                                  config.hidden));
   if (config.qkv_bias) {
     HEADROOM_ASSIGN_OR_RETURN(weights.qkv_bias,
-                              loader.Vector({{prefix + "self_attn.q_proj.bias", q_width},
+                              finder.Vector({{prefix + "self_attn.q_proj.bias", q_width},
                                              {prefix + "self_attn.k_proj.bias", kv_width},
                                              {prefix + "self_attn.v_proj.bias", kv_width}}));
   }
   if (config.qk_norm) {
     HEADROOM_ASSIGN_OR_RETURN(weights.q_norm,
-                              loader.Vector(prefix + "self_attn.q_norm.weight", config.head_dim));
+                              finder.Vector(prefix + "self_attn.q_norm.weight", config.head_dim));
     HEADROOM_ASSIGN_OR_RETURN(weights.k_norm,
-                              loader.Vector(prefix + "self_attn.k_norm.weight", config.head_dim));
+                              finder.Vector(prefix + "self_attn.k_norm.weight", config.head_dim));
   }
   HEADROOM_ASSIGN_OR_RETURN(
       weights.output,
-      loader.Matrix("weights", {{prefix + "self_attn.o_proj.weight", config.hidden}}, q_width));
+      finder.Matrix({{prefix + "self_attn.o_proj.weight", config.hidden}}, q_width));
   // With post-norms the name that a Llama has for the norm before the MLP is that of the one after
   // attention.
   const char* const mlp_norm =
       config.post_norms ? "pre_feedforward_layernorm.weight" : "post_attention_layernorm.weight";
-  HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, loader.Vector(prefix + mlp_norm, config.hidden));
+  HEADROOM_ASSIGN_OR_RETURN(weights.mlp_norm, finder.Vector(prefix + mlp_norm, config.hidden));
   if (config.post_norms) {
     HEADROOM_ASSIGN_OR_RETURN(
         weights.post_attention_norm,
-        loader.Vector(prefix + "post_attention_layernorm.weight", config.hidden));
+        finder.Vector(prefix + "post_attention_layernorm.weight", config.hidden));
     HEADROOM_ASSIGN_OR_RETURN(
         weights.post_mlp_norm,
-        loader.Vector(prefix + "post_feedforward_layernorm.weight", config.hidden));
+        finder.Vector(prefix + "post_feedforward_layernorm.weight", config.hidden));
   }
   HEADROOM_ASSIGN_OR_RETURN(
-      weights.gate_up, loader.Matrix("weights",
-                                     {{prefix + "mlp.gate_proj.weight", config.intermediate},
+      weights.gate_up, finder.Matrix({{prefix + "mlp.gate_proj.weight", config.intermediate},
                                       {prefix + "mlp.up_proj.weight", config.intermediate}},
                                      config.hidden));
   HEADROOM_ASSIGN_OR_RETURN(
       weights.down,
-      loader.Matrix("weights", {{prefix + "mlp.down_proj.weight", config.hidden}},
-                    config.intermediate));
+      finder.Matrix({{prefix + "mlp.down_proj.weight", config.hidden}}, config.intermediate));
   return weights;
 }
 
@@ -272,31 +292,40 @@ absl::StatusOr<std::unique_ptr<WeightLoading>> WeightLoading::Begin(const std::s
                                                                     const ModelConfig& config,
                                                                     Device& device) {
   auto loading = std::unique_ptr<WeightLoading>(new WeightLoading(config, device));
-  HEADROOM_RETURN_IF_ERROR(loading->FindAll(model_dir));
+  HEADROOM_RETURN_IF_ERROR(loading->Init(model_dir));
   return loading;
 }
 
-absl::Status WeightLoading::FindAll(const std::string& model_dir) {
+absl::StatusOr<ModelWeights> WeightLoading::FindAll(Finder& finder, const ModelConfig& config) {
+  ModelWeights weights;
+  HEADROOM_ASSIGN_OR_RETURN(
+      weights.embedding, finder.Matrix({{"model.embed_tokens.weight", config.vocab}}, config.hidden));
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    HEADROOM_ASSIGN_OR_RETURN(LayerWeights layer_weights, FindLayer(finder, config, layer));
+    weights.layers.push_back(layer_weights);
+  }
+  HEADROOM_ASSIGN_OR_RETURN(weights.final_norm, finder.Vector("model.norm.weight", config.hidden));
+  weights.lm_head = weights.embedding;
+  if (!config.tied_embeddings) {
+    HEADROOM_ASSIGN_OR_RETURN(weights.lm_head,
+                              finder.Matrix({{"lm_head.weight", config.vocab}}, config.hidden));
+  }
+  HEADROOM_RETURN_IF_ERROR(finder.CheckNoneLeftOver(config));
+  return weights;
+}
+
+absl::Status WeightLoading::Check(const std::string& model_dir, const ModelConfig& config) {
+  HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsReader> reader,
+                            SafetensorsReader::Open(model_dir));
+  Finder finder(std::move(reader));
+  return FindAll(finder, config).status();
+}
+
+absl::Status WeightLoading::Init(const std::string& model_dir) {
   HEADROOM_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsReader> reader,
                             SafetensorsReader::Open(model_dir));
   loader_ = std::make_unique<Loader>(std::move(reader), device_, WeightBytes(config_, device_));
-  HEADROOM_ASSIGN_OR_RETURN(
-      weights_.embedding,
-      loader_->Matrix("weights", {{"model.embed_tokens.weight", config_.vocab}}, config_.hidden));
-  for (int32_t layer = 0; layer < config_.num_layers; ++layer) {
-    HEADROOM_ASSIGN_OR_RETURN(LayerWeights layer_weights, FindLayer(*loader_, config_, layer));
-    weights_.layers.push_back(layer_weights);
-  }
-  HEADROOM_ASSIGN_OR_RETURN(weights_.final_norm,
-                            loader_->Vector("model.norm.weight", config_.hidden));
-  if (config_.tied_embeddings) {
-    weights_.lm_head = weights_.embedding;
-  } else {
-    HEADROOM_ASSIGN_OR_RETURN(
-        weights_.lm_head,
-        loader_->Matrix("weights", {{"lm_head.weight", config_.vocab}}, config_.hidden));
-  }
-  HEADROOM_RETURN_IF_ERROR(loader_->CheckNoneLeftOver(config_));
+  HEADROOM_ASSIGN_OR_RETURN(weights_, FindAll(*loader_, config_));
   const std::vector<float> frequencies = config_.InverseFrequencies();
   const int64_t bytes = static_cast<int64_t>(frequencies.size() * sizeof(float));
   HEADROOM_ASSIGN_OR_RETURN(uint8_t* const data, device_.Allocate(bytes, "weights"));

@@ -57,6 +57,8 @@ class WeightLoading {
   static absl::StatusOr<std::unique_ptr<WeightLoading>> Begin(const std::string& model_dir,
                                                               const ModelConfig& config,
                                                               Device& device);
+  // What Begin() would say of the tensors, from the files' headers: no device, no memory.
+  static absl::Status Check(const std::string& model_dir, const ModelConfig& config);
   ~WeightLoading();
 
   // All but the fingerprint; to be read when Fill() is done.
@@ -71,11 +73,13 @@ class WeightLoading {
   absl::StatusOr<std::array<uint8_t, 16>> Fill(const std::function<void(double)>& progress);
 
  private:
+  class Finder;
   class Loader;
 
   WeightLoading(ModelConfig config, Device& device);
-  absl::Status FindAll(const std::string& model_dir);
-  static absl::StatusOr<LayerWeights> FindLayer(Loader& loader, const ModelConfig& config,
+  absl::Status Init(const std::string& model_dir);
+  static absl::StatusOr<ModelWeights> FindAll(Finder& finder, const ModelConfig& config);
+  static absl::StatusOr<LayerWeights> FindLayer(Finder& finder, const ModelConfig& config,
                                                 int32_t layer);
 
   const ModelConfig config_;

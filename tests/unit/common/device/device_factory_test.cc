@@ -34,7 +34,9 @@ TEST(DeviceFactory, CudaIsUnavailableWhereThereIsNoDriver) {
   if (HasDriver()) GTEST_SKIP() << "this host has a GPU";
   const auto device = CreateDevice(Small("cuda"));
   EXPECT_EQ(device.status().code(), absl::StatusCode::kUnavailable) << device.status();
-  EXPECT_EQ(device.status().message().find("device cuda: "), 0u) << device.status();
+  EXPECT_EQ(device.status().message().find("--device cuda: "), 0u) << device.status();
+  EXPECT_EQ(CheckDevice("cuda"), device.status());
+  EXPECT_TRUE(CheckDevice("auto").ok());
 }
 
 TEST(DeviceFactory, NamesTheWrongOption) {
@@ -43,7 +45,7 @@ TEST(DeviceFactory, NamesTheWrongOption) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
     return std::string(status.message());
   };
-  EXPECT_EQ(message(Small("gpu")), "device: 'gpu' is none of auto, cpu, cuda");
+  EXPECT_EQ(message(Small("gpu")), "--device 'gpu', expected auto, cpu or cuda");
   DeviceOptions options = Small("cpu");
   options.memory_bytes = 0;
   EXPECT_EQ(message(options), "device memory must be positive, not 0 bytes");

@@ -2,48 +2,20 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "services/headroom/generate_request.h"
 #include "services/headroom/nearest_name.h"
 #include "services/headroom/service_flags.h"
+#include "tests/unit/services/headroom/flags_test_util.h"
 
 namespace headroom::cli {
 namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-// The variable, for as long as it lives.
-class Variable {
- public:
-  Variable(const char* name, const std::string& value) : name_(name) {
-    setenv(name, value.c_str(), 1);
-  }
-  ~Variable() { unsetenv(name_); }
-
- private:
-  const char* const name_;
-};
-
-// A file of flags.
-class ConfigFile {
- public:
-  explicit ConfigFile(const std::string& text)
-      : path_(::testing::TempDir() + "flags_test." + std::to_string(getpid()) + ".conf") {
-    std::ofstream(path_) << text;
-  }
-  ~ConfigFile() { unlink(path_.c_str()); }
-  std::string flag() const { return "--config=" + path_; }
-  const std::string& path() const { return path_; }
-
- private:
-  const std::string path_;
-};
 
 // Flags of every kind.
 struct AllKinds {
@@ -184,7 +156,7 @@ TEST(Flags, TheFileIsCheckedByName) {
   {
     const ConfigFile file("gpu-memry = 1MiB\n");
     EXPECT_THAT(AllKinds().ErrorOf({file.flag()}),
-                HasSubstr("--config: 'gpu-memry' is no flag; the nearest is 'gpu-memory'"));
+                HasSubstr(file.path() + ":1: 'gpu-memry' is no flag; the nearest is 'gpu-memory'"));
   }
   {
     const ConfigFile file("[worker]\nthreads = 1\n");

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <regex>
 #include <string>
 
 #include "common/errors.h"
@@ -18,6 +19,7 @@
 namespace headroom::cli {
 namespace {
 
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 
 void AddLane(v1::Lane lane, double kv_heads, int64_t bytes, int64_t busy_ns, v1::LaneUse* use) {
@@ -168,6 +170,9 @@ TEST(Status, ShowsWhoIsNotConnectedAndWhy) {
   EXPECT_EQ(json.Find("plans_built")->as_int(), 42);
   EXPECT_EQ(json.Find("processes")->as_array().at(0).Find("life")->as_string(), "ffffffffffffffff");
   EXPECT_EQ(json.Find("lanes")->Find("fetched")->Find("bytes")->as_int(), int64_t{3} << 30);
+  AddLane(v1::LANE_IN_PLACE, 2, 4096, 1000, status.add_lanes());
+  EXPECT_THAT(StatusAsText(status), HasSubstr("  in-place     4.0 KiB in"));
+  EXPECT_EQ(StatusAsJson(status).Find("lanes")->Find("in_place")->Find("bytes")->as_int(), 4096);
 }
 
 TEST(ExitCode, SaysWhoseFaultItIs) {
@@ -271,10 +276,32 @@ TEST_F(Plan, SaysWhatDoesNotFit) {
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_FALSE(report->fits());
   const std::string text = PlanAsText(*report);
-  EXPECT_THAT(text, HasSubstr("does not fit: resident keys take"));
-  EXPECT_THAT(text, HasSubstr("does not fit: extents take"));
-  EXPECT_THAT(text, HasSubstr("does not fit: a sequence of 9008 tokens"));
+  EXPECT_THAT(text, ContainsRegex("does not fit: resident keys take [0-9.]+ MiB of device memory, the KV "
+                                  "pool has [0-9.]+ MiB beside tails: raise --gpu-memory, or have less "
+                                  "resident by --placement\n"));
+  EXPECT_THAT(text, ContainsRegex("does not fit: extents take [0-9.]+ MiB, --host-memory is 64.0 MiB: raise "
+                                  "it to [0-9]+MiB\n"));
+  EXPECT_THAT(text, HasSubstr("does not fit: a sequence of 9008 tokens, the model was trained for 8192: "
+                              "lower --context or --max-tokens\n"));
   EXPECT_EQ(PlanAsJson(*report).Find("does_not_fit")->as_array().size(), 3u);
+}
+
+TEST_F(Plan, TheHostMemoryThatItAsksForIsEnoughAndNoMoreThanThat) {
+  options_.host_memory_bytes = int64_t{64} << 20;
+  const std::string text = PlanAsText(*MakePlan(options_, measure_));
+  std::smatch least;
+  ASSERT_TRUE(std::regex_search(text, least, std::regex("raise it to ([0-9]+)MiB"))) << text;
+  options_.host_memory_bytes = std::stoll(least[1]) << 20;
+  EXPECT_TRUE(MakePlan(options_, measure_)->fits());
+  options_.host_memory_bytes -= int64_t{1} << 20;
+  EXPECT_FALSE(MakePlan(options_, measure_)->fits());
+}
+
+TEST_F(Plan, SequencesWhoseTailsDoNotFitAreTooMany) {
+  options_.sequences = 100;
+  EXPECT_THAT(PlanAsText(*MakePlan(options_, measure_)),
+              ContainsRegex("does not fit: tails of 100 sequences take [0-9.]+ MiB of device memory, the KV pool "
+                            "has [0-9.]+ MiB: raise --gpu-memory, or lower --sequences\n"));
 }
 
 TEST_F(Plan, NamesTheLeastDeviceMemory) {

@@ -96,8 +96,9 @@ TEST(WorkItem, ThatIsWrongIsNamedWithItsPart) {
       {"decode", "no context"},         {"decode:0", "context '0'"},
       {"decode:-5", "context '-5'"},    {"decode:99999999999999999999", "context"},
       {"decode:16777217", "context"},   {"decode:5x", "context '5x'"},
-      {"decode:5:gpu", "lane 'gpu'"},   {"prefill:5:in_place", "too many rows"}, {"prefill:5:auto", "no prefill is planned"},
-      {"beside:5:in_place", "too many rows"}, {"beside:5:auto", "no prefill is planned"},
+      {"decode:5:gpu", "lane 'gpu'"},   {"decode:5:in_place", "expected resident, fetched, in-place"},
+      {"prefill:5:in-place", "too many rows"}, {"prefill:5:auto", "no prefill is planned"},
+      {"beside:5:in-place", "too many rows"}, {"beside:5:auto", "no prefill is planned"},
       {"prefill:5:resident:2", "batch"}, {"decode:5:resident:0", "batch '0'"},
       {"decode:5:resident:65", "batch"}, {"decode:5:resident:2:", "part too many"},
       {"question:5:resident:2", "only a decode"}, {"decode:5:resident=0.5", "sum to"},
@@ -408,7 +409,7 @@ TEST(Bench, WritesALineForTheSetupAndForEachItem) {
   options.gpu_memory_bytes = int64_t{128} << 20;
   options.repeat = 3;
   options.chunk_tokens = 64;
-  options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in_place:3",
+  options.work = {"prefill:200:resident", "decode:130:fetched:3", "decode:130:in-place:3",
                   "decode:4000:auto:1", "decode:130:resident=0.5,fetched=0.5:3"};
   options.json_path = dir.File("bench.json");
   ASSERT_EQ(RunBench(options), 0);
