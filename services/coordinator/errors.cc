@@ -109,6 +109,8 @@ absl::Status StoppingError() {
   return WithReason(absl::UnavailableError("the server is stopping"), "STOPPING");
 }
 
+bool IsOvertaken(const absl::Status& from_store) { return ReasonOf(from_store) == "CALL_OVERTAKEN"; }
+
 bool MayPassAway(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
 }

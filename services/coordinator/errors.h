@@ -30,6 +30,8 @@ absl::Status SlowClientError(absl::Duration waited);
 absl::Status DeadlinePassedError();
 absl::Status ClientGoneError();
 absl::Status StoppingError();
+// Whether the store belongs to another coordinator, or to an earlier call of this one.
+bool IsOvertaken(const absl::Status& from_store);
 // Whether what failed may work later: a peer that cannot be reached, or says so itself.
 bool MayPassAway(const absl::Status& status);
 // A step failed again and again.

@@ -101,7 +101,7 @@ class GenerateOnceCall : public grpc::ServerUnaryReactor, public RequestSink {
   grpc::CallbackServerContext* const context_;
   Scheduler* const scheduler_;
   const std::string request_id_;
-  std::atomic<bool> ended_{false};            // the id may be that of another call from now on
+  std::atomic<bool> ended_{false};            // the id may soon be that of another call
   v1::GenerateOnceResponse* const response_;  // not touched once answers_left_ is 0
   int32_t answers_left_;                      // whose Submit() it is, then the scheduler's thread
   std::shared_ptr<GenerateOnceCall> self_;

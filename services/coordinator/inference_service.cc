@@ -149,7 +149,9 @@ Call* InferenceService::Begin(grpc::CallbackServerContext* context, const v1::Ge
     const absl::StatusOr<RequestLimits> limits = Limits();
     absl::Status status = limits.status();
     if (status.ok() && context->IsCancelled()) status = ClientGoneError();
-    if (status.ok()) status = TakePrompt(proto, *model_, *limits, *request);
+    if (status.ok() && !scheduler_->IsEnding(request->id)) {
+      status = TakePrompt(proto, *model_, *limits, *request);
+    }
     if (status.ok()) {
       call->Submit(*model_, *request);
     } else {
@@ -200,8 +202,9 @@ template <typename Answerer>
 grpc::ServerUnaryReactor* InferenceService::AnswerFromPool(grpc::CallbackServerContext* context,
                                                            int64_t text_bytes, Answerer answer) {
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  const absl::Status taken = tokenizers_.Run(
-      text_bytes, [reactor, answer = std::move(answer)] { reactor->Finish(ToGrpcStatus(answer())); });
+  const absl::Status taken = tokenizers_.Run(text_bytes, [context, reactor, answer = std::move(answer)] {
+    reactor->Finish(ToGrpcStatus(context->IsCancelled() ? ClientGoneError() : answer()));
+  });
   if (taken.ok()) return reactor;
   AddErrorMetadata(context, "", taken);
   reactor->Finish(ToGrpcStatus(taken));

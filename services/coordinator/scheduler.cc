@@ -52,6 +52,7 @@ void Scheduler::Stop() {
     for (auto& request : running_) {
       request->End(StoppingError(), v1::FINISH_REASON_UNSPECIFIED);
     }
+    for (auto& answer : std::exchange(drained_, {})) answer();
   });
   thread_.Stop();
 }
@@ -82,6 +83,11 @@ void Scheduler::GiveUp(const std::string& request_id) {
     known_.erase(at);
   }
   Wake();  // a drain may have waited for it
+}
+
+bool Scheduler::IsEnding(const std::string& request_id) const {
+  MutexLock lock(&mutex_);
+  return known_.at(request_id).ending.has_value();
 }
 
 absl::Status Scheduler::Submit(const Request& request, std::shared_ptr<RequestSink> sink,
@@ -231,7 +237,7 @@ void Scheduler::ExpireRequests(absl::Time now) {
     std::optional<absl::Status> status = over(request->request());
     // Whoever has extents enough goes on without the store.
     if (!status.has_value() && store_lost && request->rows_in_flight() == 0 &&
-        LacksExtents(*request)) {
+        (!request->leased || LacksExtents(*request))) {
       status = PeerLostError(now - store_away_since_, connect_failure_);
     }
     if (status.has_value()) request->End(*status, v1::FINISH_REASON_TIME_LIMIT);

@@ -1,4 +1,4 @@
-// Admits requests in the order of their arrival and keeps the step loop going.
+// Admits requests in the order in which their prompts are there and keeps the step loop going.
 //
 // Threads. Everything happens on the scheduler's own thread, as tasks (what clients, worker and
 // store say) followed by one Tick(), which looks at all there is and does what can be done: end
@@ -67,6 +67,8 @@ class Scheduler {
   // UNAVAILABLE: draining, or no worker has been found yet.
   absl::Status Reserve(const std::string& request_id, int32_t answers);
   void GiveUp(const std::string& request_id);
+  // Whether it has been cancelled or aborted since: then its prompt is not wanted.
+  bool IsEnding(const std::string& request_id) const;
   // Queues a request that has its places. FAILED_PRECONDITION: its placement cannot be served; UNAVAILABLE: stopping.
   // Whatever is found later goes to the sink. Each answer has a decoder of its own; it may be null.
   absl::Status Submit(const Request& request, std::shared_ptr<RequestSink> sink,
@@ -139,6 +141,8 @@ class Scheduler {
   void OnResponse(const v1::StepResponse& response);
   void OnStore(const absl::StatusOr<v1::GetStoreInfoResponse>& info);
   void Disconnect(const absl::Status& why);
+  // Whether the store answered a call of `connection` for another coordinator: then it is bound again.
+  bool IsFenced(const absl::Status& from_store, uint64_t connection);
   void ReconcileWithStore(const std::vector<v1::StoredSequence>& stored);
   void MaintainReattachment();
   // The store is told that the sequence ends there; nothing more is asked of it for the sequence before it has
@@ -209,6 +213,11 @@ class Scheduler {
   RunningRequest* FindRunning(uint64_t sequence_id);
   // One of its answers has ended.
   void ForgetId(const std::string& request_id);
+  // Answers that wait; reserved ones too.
+  int64_t num_waiting() const {
+    MutexLock lock(&mutex_);
+    return num_waiting_;
+  }
   // Whether no request is reserved, waits or runs. An ended one whose worker is away only waits to be let go.
   bool Drained() const;
 
@@ -217,7 +226,7 @@ class Scheduler {
 
   mutable Mutex mutex_;
   std::map<std::string, Known> known_ ABSL_GUARDED_BY(mutex_);  // by request id
-  int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;  // answers; reserved ones too
+  int64_t num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<const PeerFacts> facts_ ABSL_GUARDED_BY(mutex_);
 

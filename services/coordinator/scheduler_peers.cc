@@ -6,7 +6,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "common/errors.h"
 #include "common/log.h"
+#include "common/status.h"
 #include "services/coordinator/errors.h"
 #include "services/coordinator/lease.h"
 #include "services/coordinator/plan_proto.h"
@@ -139,6 +141,14 @@ void Scheduler::Disconnect(const absl::Status& why) {
   peers_->Connect();
 }
 
+bool Scheduler::IsFenced(const absl::Status& from_store, uint64_t connection) {
+  if (!IsOvertaken(from_store)) return false;
+  if (connected_ && connection == connections_) {
+    Disconnect(Annotate(from_store, "the kvstore has been bound by another coordinator"));
+  }
+  return true;
+}
+
 void Scheduler::OnResponse(const v1::StepResponse& response) {
   if (!connected_) return;
   StepPipeline::Returned returned = pipeline_.Receive(response, absl::Now());
@@ -236,7 +246,7 @@ void Scheduler::TruncateAtStore(uint64_t sequence_id, int64_t tokens) {
 }
 
 void Scheduler::MaintainTruncations() {
-  if (!connected_ || !store_answers_ || truncation_in_flight_ || truncations_.empty() ||
+  if (!connected_ || !store_answers_ || reattach_ || truncation_in_flight_ || truncations_.empty() ||
       absl::Now() < truncation_retry_) {
     return;
   }
@@ -244,12 +254,13 @@ void Scheduler::MaintainTruncations() {
   const auto [id, tokens] = *truncations_.begin();
   peers_->Truncate(id, tokens, [=, this, connection = connections_](const absl::Status& status) {
     truncation_in_flight_ = false;
-    if (connection == connections_) OnTruncated(id, tokens, status);
+    if (connection == connections_ && !IsFenced(status, connection)) OnTruncated(id, tokens, status);
   });
 }
 
 void Scheduler::OnTruncated(uint64_t sequence_id, int64_t tokens, const absl::Status& status) {
-  if (MayPassAway(status)) {
+  // A store may have been started anew a moment ago and know no model yet.
+  if (MayPassAway(status) || reattach_ || ReasonOf(status) == "NO_MODEL_BOUND") {
     truncation_retry_ = absl::Now() + kRetryInterval;
     return;
   }
@@ -257,10 +268,15 @@ void Scheduler::OnTruncated(uint64_t sequence_id, int64_t tokens, const absl::St
   if (at != truncations_.end() && at->second == tokens) truncations_.erase(at);
   if (status.ok() || absl::IsNotFound(status)) return;
   LogWarning(absl::StrCat("truncating sequence ", sequence_id, ": ", status.message()));
-  RunningRequest* const request = FindRunning(sequence_id);
-  if (request == nullptr) return;
-  request->End(StoreRefusedError(status), v1::FINISH_REASON_UNSPECIFIED);
-  if (Session* const session = sessions_.Find(request->request().session_id)) session->drop = true;
+  if (RunningRequest* const request = FindRunning(sequence_id)) {
+    request->End(StoreRefusedError(status), v1::FINISH_REASON_UNSPECIFIED);
+    if (Session* const session = sessions_.Find(request->request().session_id)) session->drop = true;
+    return;
+  }
+  if (Session* const session = sessions_.FindIdle(sequence_id)) {
+    ReleaseLater(session->sequence);
+    sessions_.Erase(std::string(session->id));
+  }
 }
 
 void Scheduler::MaintainLeases() {
@@ -298,6 +314,7 @@ void Scheduler::OnLeased(uint64_t sequence_id, uint64_t connection, const absl::
     request->lease_failures = 0;
     return;
   }
+  if (IsFenced(status, connection)) return;
   // Beside being full, a store may have been started anew a moment ago and know no model yet.
   request->lease_retry = absl::Now() + kRetryInterval;
   if (MayPassAway(status) || connection != connections_ || reattach_) return;
@@ -333,7 +350,7 @@ void Scheduler::MaintainCommits() {
         commit_in_flight_ = false;
         if (!status.ok()) {
           uncommitted_sessions_.insert(sessions.begin(), sessions.end());
-          if (!MayPassAway(status)) LogWarning(absl::StrCat("committing: ", status.message()));
+          if (!IsFenced(status, connection) && !MayPassAway(status)) LogWarning(absl::StrCat("committing: ", status.message()));
           commit_retry_ = absl::Now() + kRetryInterval;
         } else if (connection == connections_) {  // else counts have been set anew since
           OnCommitted(sealed, sessions);
@@ -366,10 +383,11 @@ void Scheduler::MaintainReleases() {
   }
   release_in_flight_ = true;
   in_release_ = std::exchange(to_release_, {});
-  peers_->Release(in_release_.sequence_ids, [this](const absl::Status& status) {
+  peers_->Release(in_release_.sequence_ids, [this, connection = connections_](const absl::Status& status) {
     release_in_flight_ = false;
     Leaving released = std::exchange(in_release_, {});
     if (status.ok()) return;
+    IsFenced(status, connection);
     LogWarning(
         absl::StrCat("releasing ", released.sequence_ids.size(), " sequences: ", status.message()));
     released.sequence_ids.insert(released.sequence_ids.end(), to_release_.sequence_ids.begin(),

@@ -128,8 +128,12 @@ bool Scheduler::Drain(std::function<void()> answer) {
     draining_ = true;
   }
   return thread_.Post([this, answer = std::move(answer)] {
-    LogInfo(absl::StrCat("draining: ", running_.size(), " requests run, ", queue_.size(), " wait"));
-    drained_.push_back(answer);
+    LogInfo(absl::StrCat("draining: ", running_.size(), " requests run, ", num_waiting(), " wait"));
+    if (stopping_) {
+      answer();
+    } else {
+      drained_.push_back(answer);
+    }
   });
 }
 
@@ -169,7 +173,7 @@ v1::GetStatusResponse Scheduler::DescribeStatus() const {
   }
   *status.mutable_device_memory() = device_memory_;
   status.set_running_requests(static_cast<int32_t>(running_.size()));
-  status.set_waiting_requests(static_cast<int32_t>(queue_.size()));
+  status.set_waiting_requests(static_cast<int32_t>(num_waiting()));
   status.set_sessions(static_cast<int32_t>(sessions_.size()));
   if (plan_.ready_version != 0) *status.mutable_plan() = ToProto(plan_.placement, plan_.version);
   status.set_steps(pipeline_.steps_returned());

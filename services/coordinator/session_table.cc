@@ -115,6 +115,13 @@ Session* SessionTable::Find(absl::string_view id) {
   return found == sessions_.end() ? nullptr : &found->second;
 }
 
+Session* SessionTable::FindIdle(uint64_t sequence_id) {
+  const auto found = std::find_if(sessions_.begin(), sessions_.end(), [&](const auto& entry) {
+    return !entry.second.busy && entry.second.sequence.id == sequence_id;
+  });
+  return found == sessions_.end() ? nullptr : &found->second;
+}
+
 absl::StatusOr<Session*> SessionTable::FindOrMake(const std::string& id, absl::Time now) {
   if (Session* const found = Find(id)) return found;
   if (size() >= max_sessions_) {

@@ -83,6 +83,8 @@ class SessionTable {
 
   // nullptr if there is none.
   Session* Find(absl::string_view id);
+  // The one that is idle and has the sequence, likewise.
+  Session* FindIdle(uint64_t sequence_id);
   // The session, made if need be. RESOURCE_EXHAUSTED if there are too many.
   absl::StatusOr<Session*> FindOrMake(const std::string& id, absl::Time now);
   void Erase(const std::string& id);

@@ -21,7 +21,7 @@ class ChannelCredentials;
 namespace headroom::coordinator {
 
 // Calls block for at most their deadline (seconds). Errors carry the store's status; UNAVAILABLE
-// and DEADLINE_EXCEEDED mean that it cannot be reached. Thread-safe.
+// and DEADLINE_EXCEEDED mean that it cannot be reached. One call at a time: they are numbered as they are made.
 class StoreClient {
  public:
   virtual ~StoreClient() = default;

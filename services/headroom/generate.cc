@@ -134,7 +134,8 @@ int RunGenerate(const GenerateCommandOptions& options, const FlagSources& source
                : GenerateAndPrint(options.server, *request, options, &canceller);
   if (status.ok()) return kExitOk;
   if (canceller.cancelled()) status = absl::CancelledError("a signal has cancelled the call");
-  PrintError(kCommand, sources.Explain(status));
+  // What a server says of its flags is not of these.
+  PrintError(kCommand, options.server.address.empty() ? sources.Explain(status) : status);
   return ExitCodeOfCall(status);
 }
 

@@ -58,7 +58,8 @@ absl::StatusOr<int64_t> DefaultHostMemoryBytes(const std::string& segment_dir);
 absl::Status CheckHostMemory(const std::string& segment_dir, int64_t bytes);
 
 // INVALID_ARGUMENT if "unix:PATH" (any other address is fine) is longer than the system takes;
-// NOT_FOUND, PERMISSION_DENIED and the like if no socket can be made in its folder; UNAVAILABLE if somebody listens there, whose socket file would be taken away.
+// NOT_FOUND, PERMISSION_DENIED and the like if no socket can be made in its folder; UNAVAILABLE if
+// somebody listens there, whose socket file would be taken away.
 absl::Status CheckListenAddress(const std::string& flag, const std::string& address);
 
 }  // namespace headroom::cli

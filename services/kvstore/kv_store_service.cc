@@ -84,6 +84,22 @@ auto KvStoreService::InOrder(const Request& request, Call&& call) -> decltype(ca
   return call();
 }
 
+// By whoever comes: it is the coordinator's from then on, if it works.
+absl::StatusOr<int64_t> KvStoreService::BindInOrder(const v1::BindModelRequest& request,
+                                                    const SegmentBinding& binding) {
+  MutexLock lock(&order_mutex_);
+  const v1::CallOrder& order = request.order();
+  if (request.has_order() && order.caller() == caller_ && order.number() <= latest_call_) {
+    return OvertakenError(absl::StrCat("call ", order.number(), " comes after ", latest_call_));
+  }
+  HEADROOM_ASSIGN_OR_RETURN(const int64_t kept, store_->Bind(binding, request.allow_clean()));
+  if (request.has_order()) {
+    caller_ = order.caller();
+    latest_call_ = order.number();
+  }
+  return kept;
+}
+
 grpc::ServerUnaryReactor* KvStoreService::GetStoreInfo(grpc::CallbackServerContext* context,
                                                        const v1::GetStoreInfoRequest*,
                                                        v1::GetStoreInfoResponse* response) {
@@ -124,12 +140,7 @@ grpc::ServerUnaryReactor* KvStoreService::BindModel(grpc::CallbackServerContext*
                                                     v1::BindModelResponse* response) {
   const absl::StatusOr<SegmentBinding> binding = FromProto(*request);
   if (!binding.ok()) return Answer(context, binding.status());
-  if (request->has_order()) {
-    MutexLock lock(&order_mutex_);
-    if (std::exchange(caller_, request->order().caller()) != request->order().caller()) latest_call_ = 0;
-  }
-  const absl::StatusOr<int64_t> kept =
-      InOrder(*request, [&] { return store_->Bind(*binding, request->allow_clean()); });
+  const absl::StatusOr<int64_t> kept = BindInOrder(*request, *binding);
   if (kept.ok()) response->set_kept_sequences(static_cast<uint64_t>(*kept));
   return Answer(context, kept.status());
 }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "common/mutex.h"
 #include "headroom/v1/kv_store.grpc.pb.h"
 #include "services/kvstore/attend_pool.h"
@@ -53,6 +54,7 @@ class KvStoreService : public v1::KvStoreService::CallbackService {
   // Carries a call out, unless it is behind one that has been.
   template <typename Request, typename Call>
   auto InOrder(const Request& request, Call&& call) -> decltype(call());
+  absl::StatusOr<int64_t> BindInOrder(const v1::BindModelRequest& request, const SegmentBinding& binding);
   absl::Status CheckPlan(const v1::Plan& plan) const;
   absl::Status Attach(const std::string& mailbox_file);
 

@@ -1,5 +1,4 @@
-// The public API over three processes: what it answers, what it refuses, and that clients who behave
-// badly cost nobody anything.
+// The public API over three processes: what it answers and what it refuses.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -8,7 +7,6 @@
 #include <memory>
 #include <set>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -16,50 +14,12 @@
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "common/grpc_status.h"
-#include "tests/system/test_env.h"
+#include "tests/system/api_fixture.h"
 
 namespace headroom {
 namespace {
 
-class Api : public testing::Test {
- protected:
-  static void SetUpTestSuite() { cluster_ = std::make_unique<Cluster>(); }
-  static void TearDownTestSuite() { cluster_.reset(); }
-  void SetUp() override {
-    ASSERT_NO_FATAL_FAILURE(cluster_->AwaitServing());
-    worker_pid_ = cluster_->worker().pid();
-  }
-  // Whatever a test did: nothing is left of it, no process has died, and the next answer is right.
-  void TearDown() override {
-    EXPECT_TRUE(client().AwaitIdle(absl::Seconds(10))) << client().Load().ShortDebugString();
-    EXPECT_TRUE(cluster_->worker().running());
-    EXPECT_TRUE(cluster_->kvstore().running());
-    EXPECT_TRUE(cluster_->coordinator().running());
-    EXPECT_EQ(cluster_->worker().pid(), worker_pid_);
-    const Generation generation = client().Generate(Ask(RandomPrompt(99, 70), 4));
-    EXPECT_EQ(generation.tokens.size(), 4u) << generation.status;
-  }
-
-  static const TestClient& client() { return cluster_->client(); }
-  static v1::InferenceService::Stub& api() { return client().api(); }
-  // A request that would take very much longer than any test.
-  static v1::GenerateRequest Endless() {
-    v1::GenerateRequest request = Ask(RandomPrompt(5, 100), 8000);
-    request.clear_logprobs();
-    return request;
-  }
-  // The field that the server complains of, or what it says instead.
-  static std::string Complaint(const v1::GenerateRequest& request) {
-    const absl::Status status = client().GenerateOnce(request).status;
-    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
-    if (!absl::IsInvalidArgument(status) || violations.size() != 1) return status.ToString();
-    return violations[0].field;
-  }
-
-  static std::unique_ptr<Cluster> cluster_;
-  pid_t worker_pid_ = 0;
-};
-std::unique_ptr<Cluster> Api::cluster_;
+class Api : public ApiFixture {};
 
 // ---------------------------------------------------------------- what it answers
 
@@ -464,117 +424,6 @@ TEST_F(Api, RefusesWhatNeverFitsWithTheNumbers) {
   const absl::Status status = client().Generate(request).status;
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   EXPECT_EQ(ReasonOf(status), "DOES_NOT_FIT");
-}
-
-// ---------------------------------------------------------------- clients that behave badly
-
-TEST_F(Api, ACancelledRequestFreesItsSequenceAndOthersGoOn) {
-  const Generation expected = client().Generate(Ask(RandomPrompt(8, 100), 40));
-  const auto context = TestClient::Context();
-  const auto stream = api().Generate(context.get(), Endless());
-  v1::GenerateResponse event;
-  while (stream->Read(&event) && !event.has_delta()) {
-  }
-  std::thread cancels([&] {
-    absl::SleepFor(absl::Milliseconds(20));
-    context->TryCancel();
-  });
-  EXPECT_EQ(Difference(client().Generate(Ask(RandomPrompt(8, 100), 40)), expected), "");
-  cancels.join();
-  while (stream->Read(&event)) {
-  }
-  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-}
-
-TEST_F(Api, ACancelledGenerateOnceFreesItsSequence) {
-  const auto context = TestClient::Context();
-  std::thread cancels([&] {
-    EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(5)),
-                          [] { return client().Load().running_requests() == 1; }));
-    context->TryCancel();
-  });
-  v1::GenerateOnceRequest request;
-  *request.mutable_request() = Endless();
-  v1::GenerateOnceResponse response;
-  EXPECT_EQ(api().GenerateOnce(context.get(), request, &response).error_code(),
-            grpc::StatusCode::CANCELLED);
-  cancels.join();
-}
-
-TEST_F(Api, AClientThatStopsReadingPausesAndOthersGoOn) {
-  grpc::ChannelArguments args;
-  args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // or its window may grow beyond the whole answer
-  const auto own_connection = v1::InferenceService::NewStub(grpc::CreateCustomChannel(
-      cluster_->api_address(), grpc::InsecureChannelCredentials(), args));
-  const auto context = TestClient::Context(absl::Seconds(60));
-  v1::GenerateRequest request = Endless();
-  request.mutable_logprobs()->set_num_top(20);  // fills the connection's buffers sooner
-  const int64_t before = client().Status().steps();
-  const auto stream = own_connection->Generate(context.get(), request);
-  v1::GenerateResponse event;
-  ASSERT_TRUE(stream->Read(&event));
-  // Paused: the count of steps stands still although the request is far from its end.
-  int64_t steps = 0;
-  EXPECT_TRUE(WaitUntil(Patience(absl::Seconds(20)), [&] {
-    steps = client().Status().steps();
-    absl::SleepFor(Patience(absl::Seconds(1)));
-    return client().Status().steps() == steps;
-  }));
-  EXPECT_LT(steps - before, 6000);
-  EXPECT_EQ(client().Load().running_requests(), 1);
-  const Generation other = client().Generate(Ask(RandomPrompt(9, 100), 20));
-  EXPECT_EQ(other.tokens.size(), 20u) << other.status;
-  // It wakes up and is served further.
-  int tokens = 0;
-  while (tokens < 2000 && stream->Read(&event)) tokens += event.delta().tokens_size();
-  EXPECT_GE(tokens, 2000);
-  context->TryCancel();
-}
-
-TEST_F(Api, ADeadlineEndsARequest) {
-  const auto context = TestClient::Context();
-  context->set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(500));
-  const auto stream = api().Generate(context.get(), Endless());
-  v1::GenerateResponse event;
-  while (stream->Read(&event)) {
-  }
-  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
-}
-
-TEST_F(Api, ATimeLimitEndsWithWhatThereIs) {
-  v1::GenerateRequest request = Endless();
-  request.mutable_stopping()->set_time_limit_ms(kSanitized ? 2000 : 300);
-  const Generation generation = client().Generate(request);
-  EXPECT_TRUE(generation.status.ok()) << generation.status;
-  EXPECT_EQ(generation.finished.reason(), v1::FINISH_REASON_TIME_LIMIT);
-  EXPECT_GT(generation.tokens.size(), 0u);
-}
-
-TEST_F(Api, AbortEndsARequestByItsId) {
-  const auto context = TestClient::Context();
-  context->AddMetadata("x-request-id", "doomed");
-  const auto stream = api().Generate(context.get(), Endless());
-  v1::GenerateResponse event;
-  while (stream->Read(&event) && !event.has_delta()) {
-  }
-  v1::AbortRequest abort;
-  abort.set_request_id("doomed");
-  v1::AbortResponse aborted;
-  EXPECT_TRUE(api().Abort(TestClient::Context().get(), abort, &aborted).ok());
-  while (stream->Read(&event)) {
-  }
-  EXPECT_TRUE(stream->Finish().ok());
-  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
-  EXPECT_TRUE(api().Abort(TestClient::Context().get(), abort, &aborted).ok()) << "again";
-}
-
-TEST_F(Api, ManyRequestsQueueAndAllAreServed) {
-  std::vector<v1::GenerateRequest> requests;
-  for (int i = 0; i < 40; ++i) requests.push_back(Ask(RandomPrompt(100 + i, 20 + 3 * i), 5));
-  for (const Generation& generation : client().GenerateAll(requests)) {
-    EXPECT_EQ(generation.tokens.size(), 5u) << generation.status;
-  }
 }
 
 }  // namespace

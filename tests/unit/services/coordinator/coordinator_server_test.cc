@@ -5,8 +5,6 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <optional>
@@ -19,114 +17,13 @@
 #include "common/errors.h"
 #include "common/grpc_status.h"
 #include "common/protobuf_wire.h"
-#include "headroom/v1/admin.grpc.pb.h"
-#include "headroom/v1/inference.grpc.pb.h"
 #include "services/coordinator/served_model.h"
-#include "tests/common/byte_tokenizer.h"
-#include "tests/unit/services/coordinator/fake_servers.h"
+#include "tests/unit/services/coordinator/coordinator_server_fixture.h"
 
 namespace headroom::coordinator {
 namespace {
 
-class CoordinatorServerTest : public testing::Test {
- protected:
-  void SetUp() override {
-    char folder[] = "/tmp/headroom_coordinator_XXXXXX";
-    ASSERT_NE(mkdtemp(folder), nullptr);
-    dir_ = folder;
-    std::ofstream(absl::StrCat(dir_, "/config.json"))
-        << R"({"architectures": ["LlamaForCausalLM"], "eos_token_id": 2})";
-    std::ofstream(absl::StrCat(dir_, "/generation_config.json"))
-        << R"({"eos_token_id": 2, "temperature": 0.7, "top_k": 5000})";
-    ASSERT_TRUE(WriteByteTokenizer(kFakeVocab, 8192, dir_).ok());
-    worker_address_ = absl::StrCat("unix:", dir_, "/worker.sock");
-    store_address_ = absl::StrCat("unix:", dir_, "/store.sock");
-  }
-  void TearDown() override {
-    if (server_ != nullptr) server_->Shutdown();
-    worker_.reset();
-    store_.reset();
-    EXPECT_EQ(machine_->violations(), std::vector<std::string>());
-    for (const char* file :
-         {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}) {
-      remove(absl::StrCat(dir_, "/", file).c_str());
-    }
-    rmdir(dir_.c_str());
-  }
-
-  void StartPeers() {
-    worker_ = std::make_unique<FakeWorkerServer>(machine_, worker_address_);
-    store_ = std::make_unique<FakeStoreServer>(machine_, store_address_);
-  }
-  void StartServer(CoordinatorOptions options = {}) {
-    options.listen_address = absl::StrCat("unix:", dir_, "/api.sock");
-    options.admin_address = absl::StrCat("unix:", dir_, "/admin.sock");
-    options.worker_address = worker_address_;
-    options.store_address = store_address_;
-    options.model_dir = dir_;
-    absl::StatusOr<std::unique_ptr<CoordinatorServer>> server = StartCoordinator(options);
-    ASSERT_TRUE(server.ok()) << server.status();
-    server_ = *std::move(server);
-    grpc::ChannelArguments args;
-    args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-    api_ = v1::InferenceService::NewStub(grpc::CreateCustomChannel(
-        server_->listen_address(), grpc::InsecureChannelCredentials(), args));
-    admin_ = v1::AdminService::NewStub(grpc::CreateCustomChannel(
-        server_->admin_address(), grpc::InsecureChannelCredentials(), args));
-  }
-  void Start() {
-    StartPeers();
-    StartServer();
-    ASSERT_TRUE(Eventually([this] { return server_->serving(); }));
-  }
-  template <typename Condition>
-  static bool Eventually(Condition condition) {
-    for (int i = 0; i < 2000; ++i) {
-      if (condition()) return true;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return condition();
-  }
-  static std::unique_ptr<grpc::ClientContext> Context() {
-    auto context = std::make_unique<grpc::ClientContext>();
-    context->set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
-    return context;
-  }
-  static v1::GenerateRequest Ids(int64_t tokens, int32_t max_tokens) {
-    v1::GenerateRequest request;
-    for (int64_t i = 0; i < tokens; ++i) {
-      request.mutable_token_ids()->add_ids(static_cast<int32_t>(i * 7 % kFakeVocab));
-    }
-    request.mutable_stopping()->set_max_tokens(max_tokens);
-    request.mutable_stopping()->set_ignore_eos(true);
-    return request;
-  }
-  static std::vector<int32_t> PromptOf(const v1::GenerateRequest& request) {
-    return {request.token_ids().ids().begin(), request.token_ids().ids().end()};
-  }
-  absl::Status Once(const v1::GenerateRequest& request, v1::GenerateOnceResponse* response) {
-    v1::GenerateOnceRequest once;
-    *once.mutable_request() = request;
-    const auto context = Context();
-    return FromGrpcStatus(api_->GenerateOnce(context.get(), once, response));
-  }
-  // The field that the server complains of.
-  std::string Complaint(const v1::GenerateRequest& request) {
-    v1::GenerateOnceResponse response;
-    const absl::Status status = Once(request, &response);
-    const std::vector<FieldViolation> violations = FieldViolationsOf(status);
-    if (!absl::IsInvalidArgument(status) || violations.empty()) return status.ToString();
-    return violations[0].field;
-  }
-
-  std::string dir_, worker_address_, store_address_;
-  const std::shared_ptr<FakeMachine> machine_ = std::make_shared<FakeMachine>();
-  std::unique_ptr<FakeWorkerServer> worker_;
-  std::unique_ptr<FakeStoreServer> store_;
-  std::unique_ptr<CoordinatorServer> server_;
-  std::unique_ptr<v1::InferenceService::Stub> api_;
-  std::unique_ptr<v1::AdminService::Stub> admin_;
-};
+class CoordinatorServerTest : public CoordinatorServerFixture {};
 
 TEST_F(CoordinatorServerTest, FilesOfTheModelThatAreWrongAreRefusedByName) {
   struct Case {
@@ -226,35 +123,6 @@ TEST_F(CoordinatorServerTest, TextGoesInAndComesOut) {
   ASSERT_TRUE(api_->Tokenize(Context().get(), tokenize, &ids).ok());
   EXPECT_TRUE(std::equal(ids.token_ids().begin(), ids.token_ids().end(),
                          response.prompt_token_ids().begin(), response.prompt_token_ids().end()));
-}
-
-// More of them than there are threads for calls; each takes as long as a few hundred calls of the other kind.
-TEST_F(CoordinatorServerTest, LongTextsHoldUpNobodyElse) {
-  StartServer();  // without peers nothing limits a text but the message
-  struct Call {
-    grpc::ClientContext context;
-    v1::TokenizeRequest request;
-    v1::TokenizeResponse response;
-  };
-  constexpr int kCalls = 12;
-  std::vector<Call> calls(kCalls);
-  std::atomic<int> done{0};
-  for (Call& call : calls) {
-    call.request.set_text(std::string(1 << 19, 'a'));
-    api_->async()->Tokenize(&call.context, &call.request, &call.response, [&](const grpc::Status& status) {
-      EXPECT_TRUE(status.ok()) << status.error_message();
-      ++done;
-    });
-  }
-  ASSERT_TRUE(Eventually([&] { return done.load() > 0; }));
-  v1::GetServerInfoResponse info;
-  EXPECT_TRUE(api_->GetServerInfo(Context().get(), v1::GetServerInfoRequest(), &info).ok());
-  v1::TokenizeRequest shorter;
-  shorter.set_text("a");
-  v1::TokenizeResponse ids;
-  EXPECT_TRUE(api_->Tokenize(Context().get(), shorter, &ids).ok());
-  EXPECT_LT(done.load(), kCalls / 2);
-  EXPECT_TRUE(Eventually([&] { return done.load() == kCalls; }));
 }
 
 TEST_F(CoordinatorServerTest, TokenizeRefusesWhatNoContextHolds) {
@@ -371,91 +239,6 @@ TEST_F(CoordinatorServerTest, ErrorsCarryTheirReason) {
   v1::ForkSessionResponse fork;
   status = FromGrpcStatus(api_->ForkSession(Context().get(), v1::ForkSessionRequest(), &fork));
   EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-}
-
-TEST_F(CoordinatorServerTest, AClientThatLeavesFreesItsMemory) {
-  machine_->step_time = absl::Milliseconds(5);
-  Start();
-  const auto context = Context();
-  auto stream = api_->Generate(context.get(), Ids(100, 5000));
-  v1::GenerateResponse event;
-  for (int i = 0; i < 5; ++i) ASSERT_TRUE(stream->Read(&event));
-  context->TryCancel();
-  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
-  EXPECT_TRUE(Eventually([this] {
-    MutexLock lock(&machine_->mutex);
-    return machine_->stored.empty();
-  }));
-}
-
-TEST_F(CoordinatorServerTest, AClientThatDoesNotReadHoldsUpNobodyAndNothing) {
-  Start();
-  const auto slow_context = Context();
-  v1::GenerateRequest request = Ids(100, 4000);
-  request.mutable_logprobs()->set_num_top(20);
-  auto slow = api_->Generate(slow_context.get(), request);
-  v1::GenerateOnceResponse response;
-  const v1::GenerateRequest other = Ids(200, 200);
-  ASSERT_TRUE(Once(other, &response).ok());
-  EXPECT_EQ(response.tokens_size(), 200);
-  // The slow one gets everything in the end.
-  int64_t tokens = 0;
-  for (v1::GenerateResponse event; slow->Read(&event);) tokens += event.delta().tokens_size();
-  EXPECT_EQ(tokens, 4000);
-}
-
-TEST_F(CoordinatorServerTest, AbortEndsARequestByItsId) {
-  machine_->step_time = absl::Milliseconds(5);
-  Start();
-  const auto context = Context();
-  context->AddMetadata("x-request-id", "long");
-  auto stream = api_->Generate(context.get(), Ids(100, 5000));
-  v1::GenerateResponse event;
-  ASSERT_TRUE(stream->Read(&event));
-  v1::AbortRequest abort;
-  abort.set_request_id("long");
-  v1::AbortResponse aborted;
-  ASSERT_TRUE(api_->Abort(Context().get(), abort, &aborted).ok());
-  while (stream->Read(&event)) {
-  }
-  EXPECT_TRUE(stream->Finish().ok());
-  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
-}
-
-// A call that was refused, since another has its id, may be cancelled: that is not the other's end.
-TEST_F(CoordinatorServerTest, ACancelledDuplicateLeavesWhoHasTheId) {
-  machine_->step_time = absl::Milliseconds(5);
-  Start();
-  const auto context = Context();
-  context->AddMetadata("x-request-id", "job");
-  auto stream = api_->Generate(context.get(), Ids(100, 5000));
-  v1::GenerateResponse event;
-  ASSERT_TRUE(stream->Read(&event));
-  for (int i = 0; i < 200; ++i) {
-    grpc::ClientContext duplicate;
-    duplicate.AddMetadata("x-request-id", "job");
-    duplicate.set_deadline(std::chrono::system_clock::now() + std::chrono::microseconds(200 + 20 * i));
-    if (i % 2 == 0) {
-      v1::GenerateOnceRequest once;
-      *once.mutable_request() = Ids(100, 5000);
-      v1::GenerateOnceResponse response;
-      EXPECT_FALSE(api_->GenerateOnce(&duplicate, once, &response).ok());
-    } else {
-      auto refused = api_->Generate(&duplicate, Ids(100, 5000));
-      v1::GenerateResponse nothing;
-      while (refused->Read(&nothing)) {
-      }
-      EXPECT_FALSE(refused->Finish().ok());
-    }
-  }
-  v1::AbortRequest abort;
-  abort.set_request_id("job");
-  v1::AbortResponse aborted;
-  ASSERT_TRUE(api_->Abort(Context().get(), abort, &aborted).ok());
-  while (stream->Read(&event)) {
-  }
-  EXPECT_TRUE(stream->Finish().ok());
-  EXPECT_EQ(event.finished().reason(), v1::FINISH_REASON_CANCELLED);
 }
 
 TEST_F(CoordinatorServerTest, SessionsAreListedUpdatedAndDeleted) {

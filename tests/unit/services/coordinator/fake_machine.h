@@ -79,7 +79,9 @@ class FakeMachine {
   uint64_t incarnation = 1;
   bool store_away = false;
   bool worker_away = false;
-  int lost_truncations = 0;  // so many calls more end with DEADLINE_EXCEEDED and nothing done
+  int lost_truncations = 0;       // so many calls more end with DEADLINE_EXCEEDED and nothing done
+  bool refuses_truncations = false;
+  bool bound_by_another = false;  // until it is bound again
   absl::Duration step_time = absl::ZeroDuration();
   int64_t steps_that_wait = 0;  // so many steps, the first ones, are answered once the next has come
   std::map<uint32_t, std::vector<int32_t>> extents;  // a token for each position, or -1

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/errors.h"
 #include "common/kv_layout.h"
 #include "common/mutex.h"
 #include "services/coordinator/store_client.h"
@@ -40,6 +41,7 @@ class FakeStoreClient : public StoreClient {
     MutexLock lock(&machine_->mutex);
     if (machine_->store_away) return absl::UnavailableError("store away");
     bound_ = machine_->generation;
+    machine_->bound_by_another = false;
     return absl::OkStatus();
   }
   absl::StatusOr<v1::ExtentRun> AllocateRun(uint64_t id, int64_t first_pos,
@@ -90,6 +92,7 @@ class FakeStoreClient : public StoreClient {
       --machine_->lost_truncations;
       return absl::DeadlineExceededError("the store does not answer");
     }
+    if (machine_->refuses_truncations) return absl::FailedPreconditionError("not to be truncated");
     const auto at = machine_->stored.find(id);
     if (at == machine_->stored.end()) return absl::NotFoundError("no such sequence");
     auto& runs = at->second.runs;
@@ -161,7 +164,12 @@ class FakeStoreClient : public StoreClient {
   }
   absl::Status Ready() {
     if (machine_->store_away) return absl::UnavailableError("store away");
-    if (bound_ != machine_->generation) return absl::FailedPreconditionError("no model is bound");
+    if (bound_ != machine_->generation) {
+      return WithReason(absl::FailedPreconditionError("no model is bound"), "NO_MODEL_BOUND");
+    }
+    if (machine_->bound_by_another) {
+      return WithReason(absl::AbortedError("another caller has bound the store"), "CALL_OVERTAKEN");
+    }
     return absl::OkStatus();
   }
 

@@ -168,6 +168,61 @@ TEST_F(SchedulerFaultsTest, AStoreThatStaysAwayEndsWhoWaits) {
   }
 }
 
+// It has room enough, but the store has not heard that its session goes on elsewhere.
+TEST_F(SchedulerFaultsTest, AStoreThatStaysAwayEndsWhoWaitsForATruncation) {
+  SchedulerOptions options;
+  options.lost_peer_timeout = absl::Milliseconds(300);
+  Start(options);
+  ASSERT_TRUE(SubmitInSession("s", Prompt(1000), 20)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->lost_truncations = 1000;
+    machine_->store_away = true;
+  }
+  std::vector<int32_t> other = Prompt(800);
+  other[600] = (other[600] + 1) % kFakeVocab;
+  auto diverged = SubmitInSession("s", other, 20);
+  ASSERT_TRUE(diverged->WaitForEnd());
+  EXPECT_EQ(ReasonOf(diverged->status()), "PEER_LOST") << diverged->status();
+}
+
+// A truncation is told to a store that knows no model yet: it is not the end of the session's request.
+TEST_F(SchedulerFaultsTest, ATruncationOutlivesTheStoreThatItWasMeantFor) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(1000), 20)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->stored.clear();
+    machine_->extents.clear();
+    ++machine_->generation;
+  }
+  std::vector<int32_t> other = Prompt(5000);
+  other[600] = (other[600] + 1) % kFakeVocab;
+  auto diverged = SubmitInSession("s", other, 20);
+  ASSERT_TRUE(diverged->WaitForEnd());
+  EXPECT_TRUE(diverged->status().ok()) << diverged->status();
+  EXPECT_EQ(diverged->tokens(), FakeAnswer(other, 20));
+}
+
+// Its calls are refused from then on: it binds the store again, and nothing is lost.
+TEST_F(SchedulerFaultsTest, AStoreThatAnotherHasBoundIsBoundAgain) {
+  machine_->step_time = absl::Milliseconds(2);
+  Start();
+  auto outcome = Submit(Prompt(300), 600);
+  ASSERT_TRUE(outcome->WaitForTokens(10));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->bound_by_another = true;
+  }
+  ASSERT_TRUE(outcome->WaitForEnd());
+  EXPECT_TRUE(outcome->status().ok()) << outcome->status();
+  EXPECT_EQ(outcome->tokens(), FakeAnswer(Prompt(300), 600));
+  EXPECT_FALSE(Under(&FakeMachine::bound_by_another));
+  EXPECT_GE(Under(&FakeMachine::streams), 2);
+}
+
 TEST_F(SchedulerFaultsTest, WhatCameWhileTheWorkerWasAwayIsJudgedWhenItIsBack) {
   machine_->pool_tokens = 512;
   machine_->step_time = absl::Milliseconds(2);

@@ -68,6 +68,24 @@ TEST_F(SchedulerSessionsTest, ATruncationThatIsLostIsToldAgain) {
   EXPECT_EQ(Under(&FakeMachine::lost_truncations), 0);
 }
 
+// That is this program's mistake; the session is not to be of no use for ever.
+TEST_F(SchedulerSessionsTest, ATruncationThatIsRefusedCostsTheSession) {
+  Start();
+  ASSERT_TRUE(SubmitInSession("s", Prompt(1000), 20)->WaitForEnd());
+  ASSERT_TRUE(IdleSession("s"));
+  {
+    MutexLock lock(&machine_->mutex);
+    machine_->refuses_truncations = true;
+  }
+  auto diverged = SubmitInSession("s", Prompt(2000, 7), 20);
+  ASSERT_TRUE(diverged->WaitForEnd());
+  EXPECT_EQ(ReasonOf(diverged->status()), "STORE_REFUSED");
+  EXPECT_TRUE(NothingStored());
+  auto anew = SubmitInSession("s", Prompt(2000, 7), 20);
+  ASSERT_TRUE(anew->WaitForEnd());
+  EXPECT_EQ(anew->tokens(), FakeAnswer(Prompt(2000, 7), 20));
+}
+
 TEST_F(SchedulerSessionsTest, TheSamePromptAgainComputesOnlyItsLastBlock) {
   Start();
   ASSERT_TRUE(SubmitInSession("s", Prompt(640), 5)->WaitForEnd());

@@ -305,6 +305,18 @@ TEST_F(SchedulerTest, AReservedRequestHasItsPlaceAndHoldsUpADrain) {
   EXPECT_TRUE(outcome->done());
 }
 
+TEST_F(SchedulerTest, StoppingAnswersADrain) {
+  machine_->step_time = absl::Milliseconds(5);
+  Start();
+  auto outcome = Submit(Prompt(10), 1000);
+  ASSERT_TRUE(outcome->WaitForTokens(1));
+  std::atomic<bool> drained{false};
+  scheduler_->Drain([&] { drained.store(true); });
+  scheduler_->Stop();
+  EXPECT_TRUE(drained.load());
+  EXPECT_FALSE(scheduler_->Drain([] {}));
+}
+
 // An ended request is let go when the worker is back; nobody waits for that.
 TEST_F(SchedulerTest, DrainsThoughTheWorkerIsAway) {
   SchedulerOptions options;

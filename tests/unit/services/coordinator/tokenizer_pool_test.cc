@@ -86,7 +86,7 @@ TEST(TokenizerPool, RunsWhatItHasTakenBeforeItEnds) {
 }
 
 TEST(TokenizerPool, RefusesMoreThanMayWait) {
-  Gate gate;
+  Gate gate, last;
   TokenizerPool pool(2);
   const auto pass = [&] { gate.Pass(); };
   ASSERT_TRUE(pool.Run(TokenizerPool::kMaxBytes, pass).ok());
@@ -99,8 +99,11 @@ TEST(TokenizerPool, RefusesMoreThanMayWait) {
   gate.Open();
   gate.AwaitArrivals(TokenizerPool::kMaxCalls);
   // Alone, none is too long.
-  for (bool taken = false; !taken;) taken = pool.Run(TokenizerPool::kMaxBytes + 1, pass).ok();
+  for (bool taken = false; !taken;) {
+    taken = pool.Run(TokenizerPool::kMaxBytes + 1, [&] { last.Pass(); }).ok();
+  }
   EXPECT_EQ(ReasonOf(pool.Run(1, pass)), "TOKENIZER_BUSY");
+  last.Open();
 }
 
 }  // namespace

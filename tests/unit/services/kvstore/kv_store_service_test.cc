@@ -85,11 +85,14 @@ TEST_F(KvStoreServiceTest, CallsThatComeLateAreNotCarriedOut) {
   peer_->order.reset();
   EXPECT_EQ(Must(peer_->Info()).used_extents(), 4u);
   EXPECT_EQ(Must(peer_->List()).sequences(0).sealed_tokens(), 0);
-  // Another coordinator, whose calls begin anew.
+  // Another coordinator, whose model is not that of the keys: it gets nothing, and takes nothing away.
+  EXPECT_EQ(ReasonOf(as(8, 1).Bind(kSmallGeometry, kModelB).status()), "OTHER_MODEL");
+  Must(as(7, 5).Allocate(1, 256, 64));
+  // One whose model is, and whose calls begin anew.
   as(9, 1);
   BindSmall();
-  overtaken(as(7, 5).Truncate(1, 64).status());
-  EXPECT_EQ(Must(as(9, 2).Truncate(1, 64)), 2);
+  overtaken(as(7, 6).Truncate(1, 64).status());
+  EXPECT_EQ(Must(as(9, 2).Truncate(1, 64)), 4);
 }
 
 TEST_F(KvStoreServiceTest, RunsThatNoSequenceCanHaveAreRefusedByField) {
