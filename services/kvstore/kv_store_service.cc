@@ -76,12 +76,17 @@ auto KvStoreService::InOrder(const Request& request, Call&& call) -> decltype(ca
   MutexLock lock(&order_mutex_);
   if (request.has_order() && caller_ != 0) {
     if (request.order().caller() != caller_) return OvertakenError("another caller has bound the store");
-    if (request.order().number() <= latest_call_) {
-      return OvertakenError(absl::StrCat("call ", request.order().number(), " comes after ", latest_call_));
-    }
-    latest_call_ = request.order().number();
+    HEADROOM_RETURN_IF_ERROR(TakeNumber(request.order()));
   }
   return call();
+}
+
+absl::Status KvStoreService::TakeNumber(const v1::CallOrder& order) {
+  if (order.number() <= latest_call_) {
+    return OvertakenError(absl::StrCat("call ", order.number(), " comes after ", latest_call_));
+  }
+  latest_call_ = order.number();
+  return absl::OkStatus();
 }
 
 // By whoever comes: it is the coordinator's from then on, if it works.
@@ -89,9 +94,7 @@ absl::StatusOr<int64_t> KvStoreService::BindInOrder(const v1::BindModelRequest& 
                                                     const SegmentBinding& binding) {
   MutexLock lock(&order_mutex_);
   const v1::CallOrder& order = request.order();
-  if (request.has_order() && order.caller() == caller_ && order.number() <= latest_call_) {
-    return OvertakenError(absl::StrCat("call ", order.number(), " comes after ", latest_call_));
-  }
+  if (request.has_order() && order.caller() == caller_) HEADROOM_RETURN_IF_ERROR(TakeNumber(order));
   HEADROOM_ASSIGN_OR_RETURN(const int64_t kept, store_->Bind(binding, request.allow_clean()));
   if (request.has_order()) {
     caller_ = order.caller();

@@ -54,6 +54,8 @@ class KvStoreService : public v1::KvStoreService::CallbackService {
   // Carries a call out, unless it is behind one that has been.
   template <typename Request, typename Call>
   auto InOrder(const Request& request, Call&& call) -> decltype(call());
+  // Of a call of caller_. ABORTED if one that came after it has been carried out.
+  absl::Status TakeNumber(const v1::CallOrder& order) ABSL_EXCLUSIVE_LOCKS_REQUIRED(order_mutex_);
   absl::StatusOr<int64_t> BindInOrder(const v1::BindModelRequest& request, const SegmentBinding& binding);
   absl::Status CheckPlan(const v1::Plan& plan) const;
   absl::Status Attach(const std::string& mailbox_file);
