@@ -7,6 +7,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "headroom/v1/types.pb.h"
+#include "services/coordinator/plan_proto.h"
 
 namespace headroom::cli {
 
@@ -14,16 +15,11 @@ inline constexpr v1::Lane kLanes[] = {v1::LANE_RESIDENT, v1::LANE_FETCHED, v1::L
 
 // For people, and in flags.
 inline const char* LaneText(v1::Lane lane) {
-  switch (lane) {
-    case v1::LANE_RESIDENT:
-      return "resident";
-    case v1::LANE_FETCHED:
-      return "fetched";
-    case v1::LANE_IN_PLACE:
-      return "in-place";
-    default:
-      return "unknown";
+  for (int i = 0; i < coordinator::kNumLanes; ++i) {
+    const auto candidate = static_cast<coordinator::Lane>(i);
+    if (coordinator::ToProto(candidate) == lane) return coordinator::LaneName(candidate);
   }
+  return "unknown";
 }
 
 // The same as a key of JSON, where words are joined as in all other keys.
