@@ -21,6 +21,7 @@
 #include "headroom/v1/inference.grpc.pb.h"
 #include "services/coordinator/coordinator_server.h"
 #include "tests/common/byte_tokenizer.h"
+#include "tests/common/eventually.h"
 #include "tests/unit/services/coordinator/fake_servers.h"
 
 namespace headroom::coordinator {
@@ -75,14 +76,6 @@ class CoordinatorServerFixture : public testing::Test {
     StartPeers();
     StartServer();
     ASSERT_TRUE(Eventually([this] { return server_->serving(); }));
-  }
-  template <typename Condition>
-  static bool Eventually(Condition condition) {
-    for (int i = 0; i < 2000; ++i) {
-      if (condition()) return true;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return condition();
   }
   static std::unique_ptr<grpc::ClientContext> Context() {
     auto context = std::make_unique<grpc::ClientContext>();

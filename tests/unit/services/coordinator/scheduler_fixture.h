@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/errors.h"
 #include "services/coordinator/scheduler.h"
+#include "tests/common/eventually.h"
 #include "tests/unit/services/coordinator/fake_store.h"
 #include "tests/unit/services/coordinator/fake_worker.h"
 
@@ -160,14 +161,6 @@ class SchedulerFixture : public testing::Test {
     auto request = MakeRequest(std::move(prompt), max_tokens);
     request->session_id = session;
     return Submit(std::move(request));
-  }
-  template <typename Condition>
-  static bool Eventually(Condition condition) {
-    for (int i = 0; i < 2000; ++i) {
-      if (condition()) return true;
-      absl::SleepFor(absl::Milliseconds(10));
-    }
-    return condition();
   }
   template <typename T>
   T Under(T FakeMachine::* member) {

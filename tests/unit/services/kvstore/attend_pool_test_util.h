@@ -19,6 +19,7 @@
 #include "common/segment/mailbox.h"
 #include "kernels/attention.h"
 #include "services/kvstore/attend_pool.h"
+#include "tests/common/eventually.h"
 #include "tests/unit/services/kvstore/kvstore_test_util.h"
 
 namespace headroom::kvstore {
@@ -249,11 +250,6 @@ class AttendPoolTest : public testing::Test {
     EXPECT_EQ(pool_->counters().posts, before.posts);
     ExpectServed(0, good);
     EXPECT_EQ(pool_->counters().posts, before.posts + 1);
-  }
-  template <typename Condition>
-  static bool Eventually(Condition condition) {
-    for (int i = 0; i < 6000 && !condition(); ++i) absl::SleepFor(absl::Milliseconds(5));
-    return condition();
   }
   bool Sleeps() {
     return Eventually([this] { return mailbox_->header().store_sleeps.load() != 0; });
