@@ -167,7 +167,8 @@ class TileUnits {
   void Ask(int64_t lines) {
     if (asks_) ahead_.Ask(*launch_, *work_, lines);
   }
-  // Of what the passes over a unit are to ask for.
+  // Of what the passes over a unit are to ask for. What each place asks for goes by how long it takes; what then is left
+  // of the unit's is asked for at its end.
   void AskOf(int64_t lines) {
     lines = std::min(lines, owed_);
     owed_ -= lines;

@@ -350,7 +350,9 @@ void Scheduler::MaintainCommits() {
         commit_in_flight_ = false;
         if (!status.ok()) {
           uncommitted_sessions_.insert(sessions.begin(), sessions.end());
-          if (!IsFenced(status, connection) && !MayPassAway(status)) LogWarning(absl::StrCat("committing: ", status.message()));
+          if (!IsFenced(status, connection) && !MayPassAway(status)) {
+            LogWarning(absl::StrCat("committing: ", status.message()));
+          }
           commit_retry_ = absl::Now() + kRetryInterval;
         } else if (connection == connections_) {  // else counts have been set anew since
           OnCommitted(sealed, sessions);

@@ -1,5 +1,5 @@
-// Threads beside gRPC's for what takes long with a text: tokenizing takes a second and 180 MB of memory a MB, and a
-// health check must not wait for it.
+// Threads beside gRPC's for what takes long with a text: tokenizing takes most of a second and more than
+// 100 MB of memory a MB, and a health check must not wait for it.
 #ifndef HEADROOM_SERVICES_COORDINATOR_TOKENIZER_POOL_H_
 #define HEADROOM_SERVICES_COORDINATOR_TOKENIZER_POOL_H_
 

@@ -29,7 +29,7 @@ class BenchSegment {
   int64_t bytes() const { return region_.bytes(); }
 
   // Waits until bytes [0, end) hold keys (finite, random) and may be named by the device; from then on
-  // they are only written by whoever seals. Errors are those of the registration.
+  // they are only written by whoever seals, and between items by the ceilings' probe. Errors are those of the registration.
   absl::Status Await(int64_t end);
 
  private:
