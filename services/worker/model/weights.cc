@@ -20,9 +20,9 @@ namespace {
 using kernels::BFloat16;
 using kernels::PackedWeight;
 
-constexpr int64_t kPieceBytes = 8 << 20;
-constexpr int64_t kBuffers = 8;
-constexpr int kMostReaders = 4;
+constexpr int64_t kPieceBytes = 4 << 20;  // the fingerprint hangs on it
+constexpr int64_t kBuffers = 16;
+constexpr int kMostReaders = 8;
 
 }  // namespace
 
@@ -82,7 +82,7 @@ class WeightLoading::Finder {
   std::set<const TensorInfo*> used_;
 };
 
-// Makes room for the tensors too; then fills it, hashing what passes.
+// Makes room for the tensors too; then fills it, hashing the digests of what passes.
 class WeightLoading::Loader : public WeightLoading::Finder {
  public:
   Loader(std::unique_ptr<SafetensorsReader> reader, Device& device, int64_t total_bytes)
@@ -179,13 +179,13 @@ class WeightLoading::Loader : public WeightLoading::Finder {
     for (size_t i = 0; i < pieces_.size(); ++i) {
       const TensorPiece& piece = pieces_[i];
       const Target& to = targets_[i];
-      HEADROOM_ASSIGN_OR_RETURN(const uint8_t* const bytes, ahead.Next());
+      HEADROOM_ASSIGN_OR_RETURN(const PieceBytes bytes, ahead.Next());
       if (!to.begins.empty()) HashName(to.begins, *piece.tensor);
-      XXH3_128bits_update(hash_.get(), bytes, static_cast<size_t>(piece.size_bytes));
+      XXH3_128bits_update(hash_.get(), bytes.digest.data(), bytes.digest.size());
       HEADROOM_RETURN_IF_ERROR(
           to.rows == 0
-              ? device_.Upload(to.data, bytes, piece.size_bytes)
-              : device_.LoadWeightRows(reinterpret_cast<const BFloat16*>(bytes), to.row_begin,
+              ? device_.Upload(to.data, bytes.data, piece.size_bytes)
+              : device_.LoadWeightRows(reinterpret_cast<const BFloat16*>(bytes.data), to.row_begin,
                                        to.rows, to.n, to.k, to.data));
       done_bytes += piece.size_bytes;
       // The total counts padding: the last piece ends short of 1.

@@ -37,8 +37,8 @@ struct ModelWeights {
   const kernels::BFloat16* final_norm = nullptr;  // [hidden]
   kernels::PackedWeight lm_head;                  // [vocab, hidden]; the embedding where tied
   const float* inverse_frequency = nullptr;       // [head_dim / 2]
-  // XXH3-128 over names, shapes and bytes of the weights, the RoPE frequencies and the options: all
-  // that keys and values hang on.
+  // XXH3-128 over names, shapes and digests of the weights, piece by piece, the RoPE frequencies and the
+  // options: all that keys and values hang on.
   std::array<uint8_t, 16> fingerprint = {};
 };
 
@@ -68,7 +68,7 @@ class WeightLoading {
   absl::Status PrepareProducts();
 
   // Reads them, once, piece by piece (with 64 MiB of host memory, more where one row of a matrix is longer
-  // than 8 MiB), by threads of its own; returns the fingerprint. `progress` gets the share done, never
+  // than 4 MiB), by threads of its own; returns the fingerprint. `progress` gets the share done, never
   // falling, at the end 1. DATA_LOSS names the file.
   absl::StatusOr<std::array<uint8_t, 16>> Fill(const std::function<void(double)>& progress);
 

@@ -1,6 +1,7 @@
 #include "services/worker/model/read_ahead.h"
 
 #include <gtest/gtest.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <cstring>
@@ -19,7 +20,9 @@ constexpr int64_t kBufferBytes = 3000;
 class ReadAheadTest : public testing::Test {
  protected:
   void SetUp() override {
-    const absl::Status written = WriteRandomModel(RandomModelSpec(), folder_.path());
+    RandomModelSpec spec;
+    spec.vocab_size = 5000;
+    const absl::Status written = WriteRandomModel(spec, folder_.path());
     ASSERT_TRUE(written.ok()) << written;
     auto reader = SafetensorsReader::Open(folder_.path());
     ASSERT_TRUE(reader.ok()) << reader.status();
@@ -33,12 +36,15 @@ class ReadAheadTest : public testing::Test {
     }
     ASSERT_GT(pieces_.size(), 1000u);
   }
-  bool Is(const uint8_t* bytes, const TensorPiece& piece) {
+  bool Is(const PieceBytes& bytes, const TensorPiece& piece) {
     std::vector<uint8_t> expected(static_cast<size_t>(piece.size_bytes));
     const absl::Status read =
         reader_->Read(*piece.tensor, piece.offset_bytes, piece.size_bytes, expected.data());
     EXPECT_TRUE(read.ok()) << read;
-    return std::memcmp(bytes, expected.data(), expected.size()) == 0;
+    XXH128_canonical_t digest;
+    XXH128_canonicalFromHash(&digest, XXH3_128bits(expected.data(), expected.size()));
+    return std::memcmp(bytes.data, expected.data(), expected.size()) == 0 &&
+           std::memcmp(bytes.digest.data(), digest.digest, bytes.digest.size()) == 0;
   }
 
   TestFolder folder_;
@@ -58,6 +64,23 @@ TEST_F(ReadAheadTest, GivesEachPieceInItsTurnAndLeavesItAloneUntilTheNext) {
       }
       EXPECT_EQ(ahead.Next().status().code(), absl::StatusCode::kInternal);
     }
+  }
+}
+
+TEST_F(ReadAheadTest, HashesAPieceThatIsReadInTurns) {
+  std::vector<TensorPiece> whole;
+  int64_t longest = 0;
+  for (const auto& [name, tensor] : reader_->tensors()) {
+    whole.push_back({&tensor, 0, tensor.size_bytes});
+    longest = std::max(longest, tensor.size_bytes);
+  }
+  ASSERT_GT(longest, 512 << 10);
+  std::vector<uint8_t> buffers(static_cast<size_t>(2 * longest));
+  ReadAhead ahead(*reader_, whole, buffers.data(), longest, 2, 2);
+  for (const TensorPiece& piece : whole) {
+    const auto bytes = ahead.Next();
+    ASSERT_TRUE(bytes.ok()) << bytes.status();
+    EXPECT_TRUE(Is(*bytes, piece)) << piece.size_bytes;
   }
 }
 
