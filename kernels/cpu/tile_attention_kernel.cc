@@ -3,11 +3,13 @@
 //   scores[key][query] = K q, K's rows read where they lie
 //   weights = exp(scores - maximum) as bfloat16, [query][key], the maximum that of the piece so far
 //   o = o * exp(maximum before - maximum) + weights V
-// Up to 16 queries take V's rows where they lie, at two products for each; for more the rows are paired
-// into words, which makes it one, and weights are computed while the processor multiplies tiles. All
-// along the kernel asks for the lines that come next, as many as it reads: its speed is the memory's. Nowhere does it
-// go on for long without asking: memory has nothing to do when the few lines have come that a core can wait for, some
-// 200 ns of them. (With most of them asked for beside K's products, none beside softmax, 32 queries took 8% longer.)
+// Up to 16 queries take V's rows where they lie, at two products for each. For more a pass goes over a
+// unit: V's rows are paired into words, which makes it one, in strips of 32 columns, of which all that is
+// touched stays in the first cache (with pairs of whole rows a pass took a quarter longer); and weights are
+// computed while the processor multiplies the next pass's K. All along the kernel asks for the lines that
+// come next, as many as it reads: its speed is the memory's. Nowhere does it go on for long without asking:
+// memory has nothing to do when the few lines have come that a core can wait for, some 200 ns of them. (With
+// most of them asked for beside K's products, none beside softmax, 32 queries took 8% longer.)
 #include "kernels/cpu/tile_attention.h"
 
 #include <algorithm>
@@ -34,10 +36,11 @@ constexpr int kLine = 64 / sizeof(BFloat16);
 constexpr float kLog2E = 1.44269504088896341f;
 
 // Lines are asked for so long before they are read, into the second cache: 32 KiB; with more queries
-// softmax is longer, which reads none; several passes over a unit should all ask. Four queries on 16
-// threads took 105 GB/s so, with 128 or 256 lines 99, with 1024 104; into the first cache 97.
+// softmax is longer, which reads none, and with pairs the next unit's keys are read before this one's values.
+// Four queries on 16 threads took 105 GB/s so, with 128 or 256 lines 99, with 1024 104; into the first cache
+// 97.
 inline int64_t LeadOf(int64_t queries) {
-  return queries <= kFew ? 512 : queries <= kPass ? 1024 : 2048;
+  return queries <= kFew ? 512 : queries <= kTile ? 1024 : 2048;
 }
 
 // 2^x for x <= 0 (a rounding above it does no harm) within 3e-6, least squares made even; weights are
@@ -150,11 +153,12 @@ class TileUnits {
       if (other || count > kRound) SetQueries(first, in_round(first));
       asks_ = first == 0;
       Open(piece);
-      for (int64_t pos = begin; pos < until;) {
-        const int64_t next = std::min((pos / kUnitTokens + 1) * kUnitTokens, until);
-        ReadBlocks(pos, next);
-        AttendUnit();
-        pos = next;
+      if (!pairs_) {
+        AttendRows(begin, until);
+      } else if (count_ > kTile) {
+        AttendPasses<2>(begin, until);
+      } else {
+        AttendPasses<1>(begin, until);
       }
       Put(piece);
     }
@@ -167,35 +171,60 @@ class TileUnits {
   void Ask(int64_t lines) {
     if (asks_) ahead_.Ask(*launch_, *work_, lines);
   }
-  // Of what the passes over a unit are to ask for. What each place asks for goes by how long it takes; what then is left
-  // of the unit's is asked for at its end.
+  // Lines of what passes read, as those of their units that have begun. What each place asks for goes by how
+  // long it takes.
   void AskOf(int64_t lines) {
     lines = std::min(lines, owed_);
     owed_ -= lines;
     Ask(lines);
   }
 
-  // The unit's blocks from the first that has keys. One that does not lie whole in one span is
-  // copied, with zeros where it has no keys.
-  void ReadBlocks(int64_t begin, int64_t end) {
-    end_pos_ = end;
-    first_pos_ = FloorToBlock(begin);
-    skip_ = static_cast<int>(begin - first_pos_);
-    num_blocks_ = static_cast<int>((end_pos_ - first_pos_ + kBlock - 1) / kBlock);
-    std::fill_n(blocks_, kUnitBlocks, BlockRows());
+  // Keys of a unit that the item has.
+  struct Unit {
+    int64_t first_pos = 0;  // of the first block
+    int64_t end_pos = 0;
+    int skip = 0;  // keys of the first block that are not the item's
+    int num_blocks = 0;
+    int steps = 0;
+    bool masked = false;  // some query does not see some key
+    BlockRows blocks[kUnitBlocks];
+
+    const BFloat16* keys(int step, int32_t d) const {
+      return blocks[step / 2].keys + step % 2 * kStep * d;
+    }
+    const BFloat16* values(int step, int32_t d) const {
+      return blocks[step / 2].values + step % 2 * kStep * d;
+    }
+  };
+
+  // The unit that `begin` lies in, from the first block that has keys. A block that does not lie whole in
+  // one span is copied, with zeros where it has no keys. Every other unit shares memory for that.
+  void Read(int64_t begin, int64_t until, Unit& unit) {
+    const int64_t end = std::min((begin / kUnitTokens + 1) * kUnitTokens, until);
+    BFloat16* const copies = copies_[begin / kUnitTokens % 2];
+    unit = Unit();
+    unit.end_pos = end;
+    unit.first_pos = FloorToBlock(begin);
+    unit.skip = static_cast<int>(begin - unit.first_pos);
+    unit.num_blocks = static_cast<int>((end - unit.first_pos + kBlock - 1) / kBlock);
+    unit.steps = unit.num_blocks * (kBlock / kStep);
+    const int64_t last_pos = item_->first_pos + (first_ + count_ - 1) / launch_->group;
+    unit.masked = unit.skip != 0 || (end - unit.first_pos) % kBlock != 0 ||
+                  item_->first_pos + first_ / launch_->group + 1 < end ||
+                  FirstSeen(launch_->a.window, last_pos) > unit.first_pos;
     LoadedRows block;
-    ForEachBlock(*launch_, *item_, head_, begin, end_pos_, block, [&](const LoadedRows& loaded) {
+    ForEachBlock(*launch_, *item_, head_, begin, end, block, [&](const LoadedRows& loaded) {
       const BlockRows& rows = loaded.rows;
-      const int64_t b = (rows.first_pos - first_pos_) / kBlock;
+      const int64_t b = (rows.first_pos - unit.first_pos) / kBlock;
       if (rows.count == kBlock) {
-        blocks_[b] = rows;
+        unit.blocks[b] = rows;
         return;
       }
-      BFloat16* const keys = copies_ + b * 2 * kBlock * d_;
+      BFloat16* const keys = copies + b * 2 * kBlock * d_;
       BFloat16* const values = keys + kBlock * d_;
-      if (blocks_[b].keys == nullptr) std::fill_n(keys, 2 * kBlock * d_, BFloat16());
-      blocks_[b] = {keys, values, first_pos_ + b * kBlock, kBlock};
-      const int64_t at = (rows.first_pos - first_pos_) % kBlock * d_;
+      if (unit.blocks[b].keys == nullptr) std::fill_n(keys, 2 * kBlock * d_, BFloat16());
+      unit.blocks[b] = {keys, values, unit.first_pos + b * kBlock, kBlock};
+      const int64_t at = (rows.first_pos - unit.first_pos) % kBlock * d_;
       std::copy_n(rows.keys, rows.count * d_, keys + at);
       std::copy_n(rows.values, rows.count * d_, values + at);
     });
@@ -225,80 +254,81 @@ class TileUnits {
   // To whole tiles, and to two if it is more than one.
   static int RoundUp(int count) { return count <= kTile ? kTile : (count + kPass - 1) / kPass * kPass; }
 
-  void AttendUnit() {
-    const int64_t last_pos = item_->first_pos + (first_ + count_ - 1) / launch_->group;
-    masked_ = skip_ != 0 || (end_pos_ - first_pos_) % kBlock != 0 ||
-              item_->first_pos + first_ / launch_->group + 1 < end_pos_ ||
-              FirstSeen(launch_->a.window, last_pos) > first_pos_;
-    steps_ = num_blocks_ * (kBlock / kStep);
-    if (!pairs_) {
-      AttendRows();
-    } else {
-      Configure(kTile);
-      if (count_ > kTile) {
-        AttendPasses<2>();
-      } else {
-        AttendPasses<1>();
-      }
-    }
-    fresh_ = false;
-  }
-
   void Configure(int rows) {
     if (configured_ != rows) ConfigureTiles(configured_ = rows);
   }
 
-  // The weights of a pass are computed beside tiles' products: the scores of the next pass, which the
-  // processor multiplies meanwhile, or of a single pass the values of the steps before.
+  // A pass's scores are multiplied beside the weights of the pass before, be it of the same unit or not.
   template <int kGroups>
-  void AttendPasses() {
-    owed_ = int64_t{steps_} * kStep * 2 * (d_ / kLine) * ((count_ + kPass - 1) / kPass);
-    MultiplyKeys<kGroups>(0, false);
-    for (int first = 0; first < count_; first += kPass) {
-      BeginWeights<kGroups>(first);
-      if (first + kPass < count_) MultiplyKeys<kGroups>(first + kPass, true);
-      AddValues<kGroups>(first);
-      EndWeights<kGroups>(first);
+  void AttendPasses(int64_t begin, int64_t until) {
+    Configure(kTile);
+    Unit* next = &units_[0];
+    unit_ = next;
+    Read(begin, until, *next);
+    pass_ = 0;
+    owed_ = Lines(*next);
+    MultiplyKeys<kGroups>(*next, 0, 0);
+    for (int64_t pos = begin; pos < until;) {
+      unit_ = next;
+      next = unit_ == &units_[0] ? &units_[1] : &units_[0];
+      pos = unit_->end_pos;
+      int64_t of_next = 0;
+      for (int first = 0; first < count_; first += kPass) {
+        BeginWeights<kGroups>(first);
+        if (first + kPass < count_) {
+          MultiplyKeys<kGroups>(*unit_, first + kPass, QuartersBeside<kGroups>());
+        } else if (pos < until) {
+          Read(pos, until, *next);
+          of_next = Lines(*next);
+          owed_ += of_next;
+          MultiplyKeys<kGroups>(*next, 0, QuartersBeside<kGroups>());
+        }
+        Weigh<kGroups>(kUnitSteps * kGroups * kQuarters);
+        AddValues<kGroups>(first);
+        EndWeights<kGroups>(first);
+      }
+      fresh_ = false;
+      AskOf(std::max<int64_t>(0, owed_ - of_next));
     }
-    AskOf(owed_);
   }
+  int64_t Lines(const Unit& unit) const {
+    return int64_t{unit.steps} * kStep * 2 * (d_ / kLine) * ((count_ + kPass - 1) / kPass);
+  }
+  // Of the weights that are left, beside the product of 16 keys.
   template <int kGroups>
-  void MultiplyKeys(int first, bool weighs) {
-    const int each = weighs ? (kGroups * kQuarters * kTile + d_ - 1) / d_ : 0;
-    for (int step = 0; step < steps_; ++step) {
-      MultiplyKeys<kGroups>(first, step, Scores(first, 0) + step * kStep * kTile, kUnitKeys * kTile, [&] {
-        AskOf(9);
-        Weigh<kGroups>(each);
-      });
-    }
-  }
-  // Of a pass; those of the next are written while they are read.
-  float* Scores(int first, int group) {
-    return scores_ + (first / kPass % 2 * 2 + group) * kUnitKeys * kTile;
+  int QuartersBeside() const {
+    return (kGroups * kQuarters * kTile + d_ - 1) / d_;
   }
 
-  template <int kGroups, typename Beside>
-  void MultiplyKeys(int first, int step, float* scores, int64_t score_stride, Beside&& beside) {
-    const BFloat16* const keys = blocks_[step / 2].keys + step % 2 * kStep * d_;
-    Multiply<kGroups>(ScoreProduct{keys, d_, queries_ + first * d_ / 2, d_ / 2, scores, score_stride},
-                      std::forward<Beside>(beside));
+  // Scores of the pass that comes next.
+  template <int kGroups>
+  void MultiplyKeys(const Unit& unit, int first, int quarters) {
+    float* const scores = scores_[pass_++ % 2];
+    for (int step = 0; step < unit.steps; ++step) {
+      // To the first cache: a tile is loaded row by row.
+      const BFloat16* soon = unit.keys(std::min(step + 1, unit.steps - 1), d_);
+      Multiply<kGroups>(ScoreProduct{unit.keys(step, d_), d_, queries_ + first * d_ / 2, d_ / 2,
+                                     scores + step * kStep * kTile, kUnitKeys * kTile},
+                        [&] {
+                          AskOf(10);
+                          for (int i = 0; i < kTile; ++i, soon += kLine) __builtin_prefetch(soon, 0, 3);
+                          Weigh<kGroups>(quarters);
+                        });
+    }
   }
-  // Up to 16 queries: of a step's lines one in 16 is left for softmax, which reads none.
-  void AskForKeys() { Ask(kTile - 1); }
-  void AskInSoftmax() { Ask(2 * (d_ / kLine)); }
 
   // Of the scores of 16 queries from `first` on and a step's keys those that are not seen; at(key,
   // query) is where one is.
   template <typename At>
   void Mask(int first, int step, At&& at) const {
     const auto within = [&](int64_t pos) {
-      return static_cast<int>(std::clamp<int64_t>(pos - first_pos_ - step * kStep, 0, kStep));
+      return static_cast<int>(std::clamp<int64_t>(pos - unit_->first_pos - step * kStep, 0, kStep));
     };
     for (int i = 0; i < std::min(count_ - first, kTile); ++i) {
       const int64_t pos = item_->first_pos + (first_ + first + i) / launch_->group;
       const int begin =
-          within(std::max(first_pos_ + skip_, FirstSeen(launch_->a.window, pos)));
-      const int end = std::max(begin, within(std::min(pos + 1, end_pos_)));
+          within(std::max(unit_->first_pos + unit_->skip, FirstSeen(launch_->a.window, pos)));
+      const int end = std::max(begin, within(std::min(pos + 1, unit_->end_pos)));
       for (int key = 0; key < begin; ++key) *at(key, i) = kMinusInfinity;
       for (int key = end; key < kStep; ++key) *at(key, i) = kMinusInfinity;
     }
@@ -336,16 +366,16 @@ class TileUnits {
   // Caps, masks and advances to scores of which a vector is 16 queries of a key.
   F32x16 AdvanceTo(int first, float* scores, float* factor) {
     if (launch_->a.soft_cap != 0) {
-      for (int key = 0; key < steps_ * kStep; ++key) Cap(scores + key * kTile);
+      for (int key = 0; key < unit_->steps * kStep; ++key) Cap(scores + key * kTile);
     }
-    if (masked_) {
-      for (int step = 0; step < steps_; ++step) {
+    if (unit_->masked) {
+      for (int step = 0; step < unit_->steps; ++step) {
         Mask(first, step, [&](int key, int n) { return scores + (step * kStep + key) * kTile + n; });
       }
     }
     F32x16 top[4];
     for (F32x16& t : top) t = Broadcast(kMinusInfinity);
-    for (int key = 0; key < steps_ * kStep; key += 4) {
+    for (int key = 0; key < unit_->steps * kStep; key += 4) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) top[i] = Max(Load(scores + (key + i) * kTile), top[i]);
     }
@@ -356,20 +386,21 @@ class TileUnits {
     return Add(Add(both(0), both(2)), Add(both(1), both(3)));
   }
 
+  // Of the pass whose scores were multiplied last.
   template <int kGroups>
   void BeginWeights(int first) {
     weighed_ = 0;
-    from_ = Scores(first, 0);
+    from_ = scores_[(pass_ - 1) % 2];
     for (int g = 0; g < kGroups; ++g) {
       AskOf(3 * d_ / kTile);
-      less_[g] = AdvanceTo(first + g * kTile, Scores(first, g), factor_[g]);
+      less_[g] = AdvanceTo(first + g * kTile, from_ + g * kUnitKeys * kTile, factor_[g]);
       for (F32x16(&s)[2] : sum_[g]) s[0] = s[1] = Zero();
     }
   }
   // As many quarters of the weights that are left, of a step and 16 queries each.
   template <int kGroups>
   void Weigh(int quarters) {
-    const int end = std::min(weighed_ + quarters, steps_ * kGroups * kQuarters);
+    const int end = std::min(weighed_ + quarters, unit_->steps * kGroups * kQuarters);
     for (; weighed_ < end; ++weighed_) {
       const int step = weighed_ / (kGroups * kQuarters);
       const int g = weighed_ / kQuarters % kGroups;
@@ -390,7 +421,7 @@ class TileUnits {
     }
     sum_[group][quarter][0] = even;
     sum_[group][quarter][1] = odd;
-    AskOf(3 * d_ / kLine);
+    AskOf(5 * d_ / (2 * kLine));
     if (quarter + 1 < kQuarters) return;
     Transpose(pairs_of_step_, weights_ + (group * kUnitSteps + step) * kTileWords);
   }
@@ -405,43 +436,56 @@ class TileUnits {
     for (int g = 0; g < kGroups; ++g) AddWeights(first + g * kTile, factor_[g], Sum(sum_[g]));
   }
 
-  // A unit of up to 16 queries.
-  void AttendRows() {
-    Configure(kTile);
-    if (rows_ == kFew) {
-      ScoreFew();
-      WeighFew();
-    } else {
-      for (int step = 0; step < steps_; ++step) {
-        MultiplyKeys<1>(0, step, scores_ + step * kStep * kTile, 0, [this] { AskForKeys(); });
+  // Units for up to 16 queries.
+  void AttendRows(int64_t begin, int64_t until) {
+    Unit& unit = units_[0];
+    unit_ = &unit;
+    for (int64_t pos = begin; pos < until; pos = unit.end_pos) {
+      Read(pos, until, unit);
+      Configure(kTile);
+      if (rows_ == kFew) {
+        ScoreFew();
+        WeighFew();
+      } else {
+        for (int step = 0; step < unit.steps; ++step) MultiplyRows(step, step);
+        WeighRows();
       }
-      WeighRows();
-    }
-    Configure(rows_);
-    for (int b = 0; b < num_blocks_; ++b) {
-      for (int32_t column = 0; column < d_; column += 2 * kLine) {
-        Multiply(RowProduct{RowWeights(b * kBlock), blocks_[b].values + column, d_, kBlock / kTile,
-                            rows_, sums_ + column * rows_, b > 0 || !fresh_},
-                 [this] { Ask(2 * kTile); });
+      Configure(rows_);
+      for (int b = 0; b < unit.num_blocks; ++b) {
+        for (int32_t column = 0; column < d_; column += kLine) {
+          Multiply(RowProduct{RowWeights(b * kBlock), unit.blocks[b].values + column, d_,
+                              kBlock / kTile, rows_, sums_ + column * rows_, b > 0 || !fresh_},
+                   [this] { Ask(kTile); });
+        }
       }
+      fresh_ = false;
     }
   }
+  // Scores of a step, where those of step `to` belong. Of its lines one in 16 is left for softmax, which
+  // reads none.
+  void MultiplyRows(int step, int to) {
+    Multiply<1>(ScoreProduct{unit_->keys(step, d_), d_, queries_, d_ / 2,
+                             scores_[0] + to * kStep * kTile, 0},
+                [this] { Ask(kTile - 1); });
+  }
+  void AskInSoftmax() { Ask(2 * (d_ / kLine)); }
+
   // Weights of 16 keys: [even, odd][query][key].
   uint32_t* RowWeights(int key) { return weights_ + key * 2 * rows_; }
 
   // Eight sums, of which the vectors of WeighFew have four each: a query has the same bits in both.
   void WeighRows() {
-    const F32x16 less = AdvanceTo(0, scores_, factor_[0]);
+    const F32x16 less = AdvanceTo(0, scores_[0], factor_[0]);
     F32x16 sum[4][2];
     for (F32x16(&s)[2] : sum) s[0] = s[1] = Zero();
     alignas(64) float of_keys[kTileWords];
     alignas(64) float of_queries[kTileWords];
-    for (int key = 0; key < steps_ * kStep; key += kTile) {
+    for (int key = 0; key < unit_->steps * kStep; key += kTile) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 4
         for (int i = 4 * j; i < 4 * j + 4; ++i) {
-          const F32x16 weight = Weight(scores_ + (key + i) * kTile, less);
+          const F32x16 weight = Weight(scores_[0] + (key + i) * kTile, less);
           sum[j][i % 2] = Add(sum[j][i % 2], weight);
           Store(of_keys + i * kTile, weight);
         }
@@ -459,26 +503,26 @@ class TileUnits {
   // Four queries' scores, dense. Rows of a step are gathered a step later: then tiles' stores are done.
   void ScoreFew() {
     few_top_ = Broadcast(kMinusInfinity);
-    for (int step = 0; step < steps_; ++step) {
-      MultiplyKeys<1>(0, step, scores_ + step % 2 * kStep * kTile, 0, [this] { AskForKeys(); });
+    for (int step = 0; step < unit_->steps; ++step) {
+      MultiplyRows(step, step % 2);
       if (step > 0) GatherFew(step - 1);
     }
-    GatherFew(steps_ - 1);
+    GatherFew(unit_->steps - 1);
   }
   void GatherFew(int step) {
-    const float* const rows = scores_ + step % 2 * kStep * kTile;
+    const float* const rows = scores_[0] + step % 2 * kStep * kTile;
     float* const to = few_ + step * kStep * kFew;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const F32x16 scores = FourOfRows(rows + i / 4 * kTileWords, i % 4);
       Store(to + i * kTile, scores);
-      if (!masked_ && launch_->a.soft_cap == 0) few_top_ = Max(scores, few_top_);
+      if (!unit_->masked && launch_->a.soft_cap == 0) few_top_ = Max(scores, few_top_);
     }
-    if (!masked_ && launch_->a.soft_cap == 0) return;
+    if (!unit_->masked && launch_->a.soft_cap == 0) return;
     if (launch_->a.soft_cap != 0) {
       for (int i = 0; i < 8; ++i) Cap(to + i * kTile);
     }
-    if (masked_) {
+    if (unit_->masked) {
       Mask(0, step, [&](int key, int n) {
         return to + (key / kTile * 4 + key % 4) * kTile + key % kTile / 4 * kFew + n;
       });
@@ -495,7 +539,7 @@ class TileUnits {
     Store(at, Advance(0, Load(at), factor_[0]));
     const F32x16 less = FourTimes(at);
     F32x16 sum[2] = {Zero(), Zero()};
-    for (int key = 0; key < steps_ * kStep; key += kTile) {
+    for (int key = 0; key < unit_->steps * kStep; key += kTile) {
       F32x16 weights[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -515,44 +559,34 @@ class TileUnits {
     AddWeights(0, factor_[0], Load(at));
   }
 
+  // Strip by strip, 16 queries at a time, whose sums stay in tiles. Pairs of a step are made beside the
+  // products of the step before, for the first 16; several passes keep them.
   template <int kGroups>
   void AddValues(int first) {
-    const int64_t step_words = d_ * kTile;
-    // One pass takes V's pairs as they come, several keep them. Sums take longer to load and to store
-    // than to add a step to.
-    const bool keeps = count_ > kPass;
-    const int chunk = keeps ? steps_ : 2;
-    const int quarters = chunk * kGroups * kQuarters;
-    const int each = (kGroups * kQuarters * kLine + d_ - 1) / d_;
-    Weigh<kGroups>(quarters - weighed_);
-    for (int step = 0; step < steps_; step += chunk) {
-      if (first == 0) {
-        for (int i = 0; i < chunk; ++i) PairValues(step + i, values_ + i * step_words, !keeps);
-      }
-      for (int32_t column = 0; column < d_; column += kLine) {
-        Multiply<kGroups>(
-            PairProduct{weights_ + step * kTileWords, kUnitSteps * kTileWords,
-                        values_ + column * kTile, step_words, chunk,
-                        sums_ + first * d_ + column * kTile, int64_t{kTile} * d_,
-                        step > 0 || !fresh_},
-            [&] {
-              AskOf(keeps ? 24 : 12);
-              if (!keeps) {
-                Weigh<kGroups>(std::min(each, step / chunk * quarters + 2 * quarters - weighed_));
-              }
-            });
+    for (int32_t column = 0; column < d_; column += kLine) {
+      uint32_t* const pairs =
+          pairs_of_values_ + (count_ > kPass ? column * kUnitSteps * kTile : 0);
+      for (int g = 0; g < kGroups; ++g) {
+        const auto pair = [&](int step) {
+          if (first == 0 && g == 0 && step < unit_->steps) {
+            PairValues(step, column, pairs + step * 2 * kTileWords);
+          }
+        };
+        pair(0);
+        Multiply(PairProduct{weights_ + g * kUnitSteps * kTileWords, pairs, unit_->steps,
+                             sums_ + (first + g * kTile) * d_ + column * kTile, !fresh_},
+                 [&](int step) {
+                   AskOf(12);
+                   pair(step + 1);
+                 });
       }
     }
   }
-  void PairValues(int step, uint32_t* words, bool asks) {
-    const BFloat16* const values = blocks_[step / 2].values + step % 2 * kStep * d_;
+  void PairValues(int step, int32_t column, uint32_t* to) const {
+    const BFloat16* const values = unit_->values(step, d_) + column;
     for (int i = 0; i < kTile; ++i) {
       const BFloat16* const row = values + 2 * i * d_;
-      for (int32_t column = 0; column < d_; column += kLine) {
-        uint32_t* const to = words + column * kTile + i * kTile;
-        PairRows(row + column, row + d_ + column, to, to + kTileWords);
-      }
-      if (asks) AskOf(d_ / (2 * kLine));
+      PairRows(row, row + d_, to + i * kTile, to + kTileWords + i * kTile);
     }
   }
 
@@ -624,15 +658,10 @@ class TileUnits {
   bool asks_ = false;  // later rounds find the piece in the cache
   bool fresh_ = false;  // the sums are to be begun
   Ahead ahead_;
-  int64_t owed_ = 0;  // lines that the unit's passes have still to ask for
+  int64_t owed_ = 0;  // lines that passes have still to ask for
 
-  int64_t first_pos_ = 0;  // of the unit's first block
-  int64_t end_pos_ = 0;    // of the unit's keys
-  int skip_ = 0;           // keys of the first block that are not the item's
-  int num_blocks_ = 0;
-  int steps_ = 0;
-  bool masked_ = false;  // some query does not see some key
-  BlockRows blocks_[kUnitBlocks];
+  Unit units_[2];
+  const Unit* unit_ = nullptr;  // whose weights are computed
 
   F32x16 few_top_;
   alignas(64) float few_[kUnitKeys * kFew];
@@ -640,18 +669,21 @@ class TileUnits {
   alignas(64) float m_[kRound];
   alignas(64) float l_[kRound];
   alignas(64) uint32_t queries_[kRound * kMaxHeadDim / 2];  // [group of 16][word][query]
-  alignas(64) float scores_[2 * 2 * kUnitKeys * kTile];     // [odd pass][group][key][query]
+  int pass_ = 0;  // of a piece: the next whose scores are multiplied
+  alignas(64) float scores_[2][2 * kUnitKeys * kTile];      // [odd pass][group][key][query]
   // Of the weights of a pass.
   int weighed_ = 0;  // quarters
-  const float* from_ = nullptr;
+  float* from_ = nullptr;
   F32x16 less_[2];
   F32x16 sum_[2][kQuarters][2];
   alignas(64) float pairs_of_step_[kTileWords];
   // [group][step][query][16 pairs], or [16 keys][even, odd][query][key].
   alignas(64) uint32_t weights_[4 * kUnitSteps * kTileWords];
-  alignas(64) uint32_t values_[kUnitSteps * kMaxHeadDim * kTile];  // [step][tile][pair][column]
-  alignas(64) float sums_[kRound * kMaxHeadDim];                   // [group][tile][query][column]
-  alignas(64) BFloat16 copies_[kUnitBlocks * 2 * kBlock * kMaxHeadDim];  // [block][K, V][64][d]
+  // [strip][step][tile][pair][column], or of one strip
+  alignas(64) uint32_t pairs_of_values_[kUnitSteps * kMaxHeadDim * kTile];
+  alignas(64) float sums_[kRound * kMaxHeadDim];              // [group][tile][query][column]
+  // [odd unit][block][K, V][64][d]
+  alignas(64) BFloat16 copies_[2][kUnitBlocks * 2 * kBlock * kMaxHeadDim];
 };
 
 void AttendTiles(const AttendArgs& args, CpuTeam& team) {

@@ -25,167 +25,137 @@ struct ScoreProduct {
   float* scores;            // [group][32 keys][16 queries]
   int64_t score_stride;     // floats between groups
 };
-// Weights in pairs of keys, as V's rows: the sums of 16 queries a group.
+// Weights in pairs of keys, as V's rows: the sums of 16 queries.
 struct PairProduct {
-  const uint32_t* weights;  // [group][step][query][16 words]
-  int64_t weight_stride;    // words between groups
+  const uint32_t* weights;  // [step][query][16 words]
   const uint32_t* values;   // [step][two tiles of columns][16 words][16 columns]
-  int64_t value_stride;     // words between steps
   int steps;
-  float* sums;              // [group][two tiles of columns][query][16 columns]
-  int64_t sum_stride;       // floats between groups
-  bool add;                 // to what `sums` holds
+  float* sums;  // [two tiles of columns][query][16 columns]
+  bool add;     // to what `sums` holds
 };
 // V's rows where they lie: a word is two columns of a key, so each weight comes once with nothing for
 // the odd columns and once with nothing for the even ones.
 struct RowProduct {
   const uint32_t* weights;  // [16 keys][even, odd][query][16 words]
-  const BFloat16* values;   // 64 columns of `tiles` x 16 rows
+  const BFloat16* values;   // 32 columns of `tiles` x 16 rows
   int64_t value_stride;     // elements
   int tiles;
   int queries;  // at most 16
-  float* sums;  // [32 columns][even, odd][query][16 columns]
+  float* sums;  // [even, odd][query][16 columns]
   bool add;     // to what `sums` holds
 };
 
 #if defined(__AMX_BF16__)
 
-// This thread's tiles, contents lost: 6 and 7 hold 16 rows from now on, the others `rows`. Whoever is
-// done gives them back: a thread without tiles is switched faster.
+// Four of the eight tiles are used: two of sums, one for each factor. Results of loads and products go to about
+// 18 physical ones, of which a thread has half while its core's other one is busy, with whatever. With all eight
+// in use a product then waited for the one before, 52 cycles: 20 to 26 ns each, its loads included, on 16
+// processors of an H200's host; with four 14, though factors are loaded more often.
+//
+// Not by GCC's intrinsics: version 12's do not say that loads read memory, nor that a configuration has 64 bytes,
+// and it left out half of one.
+#define HEADROOM_LOAD_TILE(tile, from, stride)                                          \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t{stride}) : "memory")
+
+// This thread's tiles, contents lost: 3 holds 16 rows from now on, 0 to 2 `rows`. Whoever is done gives them
+// back: a thread without tiles is switched faster.
 inline void ConfigureTiles(int rows) {
-  alignas(64) uint8_t config[64] = {};
-  config[0] = 1;  // palette
-  for (int tile = 0; tile < 8; ++tile) {
-    config[16 + 2 * tile] = 64;  // bytes of a row
-    config[48 + tile] = static_cast<uint8_t>(tile < 6 ? rows : kTile);
-  }
-  _tile_loadconfig(config);
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } config;
+  static_assert(sizeof(config) == 64);
+  for (int tile = 0; tile < 3; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+  config.rows[3] = kTile;
+  asm volatile("ldtilecfg %0" : : "m"(config));
 }
 inline void ReleaseTiles() { _tile_release(); }
 
-// REQUIRES: ConfigureTiles(16). Calls step() for each 16 keys x 16 words.
-template <int kGroups, typename Step>
-inline void Multiply(const ScoreProduct& p, Step&& step) {
-  const int64_t key_bytes = p.key_stride * 2;
-  const BFloat16* const more = p.keys + kTile * p.key_stride;
-  const uint32_t* const second = p.queries + p.words * kTile;
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kGroups == 1) {
-    for (int word = 0; word < p.words; word += kTile) {
-      _tile_loadd(7, p.queries + word * kTile, 64);
-      _tile_loadd(2, p.keys + 2 * word, key_bytes);
-      _tile_dpbf16ps(0, 2, 7);
-      step();
-      _tile_loadd(3, more + 2 * word, key_bytes);
-      _tile_dpbf16ps(1, 3, 7);
-      step();
-    }
-  } else {
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int word = 0; word < p.words; word += kTile) {
-      _tile_loadd(6, p.queries + word * kTile, 64);
-      _tile_loadd(4, p.keys + 2 * word, key_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, second + word * kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      step();
-      _tile_loadd(5, more + 2 * word, key_bytes);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      step();
-    }
-    _tile_stored(2, p.scores + p.score_stride, 64);
-    _tile_stored(3, p.scores + p.score_stride + kTileWords, 64);
-  }
-  _tile_stored(0, p.scores, 64);
-  _tile_stored(1, p.scores + kTileWords, 64);
-}
-
-// Tiles 0 to 3 from, or to, four blocks of sums.
-inline void BeginSums(bool add, const float* a, const float* b, const float* c, const float* d) {
+// Two tiles of sums from, or to, memory.
+inline void BeginSums(bool add, const float* first, const float* second) {
   if (add) {
-    _tile_loadd(0, a, 64);
-    _tile_loadd(1, b, 64);
-    _tile_loadd(2, c, 64);
-    _tile_loadd(3, d, 64);
+    HEADROOM_LOAD_TILE(0, first, 64);
+    HEADROOM_LOAD_TILE(1, second, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
   }
 }
-inline void EndSums(float* a, float* b, float* c, float* d) {
-  _tile_stored(0, a, 64);
-  _tile_stored(1, b, 64);
-  _tile_stored(2, c, 64);
-  _tile_stored(3, d, 64);
+inline void EndSums(float* first, float* second) {
+  _tile_stored(0, first, 64);
+  _tile_stored(1, second, 64);
 }
 
-// REQUIRES: ConfigureTiles(16). Calls step() for each step.
-template <int kGroups, typename Step>
-inline void Multiply(const PairProduct& p, Step&& step) {
-  constexpr int64_t tile = kTileWords;
-  float* const second = p.sums + p.sum_stride;
+// REQUIRES: ConfigureTiles(16). Calls beside() for each 16 keys x 16 words.
+template <int kGroups, typename Beside>
+inline void Multiply(const ScoreProduct& p, Beside&& beside) {
+  const int64_t key_bytes = p.key_stride * 2;
+  const BFloat16* const more = p.keys + kTile * p.key_stride;
   if constexpr (kGroups == 1) {
-    if (p.add) {
-      _tile_loadd(4, p.sums, 64);
-      _tile_loadd(5, p.sums + tile, 64);
-    } else {
-      _tile_zero(4);
-      _tile_zero(5);
+    BeginSums(false, nullptr, nullptr);
+    for (int word = 0; word < p.words; word += kTile) {
+      HEADROOM_LOAD_TILE(3, p.queries + word * kTile, 64);
+      HEADROOM_LOAD_TILE(2, p.keys + 2 * word, key_bytes);
+      _tile_dpbf16ps(0, 2, 3);
+      beside();
+      HEADROOM_LOAD_TILE(2, more + 2 * word, key_bytes);
+      _tile_dpbf16ps(1, 2, 3);
+      beside();
     }
-    for (int i = 0; i < p.steps; ++i) {
-      const uint32_t* const values = p.values + i * p.value_stride;
-      _tile_loadd(6, p.weights + i * tile, 64);
-      _tile_loadd(3, values, 64);
-      _tile_dpbf16ps(4, 6, 3);
-      _tile_loadd(7, values + kTileWords, 64);
-      _tile_dpbf16ps(5, 6, 7);
-      step();
-    }
-    _tile_stored(4, p.sums, 64);
-    _tile_stored(5, p.sums + tile, 64);
+    EndSums(p.scores, p.scores + kTileWords);
   } else {
-    BeginSums(p.add, p.sums, p.sums + tile, second, second + tile);
-    for (int i = 0; i < p.steps; ++i) {
-      const uint32_t* const values = p.values + i * p.value_stride;
-      _tile_loadd(4, p.weights + i * tile, 64);
-      _tile_loadd(6, values, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, values + kTileWords, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, p.weights + p.weight_stride + i * tile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      step();
+    const uint32_t* const second = p.queries + p.words * kTile;
+    for (int half = 0; half < 2; ++half) {
+      const BFloat16* const keys = half == 0 ? p.keys : more;
+      float* const scores = p.scores + half * kTileWords;
+      BeginSums(false, nullptr, nullptr);
+      for (int word = 0; word < p.words; word += kTile) {
+        HEADROOM_LOAD_TILE(2, keys + 2 * word, key_bytes);
+        HEADROOM_LOAD_TILE(3, p.queries + word * kTile, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        HEADROOM_LOAD_TILE(3, second + word * kTile, 64);
+        _tile_dpbf16ps(1, 2, 3);
+        beside();
+      }
+      EndSums(scores, scores + p.score_stride);
     }
-    EndSums(p.sums, p.sums + tile, second, second + tile);
   }
 }
 
-// REQUIRES: ConfigureTiles(p.queries). Calls step() for each 16 keys.
-template <typename Step>
-inline void Multiply(const RowProduct& p, Step&& step) {
-  const int64_t tile = p.queries * kTile, value_bytes = p.value_stride * 2;
-  BeginSums(p.add, p.sums, p.sums + tile, p.sums + 2 * tile, p.sums + 3 * tile);
-  for (int i = 0; i < p.tiles; ++i) {
-    const uint32_t* const weights = p.weights + i * 2 * tile;
-    const BFloat16* const values = p.values + i * kTile * p.value_stride;
-    _tile_loadd(4, weights, 64);
-    _tile_loadd(6, values, value_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, weights + tile, 64);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, values + 2 * kTile, value_bytes);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-    step();
+// REQUIRES: ConfigureTiles(16). Calls beside(step) before each step is multiplied: the values of the next may be
+// written there.
+template <typename Beside>
+inline void Multiply(const PairProduct& p, Beside&& beside) {
+  BeginSums(p.add, p.sums, p.sums + kTileWords);
+  for (int step = 0; step < p.steps; ++step) {
+    beside(step);
+    const uint32_t* const values = p.values + step * 2 * kTileWords;
+    HEADROOM_LOAD_TILE(2, p.weights + step * kTileWords, 64);
+    HEADROOM_LOAD_TILE(3, values, 64);
+    _tile_dpbf16ps(0, 2, 3);
+    HEADROOM_LOAD_TILE(3, values + kTileWords, 64);
+    _tile_dpbf16ps(1, 2, 3);
   }
-  EndSums(p.sums, p.sums + tile, p.sums + 2 * tile, p.sums + 3 * tile);
+  EndSums(p.sums, p.sums + kTileWords);
 }
+
+// REQUIRES: ConfigureTiles(p.queries). Calls beside() for each 16 keys.
+template <typename Beside>
+inline void Multiply(const RowProduct& p, Beside&& beside) {
+  const int64_t tile = p.queries * kTile;
+  BeginSums(p.add, p.sums, p.sums + tile);
+  for (int i = 0; i < p.tiles; ++i) {
+    HEADROOM_LOAD_TILE(3, p.values + i * kTile * p.value_stride, p.value_stride * 2);
+    HEADROOM_LOAD_TILE(2, p.weights + 2 * i * tile, 64);
+    _tile_dpbf16ps(0, 2, 3);
+    HEADROOM_LOAD_TILE(2, p.weights + (2 * i + 1) * tile, 64);
+    _tile_dpbf16ps(1, 2, 3);
+    beside();
+  }
+  EndSums(p.sums, p.sums + tile);
+}
+#undef HEADROOM_LOAD_TILE
 
 #else
 
@@ -204,8 +174,8 @@ inline F32x16 MultiplyRow(const void* a, const void* b, int64_t stride, int word
   }
   return sum;
 }
-template <int kGroups, typename Step>
-inline void Multiply(const ScoreProduct& p, Step&& step) {
+template <int kGroups, typename Beside>
+inline void Multiply(const ScoreProduct& p, Beside&& beside) {
   for (int g = 0; g < kGroups; ++g) {
     for (int key = 0; key < 2 * kTile; ++key) {
       Store(p.scores + g * p.score_stride + key * kTile,
@@ -213,37 +183,33 @@ inline void Multiply(const ScoreProduct& p, Step&& step) {
                         Zero()));
     }
   }
-  for (int word = 0; word < 2 * p.words; word += kTile) step();
+  for (int word = 0; word < 2 * p.words; word += kTile) beside();
 }
-template <int kGroups, typename Step>
-inline void Multiply(const PairProduct& p, Step&& step) {
-  for (int g = 0; g < kGroups; ++g) {
+template <typename Beside>
+inline void Multiply(const PairProduct& p, Beside&& beside) {
+  for (int step = 0; step < p.steps; ++step) {
+    beside(step);
+    const uint32_t* const weights = p.weights + step * kTileWords;
+    const uint32_t* const values = p.values + step * 2 * kTileWords;
     for (int i = 0; i < 2 * kTile; ++i) {
-      float* const sums = p.sums + g * p.sum_stride + i * kTile;
-      F32x16 sum = p.add ? Load(sums) : Zero();
-      for (int at = 0; at < p.steps; ++at) {
-        sum = MultiplyRow(p.weights + g * p.weight_stride + at * kTileWords + i % kTile * kTile,
-                          p.values + at * p.value_stride + i / kTile * kTileWords, kTile, kTile,
-                          sum);
-      }
-      Store(sums, sum);
+      float* const sums = p.sums + i * kTile;
+      Store(sums, MultiplyRow(weights + i % kTile * kTile, values + i / kTile * kTileWords, kTile,
+                              kTile, step > 0 || p.add ? Load(sums) : Zero()));
     }
   }
-  for (int at = 0; at < p.steps; ++at) step();
 }
-template <typename Step>
-inline void Multiply(const RowProduct& p, Step&& step) {
-  for (int i = 0; i < 4 * p.queries; ++i) {
+template <typename Beside>
+inline void Multiply(const RowProduct& p, Beside&& beside) {
+  for (int i = 0; i < 2 * p.queries; ++i) {
     float* const sums = p.sums + i * kTile;
     F32x16 sum = p.add ? Load(sums) : Zero();
     for (int at = 0; at < p.tiles; ++at) {
-      sum = MultiplyRow(p.weights + (2 * at * p.queries + i % (2 * p.queries)) * kTile,
-                        p.values + at * kTile * p.value_stride + i / (2 * p.queries) * 2 * kTile,
-                        p.value_stride / 2, kTile, sum);
+      sum = MultiplyRow(p.weights + (2 * at * p.queries + i) * kTile,
+                        p.values + at * kTile * p.value_stride, p.value_stride / 2, kTile, sum);
     }
     Store(sums, sum);
   }
-  for (int at = 0; at < p.tiles; ++at) step();
+  for (int at = 0; at < p.tiles; ++at) beside();
 }
 
 #endif
