@@ -139,6 +139,35 @@ TEST(TileAttention, GoesOnFromAnOpenUnitAndHangsOnNoThread) {
   }
 }
 
+// Blocks of several places are put together, of a unit while the one before is still read.
+TEST(TileAttention, PlacesMayMeetWithinABlock) {
+  CpuTeam team(1);
+  const Sequence sequence({2, 4, 64}, 700, 47);
+  const Place whole = Whole(sequence, 700);
+  std::vector<Place> parts;
+  std::vector<const Place*> all;
+  int64_t first = 0;
+  for (const int64_t end : {100, 356, 600, 700}) {
+    const int64_t origin = FloorToBlock(first);
+    parts.emplace_back(sequence, first, end - first, origin,
+                       static_cast<int32_t>(CeilToBlock(end - origin)), 0, 2);
+    first = end;
+  }
+  for (const Place& part : parts) all.push_back(&part);
+  for (const int64_t rows : {1, 3, 5, 9}) {
+    for (const cpu::TileAttention* tiles : AllTileAttention()) {
+      const auto with = [&](const std::vector<const Place*>& places) {
+        Batch batch(sequence.shape, rows);
+        batch.SetRows(sequence, 0, 700 - rows, rows);
+        batch.Add(0, rows, 700 - rows, true, true, places);
+        batch.Launch(tiles->attend, team);
+        return batch.out();
+      };
+      EXPECT_TRUE(SameBits(with(all), with({&whole}))) << tiles->name << ", " << rows << " rows";
+    }
+  }
+}
+
 // As a worker does of what its store has attended to.
 TEST(TileAttention, LeavesStatesThatOtherKernelsGoOnFrom) {
   CpuTeam team(2);
