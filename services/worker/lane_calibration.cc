@@ -19,7 +19,7 @@ constexpr int kResidentIndex = static_cast<int>(Lane::kResident);
 constexpr int kFetchedIndex = static_cast<int>(Lane::kFetched);
 constexpr int kInPlaceIndex = static_cast<int>(Lane::kInPlace);
 constexpr int kWarmSteps = 2;
-constexpr int kMeasuredSteps = 7;
+constexpr int kMeasuredSteps = 5;
 constexpr int kMostRounds = 3;
 // Time limits that the first round may take beside its own.
 constexpr int kMostOver = 3;
@@ -84,8 +84,8 @@ class Calibration {
                               {Lane::kInPlace, many_tokens_}};
     Probe half{Lane::kFetched, HalfTokens()};
     Probe half_in_place{Lane::kInPlace, HalfTokens()};
-    HEADROOM_RETURN_IF_ERROR(
-        Measure({&none, &lanes[0], &lanes[1], &lanes[2], &half, &half_in_place}));
+    HEADROOM_RETURN_IF_ERROR(Measure(
+        {&none, &lanes[0], &lanes[1], &lanes[2], &half, &half_in_place}, options_.time_limit / 2));
 
     LaneCosts costs;
     costs.base_seconds = none.times.median_step_seconds;
@@ -94,12 +94,14 @@ class Calibration {
     FitHiddenBase(lanes[1].times, half.times, costs);
     FitInPlaceSeconds(lanes[2].times, half_in_place.times, costs);
     // Shared as their costs are, so that both are busy all the time: then they meet in memory as they do
-    // in a plan that balances them. Half and half, one had 45 of its 54 GB/s and it did not show.
+    // in a plan that balances them. Half and half, one had 45 of its 54 GB/s and it did not show. Measured as
+    // often as the others: once, on a busy host, it told of lanes that had better not run side by side, and four
+    // sequences of 32,768 tokens took 164 ms for 134.
     const double fetch = costs.seconds_per_byte[kFetchedIndex];
     const double in_place = costs.seconds_per_byte[kInPlaceIndex];
     Probe both{Lane::kFetched, many_tokens_, true};
     both.fetched_share = fetch + in_place > 0 ? in_place / (fetch + in_place) : 1;
-    HEADROOM_RETURN_IF_ERROR(Measure({&both}));
+    HEADROOM_RETURN_IF_ERROR(Measure({&both}, options_.time_limit / 4));
     FitSlowdowns(both.times, costs);
     return Slower(costs, UsualToBest({&none, &lanes[0], &lanes[1], &lanes[2], &half, &half_in_place,
                                       &both}));
@@ -117,15 +119,15 @@ class Calibration {
     double step_seconds = 0;  // of all rounds
   };
 
-  // All probes in turn, once more while there is time and it finds something: what else the machine does
-  // makes steps slower, never faster, and what lasts for a while does not meet the same probe twice.
-  absl::Status Measure(const std::vector<Probe*>& probes) {
+  // All probes in turn, once more while more than `keep` is left and it finds something: what else the machine
+  // does makes steps slower, never faster, and what lasts for a while does not meet the same probe twice.
+  absl::Status Measure(const std::vector<Probe*>& probes, absl::Duration keep) {
     constexpr double kSame = 0.98;
     bool found = true;
     for (int round = 0; round < kMostRounds && found; ++round) {
       found = round == 0;
       for (Probe* const probe : probes) {
-        if (round > 0 && deadline_ - absl::Now() < options_.time_limit / 4) return absl::OkStatus();
+        if (round > 0 && deadline_ - absl::Now() < keep) return absl::OkStatus();
         HEADROOM_ASSIGN_OR_RETURN(const DecodeTimes times, MeasureOnce(*probe));
         ++probe->rounds;
         probe->step_seconds += times.median_step_seconds;
