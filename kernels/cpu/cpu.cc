@@ -35,6 +35,8 @@ bool HasAmx() {
     if (!HasAvx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
     if ((d & kBf16) == 0 || (d & kTiles) == 0) return false;
+    constexpr unsigned kBf16Vectors = 1u << 5;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & kBf16Vectors) == 0) return false;
     // Linux keeps the tiles of those who have asked: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
     constexpr long kRequest = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

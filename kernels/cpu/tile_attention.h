@@ -3,9 +3,9 @@
 // The same states as cpu::Attend (kernels/attention.h) to within rounding: q * scale and the weights
 // exp(score - m) are rounded to bfloat16 before they are multiplied, as a GPU does; sums are float32.
 // A query's bits depend on no thread, on no border of runs and on no other item, but on the instruction
-// set and on whether its own item brings more than 16 queries of a KV head. Keys are folded by 1024 rather
-// than by a unit: where a row's launches are cut inside those shows in its bits. Any kernel goes on from the
-// states.
+// set and on whether its own item brings more than 16 queries of a KV head. Keys are folded by 1,024 rather
+// than by a unit, for more than 16 queries by 4,096: where a row's launches are cut inside those shows in
+// its bits. Any kernel goes on from the states.
 #ifndef HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
 #define HEADROOM_KERNELS_CPU_TILE_ATTENTION_H_
 

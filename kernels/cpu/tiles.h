@@ -4,6 +4,7 @@
 #ifndef HEADROOM_KERNELS_CPU_TILES_H_
 #define HEADROOM_KERNELS_CPU_TILES_H_
 
+#include <bit>
 #include <cstring>
 
 #include "kernels/cpu/simd.h"
@@ -47,13 +48,14 @@ struct RowProduct {
 
 #if defined(__AMX_BF16__)
 
-// Four of the eight tiles are used: two of sums, one for each factor. Results of loads and products go to about
-// 18 physical ones, of which a thread has half while its core's other one is busy, with whatever. With all eight
-// in use a product then waited for the one before, 52 cycles: 20 to 26 ns each, its loads included, on 16
-// processors of an H200's host; with four 14, though factors are loaded more often.
+// Four of the eight tiles are used: two of sums, one for each factor. Results of loads and products go to
+// about 18 physical ones, of which a thread has half while its core's other one is busy, with whatever. With
+// all eight in use a product then waited for the one before, 52 cycles: 20 to 26 ns each, its loads included,
+// on 16 processors of an H200's host; with four 14, though factors are loaded more often. (Four of sums and
+// two of factors take 17, and with 16 vector operations a product 24, where two of sums take 17.)
 //
-// Not by GCC's intrinsics: version 12's do not say that loads read memory, nor that a configuration has 64 bytes,
-// and it left out half of one.
+// Not by GCC's intrinsics: version 12's do not say that loads read memory, nor that a configuration has 64
+// bytes, and it left out half of one.
 #define HEADROOM_LOAD_TILE(tile, from, stride)                                          \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(int64_t{stride}) : "memory")
 
@@ -123,8 +125,8 @@ inline void Multiply(const ScoreProduct& p, Beside&& beside) {
   }
 }
 
-// REQUIRES: ConfigureTiles(16). Calls beside(step) before each step is multiplied: the values of the next may be
-// written there.
+// REQUIRES: ConfigureTiles(16). Calls beside(step) before each step is multiplied: the values of the next may
+// be written there.
 template <typename Beside>
 inline void Multiply(const PairProduct& p, Beside&& beside) {
   BeginSums(p.add, p.sums, p.sums + kTileWords);
@@ -214,7 +216,8 @@ inline void Multiply(const RowProduct& p, Beside&& beside) {
 
 #endif
 
-// x less the nearest whole number, and p * 2^n for a whole n; 0 and 0 for -inf.
+// x less the nearest whole number, and p * 2^n for a whole n; 0 and 0 for -inf. Without AVX-512 n is taken as
+// at most 127.
 #if defined(__AVX512DQ__)
 inline F32x16 Fraction(F32x16 x) { return {_mm512_reduce_ps(x.v, 8)}; }
 inline F32x16 Power(F32x16 p, F32x16 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
@@ -224,7 +227,9 @@ inline F32x16 Fraction(F32x16 x) {
   return Sub(finite, Round(finite));
 }
 inline F32x16 Power(F32x16 p, F32x16 n) {
-  return ZeroWhereBelow(ScaleByPower(p, Max(n, Broadcast(-126.0f))), n, -126.0f);
+  const F32x16 least = Broadcast(-127.0f);  // of -n
+  const F32x16 scale = Max(Sub(Zero(), Max(Sub(Zero(), n), least)), Broadcast(-126.0f));
+  return ZeroWhereBelow(ScaleByPower(p, scale), n, -126.0f);
 }
 #endif
 
@@ -250,6 +255,18 @@ inline F32x16 PairsOf(F32x16 low, F32x16 high) {
 }
 #endif
 
+// sum + the low and + the high halves of words, each a bfloat16.
+#if defined(__AVX512BF16__)
+inline F32x16 AddWords(F32x16 sum, F32x16 words) {
+  const __m512bh ones = std::bit_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
+  return {_mm512_dpbf16_ps(sum.v, std::bit_cast<__m512bh>(words.v), ones)};
+}
+#else
+inline F32x16 AddWords(F32x16 sum, const F32x16& words) {
+  return Add(sum, Add(LowBf16(&words), HighBf16(&words)));
+}
+#endif
+
 // Floats rounded to bfloat16 as PairsOf does, as the low and as the high halves of words whose other
 // halves are 0.
 #if defined(__AVX512F__)
@@ -266,6 +283,21 @@ inline void StoreHalves(F32x16 x, uint32_t* low, uint32_t* high) {
     low[i] = (bits[i] + 0x8000u) >> 16;
     high[i] = (bits[i] + 0x8000u) & 0xffff0000u;
   }
+}
+#endif
+
+// Whether some x > limit; NaN is not.
+#if defined(__AVX512F__)
+inline bool SomeAbove(F32x16 x, float limit) {
+  return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
+#else
+inline bool SomeAbove(F32x16 x, float limit) {
+  float v[kLanes];
+  Store(v, x);
+  bool some = false;
+  for (float each : v) some |= each > limit;
+  return some;
 }
 #endif
 
