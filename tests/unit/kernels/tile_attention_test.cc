@@ -202,7 +202,7 @@ TEST(TileAttention, PlacesMayMeetWithinABlock) {
   std::vector<Place> parts;
   std::vector<const Place*> all;
   int64_t first = 0;
-  for (const int64_t end : {100, 356, 600, 700}) {
+  for (const int64_t end : {100, 230, 356, 600, 700}) {
     const int64_t origin = FloorToBlock(first);
     parts.emplace_back(sequence, first, end - first, origin,
                        static_cast<int32_t>(CeilToBlock(end - origin)), 0, 2);
