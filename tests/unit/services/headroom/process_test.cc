@@ -19,6 +19,7 @@
 #include "services/headroom/private_dir.h"
 #include "services/headroom/process_signals.h"
 #include "services/headroom/supervisor.h"
+#include "tests/common/eventually.h"
 
 namespace headroom::cli {
 namespace {
@@ -32,15 +33,6 @@ std::string ReadAll(const std::string& path) {
 
 void Append(const std::string& path, const std::string& text) {
   std::ofstream(path, std::ios::app) << text;
-}
-
-bool Eventually(const std::function<bool()>& holds) {
-  const absl::Time deadline = absl::Now() + kPatience;
-  while (!holds()) {
-    if (absl::Now() > deadline) return false;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return true;
 }
 
 class Processes : public ::testing::Test {
