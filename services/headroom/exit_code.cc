@@ -1,6 +1,7 @@
 #include "services/headroom/exit_code.h"
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -49,6 +50,15 @@ std::string DescribeError(const absl::Status& status) {
 void PrintError(absl::string_view command, const absl::Status& status) {
   const std::string line = absl::StrCat("headroom ", command, ": ", DescribeError(status), "\n");
   std::fwrite(line.data(), 1, line.size(), stderr);
+}
+
+void EndProcess(int code) {
+#if defined(__SANITIZE_ADDRESS__)
+  std::exit(code);
+#else
+  std::fflush(nullptr);
+  std::_Exit(code);
+#endif
 }
 
 }  // namespace headroom::cli
