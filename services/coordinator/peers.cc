@@ -14,7 +14,7 @@ namespace {
 
 constexpr absl::Duration kWatchInterval = absl::Seconds(1);
 constexpr absl::Duration kFirstPause = absl::Milliseconds(50);
-constexpr absl::Duration kLongestPause = absl::Milliseconds(250);  // half of it is what a start takes longer
+constexpr absl::Duration kLongestPause = absl::Milliseconds(250);  // a start may take so much longer
 constexpr absl::Duration kLasting = absl::Seconds(1);
 // Before the lane in place is opened again: a store that is too slow must not stop every step.
 constexpr absl::Duration kFirstInPlacePause = absl::Milliseconds(500);

@@ -94,9 +94,9 @@ class Calibration {
     FitHiddenBase(lanes[1].times, half.times, costs);
     FitInPlaceSeconds(lanes[2].times, half_in_place.times, costs);
     // Shared as their costs are, so that both are busy all the time: then they meet in memory as they do
-    // in a plan that balances them. Half and half, one had 45 of its 54 GB/s and it did not show. Measured as
-    // often as the others: once, on a busy host, it told of lanes that had better not run side by side, and four
-    // sequences of 32,768 tokens took 164 ms for 134.
+    // in a plan that balances them. Half and half, one had 45 of its 54 GB/s and it did not show. In several
+    // rounds, for which time is kept: in a single one, on a busy host, it told of lanes that had better not run
+    // side by side, and four sequences of 32,768 tokens took 164 ms for 134.
     const double fetch = costs.seconds_per_byte[kFetchedIndex];
     const double in_place = costs.seconds_per_byte[kInPlaceIndex];
     Probe both{Lane::kFetched, many_tokens_, true};
@@ -119,8 +119,9 @@ class Calibration {
     double step_seconds = 0;  // of all rounds
   };
 
-  // All probes in turn, once more while more than `keep` is left and it finds something: what else the machine
-  // does makes steps slower, never faster, and what lasts for a while does not meet the same probe twice.
+  // All probes in turn, once more while more than `keep` is left and it finds something: what else the
+  // machine does makes steps slower, never faster, and what lasts for a while does not meet the same probe
+  // twice.
   absl::Status Measure(const std::vector<Probe*>& probes, absl::Duration keep) {
     constexpr double kSame = 0.98;
     bool found = true;
@@ -156,7 +157,7 @@ class Calibration {
     if (left < -kMostOver * options_.time_limit) {
       return absl::DeadlineExceededError("the calibration takes too long");
     }
-    // Where steps are that slow, the others of the first round are few.
+    // Few steps where they are slow, and in what the rounds before have left.
     const bool hurry = left < options_.time_limit / 2;
     const uint64_t version =
         kFirstPlan + static_cast<uint64_t>(probe.lane) + (probe.both ? kNumLanes : 0);

@@ -19,7 +19,8 @@ namespace headroom {
 struct CalibrationOptions {
   int64_t segment_bytes = 0;  // of the segment, from its begin on, may be read
   DeviceBudget budget;        // the executor's
-  // No round but the first begins after three quarters of it; that one is cut short after a half.
+  // What begins after a half of it takes fewer steps. Of further rounds nothing begins after a half, of lanes
+  // side by side after three quarters.
   absl::Duration time_limit = absl::Seconds(4);
 };
 

@@ -1,6 +1,6 @@
 // Reads and hashes pieces of tensors some ahead of whoever takes them in order: 16 GB in the page cache of an
-// H200's host came in 6.1 s where one thread read, hashed and copied in turn, in 1.8 to 4.6 where it hashed what
-// others had read, and come in 0.7.
+// H200's host came in 6.1 s where one thread read, hashed and copied in turn, in 1.8 to 4.6 where it hashed
+// what others had read, and come in 0.6 to 0.8.
 #ifndef HEADROOM_SERVICES_WORKER_MODEL_READ_AHEAD_H_
 #define HEADROOM_SERVICES_WORKER_MODEL_READ_AHEAD_H_
 
