@@ -40,7 +40,7 @@ inline std::string MailboxFile(uint64_t generation, uint64_t serial) {
 }
 
 inline constexpr std::array<char, 8> kIndexMagic = {'H', 'D', 'R', 'M', 'I', 'N', 'D', 'X'};
-inline constexpr uint32_t kSegmentFormatVersion = 2;
+inline constexpr uint32_t kSegmentFormatVersion = 3;
 
 // Data is pinned in pieces of this size, and a copy across two pinned ranges fails: no extent crosses a
 // multiple of it.

@@ -20,7 +20,7 @@ namespace {
 using kernels::BFloat16;
 using kernels::PackedWeight;
 
-constexpr int64_t kPieceBytes = 4 << 20;  // the fingerprint hangs on it
+constexpr int64_t kPieceBytes = 4 << 20;  // the fingerprint hangs on it: with another comes another kSegmentFormatVersion
 constexpr int64_t kBuffers = 16;
 constexpr int kMostReaders = 8;
 
