@@ -44,7 +44,6 @@ class RowUnits : public TileUnits<kRowUnit, kTile> {
   }
 
  private:
-  static constexpr int kSteps = kRowUnit / kStep;
   static constexpr int kFew = 4;  // queries of which four keys' scores fill a vector
   // Lines are asked for so long before they are read, into the second cache: 32 KiB; with more queries
   // softmax is longer, which reads none. Four queries on 16 threads took 105 GB/s so, with 128 or 256 lines

@@ -223,7 +223,7 @@ inline F32x16 Fraction(F32x16 x) { return {_mm512_reduce_ps(x.v, 8)}; }
 inline F32x16 Power(F32x16 p, F32x16 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 #else
 inline F32x16 Fraction(F32x16 x) {
-  const F32x16 finite = Max(x, Broadcast(-1.0e6f));
+  const F32x16 finite = Max(Broadcast(-1.0e6f), x);  // x where it is NaN
   return Sub(finite, Round(finite));
 }
 inline F32x16 Power(F32x16 p, F32x16 n) {

@@ -56,7 +56,7 @@ void EndProcess(int code) {
 #if defined(__SANITIZE_ADDRESS__)
   std::exit(code);
 #else
-  std::fflush(nullptr);
+  std::fflush(stdout);
   std::_Exit(code);
 #endif
 }

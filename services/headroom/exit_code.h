@@ -29,9 +29,10 @@ std::string DescribeError(const absl::Status& status);
 // Prints "headroom COMMAND: " and DescribeError() to standard error.
 void PrintError(absl::string_view command, const absl::Status& status);
 
-// Ends the process: what streams hold is written, globals are left alone. gRPC's threads may live on after its
-// last server and channel, those of a connection that is being tried; destroying globals under them aborted a
-// coordinator that had stopped. (With AddressSanitizer as exit() does: it looks for leaks then.)
+// Ends the process: what stdout holds is written (stderr holds nothing), globals are left alone. gRPC's
+// threads may live on after its last server and channel, those of a connection that is being tried, and would
+// have globals destroyed under them: likely why a coordinator that had stopped was once aborted. (With
+// AddressSanitizer as exit() does: it looks for leaks then.)
 [[noreturn]] void EndProcess(int code);
 
 }  // namespace headroom::cli

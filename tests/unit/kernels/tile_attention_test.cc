@@ -1,6 +1,7 @@
 // Attention with bfloat16 products on tiles, with AMX and without.
 #include "kernels/cpu/tile_attention.h"
 
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -87,6 +88,28 @@ TEST(TileAttention, FollowsScoresThatClimb) {
           batch.Launch(tiles->attend, team);
           EXPECT_TRUE(Near(batch.out(), oracle.out(), 1.6e-2f))
               << tiles->name << ", head_dim " << head_dim << ", " << rows << " rows from " << first;
+        }
+      }
+    }
+  }
+}
+
+// What is not a number comes out as such, and only where it is seen.
+TEST(TileAttention, ShowsAKeyThatIsNotANumber) {
+  CpuTeam team(1);
+  Sequence sequence({1, 4, 64}, 400, 12);
+  sequence.k[300 * 64 + 5] = ToBFloat16(kNan);
+  const Place place = Whole(sequence, 400);
+  for (const int64_t rows : {1, 4, 9}) {
+    for (const int64_t first : {200, 300}) {
+      for (const cpu::TileAttention* tiles : AllTileAttention()) {
+        Batch batch(sequence.shape, rows);
+        batch.SetRows(sequence, 0, first, rows);
+        batch.Add(0, rows, first, true, true, {&place});
+        batch.Launch(tiles->attend, team);
+        for (const float value : batch.out()) {
+          ASSERT_EQ(std::isnan(value), first == 300)
+              << tiles->name << ", " << rows << " rows from " << first;
         }
       }
     }
