@@ -1,4 +1,4 @@
-// Runs steps on a device: the layer loop.
+// Runs steps on a device: the layer loop (step_completion.cc has the completion thread).
 //
 // Threads. One executor thread enqueues everything (Device streams are fed by one thread); one
 // completion thread waits for steps to end and hands them back, in the order in which they end: steps
